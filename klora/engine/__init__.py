@@ -1,0 +1,1 @@
+"""A decision becomes a changed forward pass."""

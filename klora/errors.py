@@ -1,0 +1,43 @@
+"""Every error a user can meet: one line that says what is wrong, where, and what to do about it."""
+
+from __future__ import annotations
+
+
+class KloraError(Exception):
+    """Base of all errors raised on purpose; its text is one line meant for the user."""
+
+
+class SettingsError(KloraError):
+    """A setting has an impossible value."""
+
+    def __init__(self, field: str, reason: str) -> None:
+        super().__init__(f"{field}: {reason}")
+        self.field = field
+        self.reason = reason
+
+
+class LoraFileError(KloraError):
+    """A LoRA file cannot be read or understood.
+
+    Attributes: `file` (its path), `key` (the tensor or module at fault, if one is), `reason`, `cure`.
+    """
+
+    def __init__(self, file: str, reason: str, cure: str, key: str | None = None) -> None:
+        where = f"{file}: {key}" if key else file
+        super().__init__(" ".join(f"{where}: {reason}; {cure}".split()))
+        self.file = file
+        self.key = key
+        self.reason = reason
+        self.cure = cure
+
+
+class LoraValueError(LoraFileError):
+    """A tensor holds NaN or infinity."""
+
+
+class UnsupportedFormatError(LoraFileError):
+    """A file of a kind that K-LoRA does not fuse (OFT, BOFT, GLoRA, IA3, pickles)."""
+
+
+class MismatchError(KloraError):
+    """Two files, or a file and a model, do not belong together."""

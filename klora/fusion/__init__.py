@@ -1,0 +1,1 @@
+"""Numbers become a decision: no models, no files."""

@@ -1,0 +1,1 @@
+"""Where modules, files and steps come from."""

@@ -1,0 +1,1 @@
+"""A LoRA file becomes deltas."""
