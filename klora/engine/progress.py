@@ -1,0 +1,53 @@
+"""From a noise level to τ, the position in the sampling schedule.
+
+A noise level is whatever the sampler passes to the model and decreases while sampling: σ, a timestep, or the
+time of a flow. Calls at one level agree by construction, however many of them a sampler makes.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A schedule of N distinct noise levels, `points` in descending order; its end, level 0, is not among them."""
+
+    points: tuple[float, ...]
+
+    @classmethod
+    def of(cls, levels: Iterable[float]) -> Progress:
+        """Make it from a sampler's schedule: repeats and a closing 0 are left out; ValueError for an empty one."""
+        points = sorted({float(level) for level in levels if math.isfinite(level)}, reverse=True)
+        if len(points) > 1 and points[-1] == 0:
+            points.pop()
+        if not points:
+            raise ValueError("a schedule without noise levels has no progress")
+        return cls(tuple(points))
+
+    @property
+    def steps(self) -> int:
+        """N, the number of steps."""
+        return len(self.points)
+
+    def tau(self, level: float) -> float:
+        """Give τ in [0, 1]: i/N at point i, between points linear in log(level), from the last point to 0 linear."""
+        if level >= self.points[0]:
+            return 0.0
+        # The index of the first point at or below `level`.
+        index = bisect.bisect_left(self.points, -level, key=lambda point: -point)
+        if index < self.steps and self.points[index] == level:
+            return index / self.steps
+        above = self.points[index - 1]
+        below = self.points[index] if index < self.steps else min(0.0, level)
+        return (index - 1 + _fraction(above, level, below)) / self.steps
+
+
+def _fraction(above: float, level: float, below: float) -> float:
+    """Give how much of the way from `above` down to `below` is done at `level`."""
+    if below > 0:
+        return math.log(above / level) / math.log(above / below)
+    return (above - level) / (above - below)

@@ -1,0 +1,237 @@
+"""The plan of a fusion: for every module and every τ, which LoRA acts.
+
+Made once from the scores of both files; nothing is measured while sampling (K-LoRA, Eq. 1–10).
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from klora.fusion.policies import make_policy
+from klora.fusion.policies.base import BOTH, NEITHER, STYLE, SUBJECT, Contest, Moment, Policy, Weights
+from klora.fusion.schedule import switch_steps
+from klora.fusion.scores import ModuleScore
+from klora.settings import Settings
+
+ROLES = {"both": BOTH, "subject": SUBJECT, "style": STYLE, "none": NEITHER}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One diffusion-model module of either file, before anything is decided.
+
+    `subject_name` and `style_name` are the key prefixes in the files, None where a file lacks the module;
+    `in_scope` tells whether the module follows the policy if both files have it.
+    """
+
+    name: str
+    slice: str | None
+    in_scope: bool
+    subject_name: str | None = None
+    style_name: str | None = None
+    subject: ModuleScore | None = None
+    style: ModuleScore | None = None
+
+
+@dataclass(frozen=True)
+class PlanModule:
+    """One module of the plan.
+
+    A module with a `rho` follows the policy; any other has `fixed` weights at every step. `contested`: both files
+    have it and it is in scope. `rho` is inf where S_s = 0 < S_c.
+    """
+
+    name: str
+    slice: str | None
+    subject_name: str | None
+    style_name: str | None
+    contested: bool
+    k: int | None = None
+    subject_sum: float | None = None
+    style_sum: float | None = None
+    rho: float | None = None
+    fixed: Weights | None = None
+
+
+@dataclass(frozen=True)
+class FusionPlan:
+    """What acts where and when.
+
+    `settings` are resolved; `steps` is the N of the reports (τ = i/N); `balance` is the b in force, found from the
+    share target if there is one; `gamma` is None where nothing is contested or one side is zero everywhere.
+    """
+
+    settings: Settings
+    modules: tuple[PlanModule, ...]
+    gamma: float | None
+    steps: int
+    warnings: tuple[str, ...] = ()
+
+    @cached_property
+    def policy(self) -> Policy:
+        """The rule in force."""
+        return make_policy(self.settings)
+
+    @cached_property
+    def balance(self) -> float:
+        """The balance b in force."""
+        if self.settings.share is None:
+            return self.settings.balance
+        return balance_for_share(self._standings, self._scales, self.settings.share)
+
+    @cached_property
+    def by_name(self) -> dict[str, PlanModule]:
+        """The modules by canonical name."""
+        return {module.name: module for module in self.modules}
+
+    @cached_property
+    def contested(self) -> tuple[PlanModule, ...]:
+        """The modules that both files have and that are in scope."""
+        return tuple(module for module in self.modules if module.contested)
+
+    @property
+    def _standings(self) -> list[float]:
+        return [self.policy.standing(m.rho) for m in self.contested if m.rho is not None]
+
+    @property
+    def _scales(self) -> list[float]:
+        return [self.policy.schedule(i / self.steps) for i in range(self.steps)]
+
+    def with_steps(self, steps: int) -> FusionPlan:
+        """Give the same plan for a schedule of `steps` steps."""
+        return self if steps == self.steps else dataclasses.replace(self, steps=steps)
+
+    def decide(self, name: str, tau: float) -> Weights:
+        """Say what acts on module `name` at position `tau` of the schedule; KeyError for a module of neither file."""
+        return self._weights(self.by_name[name], tau)
+
+    def _weights(self, module: PlanModule, tau: float) -> Weights:
+        if module.rho is None:
+            return module.fixed or NEITHER
+        return self.policy.weights(module.name, module.rho, Moment(tau, self.steps, self.balance))
+
+    def selection(self, name: str) -> str:
+        """Write one letter per step i at τ = i/N: c subject, s style, b both, - neither."""
+        module = self.by_name[name]
+        return "".join(self._weights(module, i / self.steps).letter for i in range(self.steps))
+
+    @cached_property
+    def selections(self) -> dict[str, str]:
+        """The selection of every module, by name."""
+        return {module.name: self.selection(module.name) for module in self.modules}
+
+    def switch_steps(self, name: str) -> tuple[int, ...]:
+        """List the steps at which module `name` goes over to the other LoRA."""
+        module = self.by_name[name]
+        if module.rho is None:
+            return ()
+        return switch_steps(lambda tau: self._weights(module, tau) == SUBJECT, self.policy.schedule, self.steps)
+
+    def subject_share(self) -> list[float | None]:
+        """Give, per step, the fraction of contested modules where the subject acts; None where none is contested."""
+        letters = [self.selections[module.name] for module in self.contested]
+        if not letters:
+            return [None] * self.steps
+        return [sum(row[i] == "c" for row in letters) / len(letters) for i in range(self.steps)]
+
+    @cached_property
+    def share(self) -> float | None:
+        """The fraction of all (contested module, step) decisions that go to the subject."""
+        per_step = [share for share in self.subject_share() if share is not None]
+        return math.fsum(per_step) / len(per_step) if per_step else None
+
+
+def wanted_k(settings: Settings, subject_rank: int, style_rank: int, shape: Sequence[int]) -> int:
+    """K = r_c·r_s (paper, Eq. 5) or the fixed K asked for, at most the number of entries of ΔW."""
+    return min(settings.k or subject_rank * style_rank, math.prod(shape))
+
+
+def make_plan(candidates: Iterable[Candidate], settings: Settings) -> FusionPlan:
+    """Decide the role of every candidate and weigh the contested ones against each other.
+
+    `settings` are resolved; the candidates' scores hold the top-K sums that `wanted_k` asks for.
+    """
+    policy = make_policy(settings)
+    candidates = list(candidates)
+    contests = {c.name: contest for c in candidates if (contest := _contest(c, settings))}
+    natural = policy.gamma(list(contests.values()))
+    gamma = natural if natural is None or settings.gamma is None else settings.gamma
+    modules = tuple(_plan_module(c, contests.get(c.name), policy, gamma, settings) for c in candidates)
+    return FusionPlan(settings, modules, gamma, settings.steps, tuple(_warnings(contests, gamma)))
+
+
+def _contest(candidate: Candidate, settings: Settings) -> Contest | None:
+    subject, style = candidate.subject, candidate.style
+    if not candidate.in_scope or subject is None or style is None:
+        return None
+    return Contest(candidate.name, subject, style, wanted_k(settings, subject.rank, style.rank, subject.shape))
+
+
+def _plan_module(
+    candidate: Candidate, contest: Contest | None, policy: Policy, gamma: float | None, settings: Settings
+) -> PlanModule:
+    module = PlanModule(
+        candidate.name, candidate.slice, candidate.subject_name, candidate.style_name, contested=contest is not None
+    )
+    if contest is None:
+        return dataclasses.replace(module, fixed=_uncontested(candidate, settings))
+    s_c, s_s = policy.measure(contest.subject, contest.k), policy.measure(contest.style, contest.k)
+    module = dataclasses.replace(module, k=contest.k, subject_sum=s_c, style_sum=s_s)
+    if not s_c and not s_s:
+        return dataclasses.replace(module, fixed=NEITHER)
+    if gamma is None:
+        return dataclasses.replace(module, fixed=SUBJECT if s_c else STYLE)
+    return dataclasses.replace(module, rho=s_c / (gamma * s_s) if s_s else math.inf)
+
+
+def _uncontested(candidate: Candidate, settings: Settings) -> Weights:
+    if candidate.subject_name is not None and candidate.style_name is not None:
+        return ROLES[settings.other_layers]
+    if settings.unpaired == "drop":
+        return NEITHER
+    return SUBJECT if candidate.subject_name is not None else STYLE
+
+
+def _warnings(contests: dict[str, Contest], gamma: float | None) -> Iterable[str]:
+    if not contests:
+        yield "no module of the scope is in both files, so nothing is selected: each file acts where it alone is"
+    elif gamma is None:
+        zero = [
+            side
+            for side, l1 in (
+                ("subject", math.fsum(c.subject.l1 for c in contests.values())),
+                ("style", math.fsum(c.style.l1 for c in contests.values())),
+            )
+            if not l1
+        ]
+        yield f"the {' and the '.join(zero)} LoRA is zero on every contested module, so γ is undefined"
+
+
+def balance_for_share(standings: Sequence[float], scales: Sequence[float], share: float) -> float:
+    """Find the b at which the subject takes the reachable fraction nearest to `share`.
+
+    The subject wins where ρ_l / scale(i/N) ≥ 2^b, so 2^b is a quantile of these ratios; a value between two
+    neighbouring ratios is taken, which ≥ and > tell apart alike.
+    """
+    ratios = sorted((_ratio(rho, scale) for rho in standings for scale in scales), reverse=True)
+    finite = sorted({math.log2(ratio) for ratio in ratios if 0 < ratio < math.inf}, reverse=True)
+    if not finite:
+        return 0.0
+    # Candidates: above the largest ratio, between neighbours, below the smallest.
+    edges = [finite[0] + 1, *((a + b) / 2 for a, b in zip(finite, finite[1:], strict=False)), finite[-1] - 1]
+    logs = [math.log2(ratio) if 0 < ratio < math.inf else math.copysign(math.inf, ratio - 1) for ratio in ratios]
+    ascending = logs[::-1]
+
+    def reached(b: float) -> float:
+        return (len(ascending) - bisect.bisect_left(ascending, b)) / len(ascending)
+
+    return min(edges, key=lambda b: (abs(reached(b) - share), abs(b)))
+
+
+def _ratio(rho: float, scale: float) -> float:
+    return rho / scale if scale else math.inf

@@ -1,0 +1,93 @@
+"""What a policy is: the rule that says which LoRA acts on a module at a moment of sampling."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from klora.fusion.schedule import Schedule, subject_wins
+from klora.fusion.scores import ModuleScore
+from klora.settings import Settings
+
+
+class Weights(NamedTuple):
+    """How much of each LoRA's ΔW acts, before the user's strengths."""
+
+    subject: float
+    style: float
+
+    @property
+    def letter(self) -> str:
+        """One letter for reports: c subject, s style, b both, - neither."""
+        return {(True, False): "c", (False, True): "s", (True, True): "b"}.get(
+            (bool(self.subject), bool(self.style)), "-"
+        )
+
+
+SUBJECT = Weights(1.0, 0.0)
+STYLE = Weights(0.0, 1.0)
+BOTH = Weights(1.0, 1.0)
+NEITHER = Weights(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The numbers about one module that both files touch; `k` is how many of the largest entries are compared."""
+
+    name: str
+    subject: ModuleScore
+    style: ModuleScore
+    k: int
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A point of sampling: position τ in a schedule of `steps` steps, and the balance in force."""
+
+    tau: float
+    steps: int
+    balance: float
+
+
+class Policy:
+    """K-LoRA's frame: a ratio ρ per module, constant while sampling, is compared with a scale of τ.
+
+    A subclass overrides what differs. `balanced` tells whether balance and share target have a meaning.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    source: ClassVar[str]
+    balanced: ClassVar[bool] = True
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.strict = settings.variant == "official"
+        self.schedule = self.make_schedule(settings)
+
+    def make_schedule(self, settings: Settings) -> Schedule:
+        """Give the scale that ρ is compared with; `settings` are resolved."""
+        if settings.alpha is None or settings.beta is None:
+            raise ValueError("settings must be resolved before a policy is made of them")
+        return Schedule(settings.scale, settings.alpha, settings.beta)
+
+    def measure(self, score: ModuleScore, k: int) -> float:
+        """Give the importance of one LoRA in one module: the sum of its K largest entries (paper, Eq. 1–4)."""
+        value = score.top_k(k)
+        if value is None:
+            raise KeyError(f"no top-{k} sum is stored")
+        return value
+
+    def gamma(self, contests: Sequence[Contest]) -> float | None:
+        """Give the factor that makes both LoRAs comparable; None where one side is zero everywhere."""
+        raise NotImplementedError
+
+    def standing(self, rho: float) -> float:
+        """Give what is compared with the scale, for a module whose ratio is ρ."""
+        return rho
+
+    def weights(self, module: str, rho: float, moment: Moment) -> Weights:
+        """Decide for one contested module at one moment."""
+        scale = self.schedule(moment.tau)
+        return SUBJECT if subject_wins(self.standing(rho), scale, moment.balance, self.strict) else STYLE

@@ -1,0 +1,147 @@
+"""The diffusers host: any pipeline with a UNet or a FLUX transformer."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from klora.engine.bypass import Site, module_shape
+from klora.engine.session import Session
+from klora.errors import KloraError
+
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+# Attention blocks after fuse_qkv_projections(): the fused Linear and the canonical names of its slices.
+FUSED_PROJECTIONS = {
+    "to_qkv": ("to_q", "to_k", "to_v"),
+    "to_kv": ("to_k", "to_v"),
+    "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+}
+
+
+class DiffusersHost:
+    """A diffusers pipeline, seen as a host.
+
+    Reads the pipeline's scheduler at every call of the denoiser, so a scheduler may be exchanged at any time.
+    """
+
+    def __init__(self, pipe: Any) -> None:
+        """Take a pipeline; KloraError for one without a UNet or FLUX transformer."""
+        self.pipe = pipe
+        self.denoiser: nn.Module = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+        if self.denoiser is None:
+            raise KloraError(
+                f"{type(pipe).__name__} has no UNet and no transformer; use an SD 1.x, SD 2.x, SDXL or FLUX pipeline"
+            )
+
+    @property
+    def model_name(self) -> str:
+        """How messages call the model."""
+        known = self.architecture
+        return (
+            f"the {known} model of {type(self.pipe).__name__}" if known else f"the model of {type(self.pipe).__name__}"
+        )
+
+    @property
+    def architecture(self) -> str | None:
+        """SD1, SD2, SDXL or FLUX, from the denoiser's class and the width of its text conditioning."""
+        if "Flux" in type(self.denoiser).__name__:
+            return "FLUX"
+        width = getattr(self.denoiser.config, "cross_attention_dim", None)
+        return {768: "SD1", 1024: "SD2", 2048: "SDXL"}.get(width) if isinstance(width, int) else None
+
+    def sites(self) -> Mapping[str, Site]:
+        """Give the denoiser's Linear and Conv modules by canonical name, which is their path."""
+        return dict(_sites(self.denoiser))
+
+    def text_sites(self) -> Mapping[str, Site]:
+        """Give the text encoders' Linear modules by canonical name."""
+        return {
+            f"{component}.{_with_text_model(name)}": site
+            for component in TEXT_ENCODERS
+            if isinstance(encoder := getattr(self.pipe, component, None), nn.Module)
+            for name, site in _sites(encoder)
+        }
+
+    def follow(self, session: Session) -> torch.utils.hooks.RemovableHandle:
+        """Tell `session` the noise level at every call of the denoiser; the handle's `remove` ends that."""
+        return self.denoiser.register_forward_pre_hook(_Follower(self.pipe, self.denoiser, session), with_kwargs=True)
+
+
+class _Follower:
+    """The pre-hook that reads the timestep a denoiser is called with."""
+
+    def __init__(self, pipe: Any, denoiser: nn.Module, session: Session) -> None:
+        self.pipe = pipe
+        self.session = session
+        self.position = list(inspect.signature(type(denoiser).forward).parameters).index("timestep") - 1
+        # FLUX pipelines hand their transformer t/1000.
+        self.divisor = 1000.0 if "Flux" in type(denoiser).__name__ else 1.0
+        self.schedule: Tensor | None = None
+
+    def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[self.position])
+        scheduler = self.pipe.scheduler
+        # set_timesteps makes a new tensor: a new image, batch or pass.
+        if scheduler.timesteps is not self.schedule:
+            self.schedule = scheduler.timesteps
+            self.session.start_pass(self._levels(timestep.dtype))
+        self.session.at_level(timestep.flatten()[0].item())
+
+    def _levels(self, dtype: torch.dtype) -> list[float]:
+        """Give the schedule as the denoiser will see it, rounded to the type in which pipelines pass timesteps."""
+        steps = self.pipe.scheduler.num_inference_steps
+        levels = self.schedule
+        if levels is None:
+            raise RuntimeError("the scheduler has no timesteps")
+        distinct = list(dict.fromkeys(levels.tolist()))
+        if steps and len(distinct) == 2 * steps - 1:
+            # Second-order schedulers that list their midpoints too (KDPM2): every other entry is a step.
+            distinct = distinct[::2]
+        return (torch.tensor(distinct).to(dtype) / self.divisor).tolist()
+
+
+def _sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
+    for path, module in model.named_modules():
+        # Under a PEFT wrapper the original module lives on as `base_layer`; the user may add and remove such wrappers.
+        name = path.removesuffix(".base_layer")
+        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in f".{path}":
+            parent = model.get_submodule(name.rpartition(".")[0])
+            if name.rpartition(".")[2] in FUSED_PROJECTIONS:
+                yield from _slices(name, module)
+            elif not _replaced_by_fused(parent, name):
+                yield name, Site(module, weight=lambda module=module: _weight(module))
+
+
+def _slices(name: str, module: nn.Module) -> Iterator[tuple[str, Site]]:
+    """Split a fused projection into the sites of its q, k and v rows."""
+    prefix, _, leaf = name.rpartition(".")
+    names = FUSED_PROJECTIONS[leaf]
+    size = module_shape(module)[0] // len(names)
+    for index, part in enumerate(names):
+        rows = (index * size, (index + 1) * size)
+        yield f"{prefix}.{part}", Site(module, rows, weight=lambda module=module: _weight(module))
+
+
+def _replaced_by_fused(attention: nn.Module, name: str) -> bool:
+    """Tell whether a projection stands unused beside the fused one that replaces it."""
+    leaf = name.rpartition(".")[2]
+    return getattr(attention, "fused_projections", False) and any(
+        leaf in parts and hasattr(attention, fused) for fused, parts in FUSED_PROJECTIONS.items()
+    )
+
+
+def _weight(module: nn.Module) -> Tensor:
+    """Give a module's weight, fetched from accelerate's store where sequential offload keeps it away."""
+    weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+    if weights_map is not None and module.weight.is_meta:
+        return weights_map["weight"]
+    return module.weight
+
+
+def _with_text_model(path: str) -> str:
+    # Recent transformers drop this level from CLIPTextModel; LoRA files keep it.
+    return path if path.startswith("text_model.") or not path.startswith("encoder.layers.") else f"text_model.{path}"

@@ -1,0 +1,255 @@
+"""The one typed settings model.
+
+Command-line options, Python keywords, JSON and (in a WebUI) controls, tags and API fields all derive from
+the fields of `Settings`: a new setting is one new field. Plain dataclasses, because the WebUIs pin
+incompatible versions of pydantic.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from klora.errors import SettingsError
+
+Architecture = Literal["SD1", "SD2", "SDXL", "FLUX"]
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class Option:
+    """What a person may enter for one setting, and how it is explained.
+
+    `kind` is the type of a value; with `optional`, None (written "auto") means "let K-LoRA choose".
+    `low` and `high` are inclusive; `above` is an exclusive lower bound.
+    """
+
+    kind: type
+    label: str
+    help: str
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    optional: bool = False
+
+    def read(self, name: str, value: Any) -> Any:
+        """Turn `value` (typed, or the text of it) into the setting's type; raise SettingsError for anything else."""
+        if self.kind is str:
+            return self._read_text(name, value)
+        text = value.strip().lower() if isinstance(value, str) else value
+        if self.optional and (text is None or text in (AUTO, "")):
+            return None
+        return self._in_range(name, self._read_number(name, text))
+
+    def _read_text(self, name: str, value: Any) -> str:
+        text = value.strip().lower() if isinstance(value, str) else value
+        if not isinstance(text, str) or (self.choices and text not in self.choices):
+            raise SettingsError(name, f"{value!r} is not one of {', '.join(self.choices) or 'the known names'}")
+        return text
+
+    def _read_number(self, name: str, value: Any) -> float | int:
+        wanted = "a whole number" if self.kind is int else "a number"
+        if self.optional:
+            wanted += f" or {AUTO}"
+        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+            raise SettingsError(name, f"{value!r} is not {wanted}")
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            raise SettingsError(name, f"{value!r} is not {wanted}") from None
+        if not math.isfinite(number):
+            raise SettingsError(name, f"{value!r} is not a finite number")
+        if self.kind is int:
+            if number != int(number):
+                raise SettingsError(name, f"{value!r} is not {wanted}")
+            return int(value) if isinstance(value, int) else int(number)
+        return number
+
+    def _in_range(self, name: str, number: float | int) -> float | int:
+        if self.above is not None and not number > self.above:
+            raise SettingsError(name, f"{number:g} must be above {self.above:g}")
+        if self.low is not None and number < self.low:
+            raise SettingsError(name, f"{number:g} must be at least {self.low:g}")
+        if self.high is not None and number > self.high:
+            raise SettingsError(name, f"{number:g} must be at most {self.high:g}")
+        return number
+
+
+def _setting(default: Any, label: str, help: str, **rules: Any) -> Any:
+    kind = rules.pop("kind", type(default))
+    return field(default=default, metadata={"option": Option(kind, label, help, **rules)})
+
+
+_ROLES = (AUTO, "both", "subject", "style", "none")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything a user can set about a fusion; `parse` makes one from loose values.
+
+    Fields whose value is None or "auto" are filled in by `resolve`, which needs the model's architecture.
+    """
+
+    balance: float = _setting(
+        0.0,
+        "Subject ↔ Style",
+        "one knob for the mix: above 0 favours the style, below 0 the subject, 0 is the paper",
+        low=-2.0,
+        high=2.0,
+    )
+    share: float | None = _setting(
+        None,
+        "Subject share",
+        "wished fraction of all (module, step) decisions that go to the subject; overrides the balance",
+        kind=float,
+        low=0.0,
+        high=1.0,
+        optional=True,
+    )
+    subject_strength: float = _setting(1.0, "Subject strength", "multiplies the subject LoRA", low=-10.0, high=10.0)
+    style_strength: float = _setting(1.0, "Style strength", "multiplies the style LoRA", low=-10.0, high=10.0)
+    policy: str = _setting("k-lora", "Policy", "the rule that decides which LoRA is active")
+    variant: str = _setting(
+        "paper",
+        "Variant",
+        "follow the paper, or behave like the authors' code where the two differ",
+        choices=("paper", "official"),
+    )
+    scale: str = _setting(
+        AUTO,
+        "Scale",
+        "s grows from subject to style; s* also favours the style at the very start; auto: s* on FLUX, else s",
+        choices=(AUTO, "s", "s*"),
+    )
+    alpha: float | None = _setting(
+        None, "α", "how much the scale changes over the steps; auto: 1.5", kind=float, low=0.0, optional=True
+    )
+    beta: float | None = _setting(
+        None,
+        "β",
+        "where the scale starts; auto: 0.5 for s, 1.3 for s* (1.275 in the official variant)",
+        kind=float,
+        low=0.0,
+        optional=True,
+    )
+    k: int | None = _setting(
+        None,
+        "K",
+        "how many of the largest entries are compared; auto: the product of both ranks",
+        kind=int,
+        low=1,
+        optional=True,
+    )
+    gamma: float | None = _setting(
+        None,
+        "γ",
+        "factor that makes two LoRAs of different strength comparable; auto: from the files",
+        kind=float,
+        above=0.0,
+        optional=True,
+    )
+    scope: str = _setting(
+        AUTO,
+        "Scope",
+        "modules that follow the rule: all of the diffusion model's, its linear ones, or attention only;"
+        " auto: all (attention in the official variant)",
+        choices=(AUTO, "all", "linear", "attention"),
+    )
+    other_layers: str = _setting(
+        AUTO,
+        "Other layers",
+        "who acts on modules of both files outside the scope; auto: both (none in the official variant)",
+        choices=_ROLES,
+    )
+    text_encoder: str = _setting(
+        AUTO,
+        "Text encoder",
+        "whose text-encoder part acts; auto: both (none in the official variant)",
+        choices=_ROLES,
+    )
+    unpaired: str = _setting(
+        "keep",
+        "Modules in one file only",
+        "keep: the file that has the module acts there at every step; drop: leave the module out",
+        choices=("keep", "drop"),
+    )
+    progress: str = _setting(
+        "absolute",
+        "Progress",
+        "img2img and hires start at their true place in the schedule (absolute) or at 0 (relative)",
+        choices=("absolute", "relative"),
+    )
+    engine: str = _setting(
+        AUTO, "Engine", "how a decision is applied; bypass adds the active LoRA's output", choices=(AUTO, "bypass")
+    )
+    seed: int = _setting(0, "Selection seed", "seed of the random policy", low=0)
+    steps: int = _setting(
+        30, "Steps", "steps of an analysis; while sampling, the sampler's own number counts", low=1, high=10_000
+    )
+
+    def __post_init__(self) -> None:
+        for name, option in options().items():
+            object.__setattr__(self, name, option.read(name, getattr(self, name)))
+        if self.scale == "s*" and self.alpha == 0:
+            raise SettingsError("alpha", "0 must be above 0 when the scale is s*, whose modulus it is")
+
+    @classmethod
+    def parse(cls, values: Mapping[str, Any]) -> Settings:
+        """Make settings from loose values, as text or typed; names may be written with dashes.
+
+        Raises SettingsError naming the field, for an unknown name as for an impossible value.
+        """
+        known = options()
+        read = {}
+        for raw, value in values.items():
+            name = raw.replace("-", "_")
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known settings: {', '.join(known)}"
+                raise SettingsError(str(raw), f"unknown setting; {hint}")
+            read[name] = value
+        return cls(**read)
+
+    def resolve(self, architecture: str | None) -> Settings:
+        """Fill in everything left to K-LoRA, for a model of `architecture` (None: unknown, treated as a UNet).
+
+        What comes back holds no "auto" but for `share`, `k`, `gamma` and `engine`, where it stands for a rule.
+        """
+        official = self.variant == "official"
+        scale = self.scale
+        if scale == AUTO:
+            # "Fixed" is defined on S (paper, section 4.3), whatever the model.
+            scale = "s*" if architecture == "FLUX" and self.policy != "fixed" else "s"
+        alpha = 1.5 if self.alpha is None else self.alpha
+        default_beta = {"s": 0.5, "s*": 0.85 * alpha if official else 1.3}[scale]
+        return dataclasses.replace(
+            self,
+            scale=scale,
+            alpha=alpha,
+            beta=default_beta if self.beta is None else self.beta,
+            scope=_given(self.scope, "attention" if official else "all"),
+            other_layers=_given(self.other_layers, "none" if official else "both"),
+            text_encoder=_given(self.text_encoder, "none" if official else "both"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give every setting by name, ready for JSON."""
+        return dataclasses.asdict(self)
+
+    def changed(self) -> dict[str, Any]:
+        """Give only the settings that differ from their defaults."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
+
+def options() -> dict[str, Option]:
+    """Describe every setting, by name, in the order of the fields."""
+    return {f.name: f.metadata["option"] for f in dataclasses.fields(Settings)}
+
+
+def _given(value: str, default: str) -> str:
+    return default if value == AUTO else value
