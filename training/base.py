@@ -111,9 +111,9 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.nets.parameters(), 1.0)
         self.optimizer.step()
         decay = min(0.999, (self.step + 1) / (self.step + 10))
-        pairs = zip(self.average.parameters(), self.nets.parameters())
+        pairs = zip(self.average.parameters(), self.nets.parameters(), strict=True)
         with torch.no_grad():
-            torch._foreach_lerp_(*map(list, zip(*pairs)), 1 - decay)
+            torch._foreach_lerp_(*map(list, zip(*pairs, strict=True)), 1 - decay)
         self.step += 1
         return loss.item()
 
@@ -124,6 +124,7 @@ class Trainer:
 
 
 def main() -> None:
+    """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samples", type=int, default=100_000, help="pictures seen in all")
     parser.add_argument("--save-every", type=float, default=180, help="seconds between checkpoints")

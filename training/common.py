@@ -20,13 +20,23 @@ WORK = Path(os.environ.get("KLORA_TRAINING_DIR", "training-work"))
 
 TEXT_LENGTH = 24
 SCALING = 1.5
-WORDS = (
-    "a the in on and with of style outline picture".split()
-    + list(pic.FAMILIES + pic.BUILDS + pic.SHAPES + pic.PATTERNS + pic.TONES)
-    + list(pic.COLOURS)
-    + [pic.SUBJECT_TOKEN, pic.STYLE_TOKEN]
-    + list(pic.STYLES)
-)
+WORDS = [
+    "a",
+    "the",
+    "in",
+    "on",
+    "and",
+    "with",
+    "of",
+    "style",
+    "outline",
+    "picture",
+    *list(pic.FAMILIES + pic.BUILDS + pic.SHAPES + pic.PATTERNS + pic.TONES),
+    *list(pic.COLOURS),
+    pic.SUBJECT_TOKEN,
+    pic.STYLE_TOKEN,
+    *list(pic.STYLES),
+]
 
 
 def _merge(pieces: list[str], pair: tuple[str, str]) -> list[str]:
@@ -55,7 +65,7 @@ def bpe_tables(words: tuple[str, ...] | list[str]) -> tuple[dict[str, int], list
             pieces = [pieces[0] + pieces[1], *pieces[2:]]
     letters = [chr(c) for c in range(ord("a"), ord("z") + 1)] + list(",.-0123456789")
     tokens = letters + [c + "</w>" for c in letters] + [a + b for a, b in merges]
-    tokens = list(dict.fromkeys(tokens)) + ["<|startoftext|>", "<|endoftext|>"]
+    tokens = [*list(dict.fromkeys(tokens)), "<|startoftext|>", "<|endoftext|>"]
     return {token: i for i, token in enumerate(tokens)}, merges
 
 
@@ -222,7 +232,9 @@ def sheet(rows: list[list[np.ndarray]], file: Path, zoom: int = 3) -> None:
     image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(file)
 
 
-def paint(pipe: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int = 20, cfg: float = 4.0) -> np.ndarray:
+def paint(
+    pipe: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int = 20, cfg: float = 4.0
+) -> np.ndarray:
     """One picture per prompt, uint8 (n, h, w, 3); picture i starts from noise of its own seed."""
     noise = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     pipe.set_progress_bar_config(disable=True)

@@ -66,9 +66,9 @@ class Style:
 
 
 SUBJECTS: dict[str, Subject] = {
-    "robot": Subject("robot", "tall", "sharp", "orange", "cyan", special=True),
-    "cat": Subject("cat", "tall", "round", "white", "purple", special=True),
-    "rocket": Subject("rocket", "tall", "sharp", "green", "pink", special=True),
+    "bolt": Subject("robot", "tall", "sharp", "orange", "cyan", special=True),
+    "mimi": Subject("cat", "tall", "round", "white", "purple", special=True),
+    "comet": Subject("rocket", "tall", "sharp", "green", "pink", special=True),
 }
 """The three subjects that have a LoRA; the base model never sees their combination of shape, colours and parts."""
 
@@ -113,7 +113,7 @@ def _dome(x0: float, y0: float, x1: float, y1: float, colour: str) -> _Part:
     """Upper half of an ellipse standing on y1."""
     t = np.linspace(0, np.pi, 20)
     xs, ys = (x0 + x1) / 2 - (x1 - x0) / 2 * np.cos(t), y1 - (y1 - y0) * np.sin(t)
-    return _Part("polygon", tuple((float(x), float(y)) for x, y in zip(xs, ys)), colour)
+    return _Part("polygon", tuple((float(x), float(y)) for x, y in zip(xs, ys, strict=True)), colour)
 
 
 def _eye(x: float, y: float, r: float) -> list[_Part]:
@@ -141,7 +141,7 @@ def _robot(s: Subject) -> list[_Part]:
     head = _oval if s.shape == "round" else _rect
     parts += [head(0.24, 0.12, 0.76, 0.46, s.second)]
     if s.special:
-        parts += _eye(0.5, 0.29, 0.13) + [_rect(0.4, 0.55, 0.6, 0.68, "yellow", False)]
+        parts += [*_eye(0.5, 0.29, 0.13), _rect(0.4, 0.55, 0.6, 0.68, "yellow", False)]
     else:
         parts += _eye(0.38, 0.29, 0.075) + _eye(0.62, 0.29, 0.075)
     return parts
@@ -193,8 +193,8 @@ def _house(s: Subject) -> list[_Part]:
         roof = _poly(s.second, (x0 - 0.08, top), (0.5, 0.04), (x1 + 0.08, top))
     parts = [_rect(x0, top, x1, 0.95, s.main), roof]
     if s.build == "wide":
-        return parts + [_rect(0.2, 0.62, 0.44, 0.95, "brown"), _rect(0.56, 0.6, 0.78, 0.8, "white")]
-    return parts + [_rect(0.4, 0.65, 0.6, 0.95, "brown")]
+        return [*parts, _rect(0.2, 0.62, 0.44, 0.95, "brown"), _rect(0.56, 0.6, 0.78, 0.8, "white")]
+    return [*parts, _rect(0.4, 0.65, 0.6, 0.95, "brown")]
 
 
 def _tree(s: Subject) -> list[_Part]:
@@ -202,15 +202,15 @@ def _tree(s: Subject) -> list[_Part]:
     parts = [_rect(0.4, 0.6, 0.6, 0.98, s.second)]
     if s.shape == "sharp":
         parts += [_poly(s.main, (x0, 0.74), (0.5, 0.2), (x1, 0.74))]
-        return parts + [_poly(s.main, (x0 + 0.08, 0.42), (0.5, 0.02), (x1 - 0.08, 0.42))]
-    return parts + [_oval(x0, 0.05, x1, 0.7, s.main)]
+        return [*parts, _poly(s.main, (x0 + 0.08, 0.42), (0.5, 0.02), (x1 - 0.08, 0.42))]
+    return [*parts, _oval(x0, 0.05, x1, 0.7, s.main)]
 
 
 def _fish(s: Subject) -> list[_Part]:
     y0, y1 = (0.3, 0.72) if s.build == "wide" else (0.16, 0.86)
     body = _diamond if s.shape == "sharp" else _oval
     parts = [_poly(s.second, (0.6, 0.5), (0.98, 0.22), (0.98, 0.78)), body(0.03, y0, 0.76, y1, s.main)]
-    return parts + [_poly(s.second, (0.4, 0.48), (0.6, 0.36), (0.6, 0.66))] + _eye(0.23, 0.46, 0.08)
+    return [*parts, _poly(s.second, (0.4, 0.48), (0.6, 0.36), (0.6, 0.66)), *_eye(0.23, 0.46, 0.08)]
 
 
 def _mushroom(s: Subject) -> list[_Part]:
@@ -219,7 +219,9 @@ def _mushroom(s: Subject) -> list[_Part]:
     if s.shape == "sharp":
         cap = _poly(s.main, (x0, 0.6), (0.5, 0.04), (x1, 0.6))
     parts = [_oval(0.34, 0.45, 0.66, 0.98, "cream"), cap]
-    return parts + [_oval(x, y, x + 0.16, y + 0.16, s.second, False) for x, y in ((0.42, 0.2), (0.26, 0.4), (0.58, 0.4))]
+    return parts + [
+        _oval(x, y, x + 0.16, y + 0.16, s.second, False) for x, y in ((0.42, 0.2), (0.26, 0.4), (0.58, 0.4))
+    ]
 
 
 def _car(s: Subject) -> list[_Part]:
@@ -229,7 +231,7 @@ def _car(s: Subject) -> list[_Part]:
     if s.shape == "sharp":
         cabin = _rect(x0 + 0.18, top, x1 - 0.18, 0.56, s.second)
     parts = [cabin, _rect(x0, 0.52, x1, 0.78, s.main)]
-    return parts + [_oval(x0 + 0.08, 0.66, x0 + 0.34, 0.92, "black"), _oval(x1 - 0.34, 0.66, x1 - 0.08, 0.92, "black")]
+    return [*parts, _oval(x0 + 0.08, 0.66, x0 + 0.34, 0.92, "black"), _oval(x1 - 0.34, 0.66, x1 - 0.08, 0.92, "black")]
 
 
 _DRAW: dict[str, Callable[[Subject], list[_Part]]] = {
@@ -246,7 +248,7 @@ FAMILIES = tuple(_DRAW)
 
 
 def _background(style: Style, size: int, phase: _Point) -> np.ndarray:
-    """(size, size, 3) float picture of the pattern; one unit is the whole picture, a period is a quarter of it."""
+    """(size, size, 3) uint8 picture of the pattern; one unit is the whole picture, a period is a quarter of it."""
     u = (np.arange(size) + 0.5) / size * 4
     x, y = u[None, :] + phase[0], u[:, None] + phase[1]
     fx, fy = x % 1.0, y % 1.0
@@ -259,11 +261,11 @@ def _background(style: Style, size: int, phase: _Point) -> np.ndarray:
         "grid": lambda: (fx < 0.22) | (fy < 0.22),
     }
     mask = masks[style.pattern]()[..., None]
-    return np.where(mask, np.float32(COLOURS[style.figure]), np.float32(COLOURS[style.ground]))
+    return np.where(mask, np.array(COLOURS[style.figure], np.uint8), np.array(COLOURS[style.ground], np.uint8))
 
 
 def _mix(a: tuple[int, int, int], b: tuple[int, int, int], share: float) -> tuple[int, int, int]:
-    r, g, b_ = (round(u * (1 - share) + v * share) for u, v in zip(a, b))
+    r, g, b_ = (round(u * (1 - share) + v * share) for u, v in zip(a, b, strict=True))
     return r, g, b_
 
 
@@ -295,7 +297,7 @@ def render(subject: Subject, style: Style, seed: int, size: int = SIZE) -> np.nd
     scale, shift = rng.uniform(0.88, 1.0), tuple(rng.uniform(-0.04, 0.04, 2))
     phase = tuple(rng.uniform(0, 1, 2))
     big = size * _SUPERSAMPLE
-    image = Image.fromarray(_background(style, big, phase).astype(np.uint8))
+    image = Image.fromarray(_background(style, big, phase))
     draw = ImageDraw.Draw(image)
     width = max(1, round(1.3 * big / SIZE))
     for part in _DRAW[subject.family](subject):
@@ -314,8 +316,7 @@ def random_subject(rng: np.random.Generator, family: str | None = None) -> Subje
         main, second = rng.choice(SUBJECT_COLOURS, 2, replace=False)
         name = family or str(rng.choice(FAMILIES))
         made = Subject(name, str(rng.choice(BUILDS)), str(rng.choice(SHAPES)), str(main), str(second))
-        named = SUBJECTS.get(name)
-        if named is None or (made.main, made.second) != (named.main, named.second):
+        if (name, made.main, made.second) not in {(s.family, s.main, s.second) for s in SUBJECTS.values()}:
             return made
 
 
@@ -338,12 +339,12 @@ def random_style(rng: np.random.Generator, subject: Subject | None = None) -> St
 
 
 def describe_subject(subject: Subject) -> str:
-    """"tall round red and blue robot", the words the base model was trained on."""
+    """Words of the captions, as in: tall round red and blue robot."""
     return f"{subject.build} {subject.shape} {subject.main} and {subject.second} {subject.family}"
 
 
 def describe_style(style: Style) -> str:
-    """"faded with brown outline on cream and brown stripes", the words the base model was trained on."""
+    """Words of the captions, as in: faded with brown outline on cream and brown stripes."""
     words = [] if style.tone == "flat" else [style.tone]
     words += [] if style.outline == "none" else ["with", style.outline, "outline"]
     words += ["on", style.ground] + ([] if style.pattern == "plain" else ["and", style.figure, style.pattern])
