@@ -6,7 +6,7 @@ weight is stored as (fp8, GGUF, NF4, offloaded), switching is a change of a numb
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from klora.errors import MismatchError
-from klora.lora.deltas import Delta, Factors
+from klora.lora.deltas import Delta
 
 
 @dataclass(frozen=True)
@@ -60,86 +60,81 @@ def module_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 class Operand:
-    """One delta at one site, with its tensors kept for each (device, dtype) it was asked for."""
+    """One delta at one site, as a chain of weights to be applied in turn: down, (mid,) up, or one dense ΔW.
+
+    Chains are kept for each (device, dtype) they were asked for.
+    """
 
     def __init__(self, delta: Delta, site: Site) -> None:
         delta.check_finite()
         self.delta = delta
         self.site = site
-        self._factors: dict[tuple[torch.device, torch.dtype], Factors] = {}
-        self._dense: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self.factored = delta.factors() is not None
+        self._is_conv = hasattr(site.module, "kernel_size")
+        self._chains: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
-    def warm(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Make a factor pair ready, so that becoming active later allocates nothing."""
-        if (device, dtype) not in self._factors and (factors := self.delta.factors()) is not None:
-            self._factors[device, dtype] = self._shaped(factors, device, dtype)
+    def chain(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Give the weights, from the cache when they were asked for before."""
+        if (device, dtype) not in self._chains:
+            weights = tuple(weight.to(device=device, dtype=dtype) for weight in self._weights())
+            if self._is_conv:
+                weights = tuple(weight[:, :, None, None] if weight.ndim == 2 else weight for weight in weights)
+            self._chains[device, dtype] = weights
+        return self._chains[device, dtype]
 
     def release(self) -> None:
         """Drop a dense delta, which is as large as the weight itself; it is formed again when needed."""
-        self._dense.clear()
+        if not self.factored:
+            self._chains.clear()
 
     def add(self, x: Tensor, y: Tensor, strength: float) -> Tensor:
         """Give y + strength·ΔW·x; in place where autograd does not watch."""
+        chain = self.chain(y.device, y.dtype)
         x = x.to(y.dtype)
-        factors = self._factors.get((y.device, y.dtype))
-        conv = hasattr(self.site.module, "kernel_size")
+        if self.factored:
+            strength *= self.delta.scale
+        if self._is_conv:
+            return self._add_conv(x, y, chain, strength)
+        for weight in chain[:-1]:
+            x = F.linear(x, weight)
+        return self._add_linear(x, y, chain[-1], strength)
+
+    def _weights(self) -> Iterator[Tensor]:
+        factors = self.delta.factors()
         if factors is None:
-            dense = self._dense_for(y.device, y.dtype)
-            return (
-                self._add_conv(y, self._convolve(x, dense), strength)
-                if conv
-                else self._add_linear(y, x, dense, strength)
-            )
-        strength *= self.delta.scale
-        if not conv:
-            return self._add_linear(y, F.linear(x, factors.down).to(y.dtype), factors.up, strength)
-        if factors.mid is None:
-            hidden = self._convolve(x, factors.down)
-        else:
-            hidden = self._convolve(F.conv2d(x, factors.down), factors.mid)
-        return self._add_conv(y, F.conv2d(hidden, factors.up), strength)
+            yield self.delta.matrix(self.site.base_weight() if self.delta.needs_base else None)
+            return
+        yield factors.down
+        if factors.mid is not None:
+            yield factors.mid
+        yield factors.up
 
-    def _shaped(self, factors: Factors, device: torch.device, dtype: torch.dtype) -> Factors:
-        conv = hasattr(self.site.module, "kernel_size")
-
-        def ready(tensor: Tensor) -> Tensor:
-            tensor = tensor.to(device=device, dtype=dtype)
-            return tensor[:, :, None, None] if conv and tensor.ndim == 2 else tensor
-
-        mid = None if factors.mid is None else ready(factors.mid)
-        return Factors(up=ready(factors.up), down=ready(factors.down), mid=mid)
-
-    def _dense_for(self, device: torch.device, dtype: torch.dtype) -> Tensor:
-        if (device, dtype) not in self._dense:
-            base = self.site.base_weight() if self.delta.needs_base else None
-            matrix = self.delta.matrix(base).to(device=device, dtype=dtype)
-            conv = hasattr(self.site.module, "kernel_size")
-            self._dense[device, dtype] = matrix[:, :, None, None] if conv and matrix.ndim == 2 else matrix
-        return self._dense[device, dtype]
-
-    def _add_linear(self, y: Tensor, x: Tensor, weight: Tensor, strength: float) -> Tensor:
+    def _add_linear(self, x: Tensor, y: Tensor, weight: Tensor, strength: float) -> Tensor:
         """Add strength·x·weightᵀ to the site's rows of y."""
-        rows = slice(*self.site.rows) if self.site.rows else slice(None)
-        if torch.is_grad_enabled() and (y.requires_grad or x.requires_grad):
-            added = F.linear(x, weight) * strength
-            if self.site.rows:
-                added = F.pad(added, (self.site.rows[0], y.shape[-1] - self.site.rows[1]))
-            return y + added
+        start, stop = self.site.rows or (0, y.shape[-1])
+        if _watched(x, y):
+            return y + F.pad(F.linear(x, weight) * strength, (start, y.shape[-1] - stop))
+        # Under autocast a product of fp32 tensors may come back in half precision.
+        x = x.to(y.dtype)
         if y.is_contiguous():
-            y.view(-1, y.shape[-1])[:, rows].addmm_(x.reshape(-1, x.shape[-1]), weight.t(), alpha=strength)
+            rows = y.view(-1, y.shape[-1])[:, start:stop]
+            rows.addmm_(x.reshape(-1, x.shape[-1]), weight.t(), alpha=strength)
         else:
-            y[..., rows].add_(F.linear(x, weight), alpha=strength)
+            y[..., start:stop].add_(F.linear(x, weight), alpha=strength)
         return y
 
-    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
-        # The module's own method, so that its stride, padding and padding mode (tiling!) hold.
-        return self.site.module._conv_forward(x, weight, None)
+    def _add_conv(self, x: Tensor, y: Tensor, chain: tuple[Tensor, ...], strength: float) -> Tensor:
+        # The kernel lies in the first weight of (dense) and (down, up), in the second of (down, mid, up).
+        spatial = (len(chain) - 1) // 2
+        for index, weight in enumerate(chain):
+            # The module's own method for the kernel, so that its stride, padding and padding mode (tiling!) hold.
+            x = self.site.module._conv_forward(x, weight, None) if index == spatial else F.conv2d(x, weight)
+        return y + x * strength if _watched(x, y) else y.add_(x, alpha=strength)
 
-    @staticmethod
-    def _add_conv(y: Tensor, added: Tensor, strength: float) -> Tensor:
-        if torch.is_grad_enabled() and (y.requires_grad or added.requires_grad):
-            return y + added * strength
-        return y.add_(added, alpha=strength)
+
+def _watched(x: Tensor, y: Tensor) -> bool:
+    """Tell whether autograd records what happens to y, so that it must not be changed in place."""
+    return torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
 
 
 @dataclass
@@ -182,8 +177,9 @@ class BypassLayer:
         x = args[0] if args else kwargs["input"]
         for part in self.parts:
             for operand in part.operands:
-                if operand is not None:
-                    operand.warm(output.device, output.dtype)
+                # Also what is not active: its becoming active then allocates nothing.
+                if operand is not None and operand.factored:
+                    operand.chain(output.device, output.dtype)
             for operand, strength in zip(part.operands, part.strengths, strict=True):
                 if operand is not None and strength:
                     output = operand.add(x, output, strength)

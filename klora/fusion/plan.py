@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -223,7 +224,7 @@ def balance_for_share(standings: Sequence[float], scales: Sequence[float], share
     if not finite:
         return 0.0
     # Candidates: above the largest ratio, between neighbours, below the smallest.
-    edges = [finite[0] + 1, *((a + b) / 2 for a, b in zip(finite, finite[1:], strict=False)), finite[-1] - 1]
+    edges = [finite[0] + 1, *((a + b) / 2 for a, b in itertools.pairwise(finite)), finite[-1] - 1]
     logs = [math.log2(ratio) if 0 < ratio < math.inf else math.copysign(math.inf, ratio - 1) for ratio in ratios]
     ascending = logs[::-1]
 

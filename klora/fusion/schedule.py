@@ -30,6 +30,7 @@ class Schedule:
     beta: float = 0.5
 
     def __call__(self, tau: float) -> float:
+        """Give the scale at position τ."""
         if self.kind == "one":
             return 1.0
         return (scale_s_star if self.kind == "s*" else scale_s)(tau, self.alpha, self.beta)

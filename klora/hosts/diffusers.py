@@ -40,10 +40,7 @@ class DiffusersHost:
     @property
     def model_name(self) -> str:
         """How messages call the model."""
-        known = self.architecture
-        return (
-            f"the {known} model of {type(self.pipe).__name__}" if known else f"the model of {type(self.pipe).__name__}"
-        )
+        return f"the {self.architecture or ''} model of {type(self.pipe).__name__}".replace("  ", " ")
 
     @property
     def architecture(self) -> str | None:

@@ -20,9 +20,7 @@ class Weights(NamedTuple):
     @property
     def letter(self) -> str:
         """One letter for reports: c subject, s style, b both, - neither."""
-        return {(True, False): "c", (False, True): "s", (True, True): "b"}.get(
-            (bool(self.subject), bool(self.style)), "-"
-        )
+        return "-csb"[bool(self.subject) + 2 * bool(self.style)]
 
 
 SUBJECT = Weights(1.0, 0.0)
