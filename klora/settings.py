@@ -211,7 +211,7 @@ class Settings:
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {near[0]}?" if near else f"known settings: {', '.join(known)}"
-                raise SettingsError(str(raw), f"unknown setting; {hint}")
+                raise SettingsError(raw if raw.isidentifier() else repr(raw), f"unknown setting; {hint}")
             read[name] = value
         return cls(**read)
 

@@ -14,16 +14,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """A schedule of N distinct noise levels, `points` in descending order; its end, level 0, is not among them."""
+    """A schedule of N distinct noise levels, `points` in descending order, one per step.
+
+    The level 0 that a schedule of σ ends with is no step; a timestep 0 at which the last step is made is one.
+    """
 
     points: tuple[float, ...]
 
     @classmethod
     def of(cls, levels: Iterable[float]) -> Progress:
-        """Make it from a sampler's schedule: repeats and a closing 0 are left out; ValueError for an empty one."""
+        """Make it from the levels of a sampler's steps, leaving out repeats; ValueError where there are none."""
         points = sorted({float(level) for level in levels if math.isfinite(level)}, reverse=True)
-        if len(points) > 1 and points[-1] == 0:
-            points.pop()
         if not points:
             raise ValueError("a schedule without noise levels has no progress")
         return cls(tuple(points))
