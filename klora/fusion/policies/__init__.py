@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from klora.errors import SettingsError
 from klora.fusion.policies.base import Policy
+from klora.fusion.policies.direct import Direct
 from klora.fusion.policies.fixed import Fixed
 from klora.fusion.policies.k_lora import KLora, NoGamma, TopKOnly
 from klora.fusion.policies.random import Random
 from klora.settings import Settings
 
-POLICIES: dict[str, type[Policy]] = {policy.name: policy for policy in (KLora, Fixed, Random, TopKOnly, NoGamma)}
+POLICIES: dict[str, type[Policy]] = {
+    policy.name: policy for policy in (KLora, Direct, Fixed, Random, TopKOnly, NoGamma)
+}
 
 
 def make_policy(settings: Settings) -> Policy:
