@@ -198,7 +198,7 @@ def fused_prefix(name: str, spelling: str, levels: int = 3) -> str:
 
 
 def _xlabs(ldm: str) -> str:
-    block, number, leaf = [*ldm.split(".", 2), ""][:3]
+    block, number, leaf = [*ldm.split(".", 2), "", ""][:3]
     if block == "double_blocks" and leaf in _XLABS_DOUBLE:
         return f"{block}.{number}.{_XLABS_DOUBLE[leaf]}"
     if block == "single_blocks" and leaf in ("linear1", "linear2"):

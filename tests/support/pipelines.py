@@ -1,0 +1,182 @@
+"""Tiny random pipelines of the real diffusers classes, with the real module names."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+CONTEXT = 32
+TOKENS = 16
+
+
+def clip_tokenizer(folder: Path) -> Any:
+    """A CLIP tokenizer that knows the letters of the alphabet."""
+    from transformers import CLIPTokenizer
+
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
+
+
+def clip_text_model(with_projection: bool = False) -> Any:
+    """A CLIP text encoder of two layers."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    config = CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=CONTEXT,
+        intermediate_size=48,
+        num_attention_heads=4,
+        num_hidden_layers=2,
+        max_position_embeddings=TOKENS,
+        projection_dim=CONTEXT,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=1,
+    )
+    return (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(config).eval()
+
+
+def autoencoder(channels: int = 4) -> Any:
+    """A VAE that halves each side."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        in_channels=3,
+        out_channels=3,
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=channels,
+        norm_num_groups=4,
+        shift_factor=0.1,
+        use_quant_conv=channels == 4,
+        use_post_quant_conv=channels == 4,
+    ).eval()
+
+
+def scheduler(name: str = "DDIMScheduler", **options: Any) -> Any:
+    """Any diffusers scheduler, with the noise schedule of Stable Diffusion."""
+    import diffusers
+
+    betas = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    kind = getattr(diffusers, name)
+    known = inspect.signature(kind.__init__).parameters
+    usual = {"steps_offset": 1, "clip_sample": False}
+    return kind(**betas, **{key: value for key, value in usual.items() if key in known}, **options)
+
+
+def sd_pipeline(folder: Path, kind: str = "StableDiffusionPipeline") -> Any:
+    """SD 1.5 in small: its block types and module names, 128 attention linears."""
+    import diffusers
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        cross_attention_dim=CONTEXT,
+        attention_head_dim=2,
+        block_out_channels=(8, 16, 16, 16),
+        layers_per_block=2,
+        norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+    ).eval()
+    pipe = getattr(diffusers, kind)(
+        unet=unet,
+        vae=autoencoder(),
+        text_encoder=clip_text_model(),
+        tokenizer=clip_tokenizer(folder),
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def sdxl_pipeline(folder: Path, kind: str = "StableDiffusionXLPipeline") -> Any:
+    """SDXL in small: its block types and transformer depths, 560 attention linears."""
+    import diffusers
+
+    torch.manual_seed(0)
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=16,
+        cross_attention_dim=2 * CONTEXT,
+        attention_head_dim=(1, 2, 4),
+        block_out_channels=(8, 16, 32),
+        layers_per_block=2,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=(1, 2, 10),
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=CONTEXT + 6 * 8,
+    ).eval()
+    pipe = getattr(diffusers, kind)(
+        unet=unet,
+        vae=autoencoder(),
+        text_encoder=clip_text_model(),
+        text_encoder_2=clip_text_model(with_projection=True),
+        tokenizer=clip_tokenizer(folder),
+        tokenizer_2=clip_tokenizer(folder),
+        scheduler=scheduler("EulerDiscreteScheduler"),
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def flux_pipeline(folder: Path, kind: str = "FluxPipeline") -> Any:
+    """FLUX in small: two double and three single blocks."""
+    import diffusers
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    transformer = diffusers.FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=CONTEXT,
+        pooled_projection_dim=CONTEXT,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    ).eval()
+    t5 = T5EncoderModel(T5Config(vocab_size=54, d_model=CONTEXT, d_ff=48, d_kv=8, num_heads=4, num_layers=2)).eval()
+    pipe = getattr(diffusers, kind)(
+        transformer=transformer,
+        vae=autoencoder(),
+        text_encoder=clip_text_model(),
+        text_encoder_2=t5,
+        tokenizer=clip_tokenizer(folder),
+        tokenizer_2=clip_tokenizer(folder),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+PIPELINES = {"sd": sd_pipeline, "sdxl": sdxl_pipeline, "flux": flux_pipeline}
+
+
+def run(pipe: Any, **options: Any) -> torch.Tensor:
+    """One small picture with fixed noise, as a tensor (images, 3, height, width)."""
+    if "image" not in options:
+        options = {"height": 32, "width": 32, **options}
+    if "Flux" in type(pipe).__name__:
+        options["max_sequence_length"] = TOKENS
+    generator = torch.Generator().manual_seed(0)
+    call = {"prompt": "a cat", "num_inference_steps": 4, "output_type": "pt", "generator": generator, **options}
+    return pipe(**call).images
