@@ -457,7 +457,9 @@ _TOP_ORDER = (
     "text_encoder_2",
 )
 _UNET_ORDER = {leaf: place for place, leaf in enumerate([*_RESNET.values(), "proj_in", *_TRANSFORMER.values()])}
-_FLUX_ORDER = {leaf: place for place, leaf in enumerate([*_DOUBLE.to_ldm, *_SINGLE.to_ldm])}
+_FLUX_ORDER = {
+    leaf: place for place, leaf in enumerate(dict.fromkeys(["norm.linear", *_DOUBLE.to_ldm, *_SINGLE.to_ldm]))
+}
 
 
 def sort_key(name: str) -> tuple[int, int, int, int, int, int, str]:

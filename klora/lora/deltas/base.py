@@ -1,0 +1,217 @@
+"""What every LoRA family has in common: one module's difference of weights, read row by row."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import ClassVar, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from klora.errors import LoraFileError, LoraValueError
+
+D = TypeVar("D", bound="Delta")
+
+FULL_RANK = 64
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+class Factors(NamedTuple):
+    """ΔW = up·down, unscaled: up (out, r), down (r, in[, kh, kw]); with `mid` (r, r, kh, kw), down is (r, in)."""
+
+    up: Tensor
+    down: Tensor
+    mid: Tensor | None = None
+
+
+class Stored:
+    """A tensor of the file under its full key: a lazy view of the mapped file, cast only when used."""
+
+    def __init__(self, key: str, data: Tensor) -> None:
+        self.key = key
+        self.data = data
+        self._native: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape as stored."""
+        return tuple(self.data.shape)
+
+    def native(self) -> Tensor:
+        """The tensor in the file's dtype, always the same object; fp8, which cannot be computed with, becomes fp32."""
+        if self._native is None:
+            self._native = self.data if self.data.dtype in _PLAIN else self.data.float()
+        return self._native
+
+    def fp32(self) -> Tensor:
+        """The tensor in fp32."""
+        return self.data.float()
+
+    def view(self, *shape: int) -> Stored:
+        """The same tensor in another shape."""
+        return Stored(self.key, self.data.reshape(shape))
+
+    def narrow(self, dim: int, start: int, stop: int) -> Stored:
+        """The part [start, stop) of one dimension."""
+        return Stored(self.key, self.data.narrow(dim, start, stop - start))
+
+
+@dataclass
+class Group:
+    """The tensors that a file holds for one module, by slot ("down", "up", "hada_w1_a" …).
+
+    `alpha` is None where neither a key nor the metadata gives one; `kernel` is the side of the module's kernel, known
+    from its name, for the families that store kernels flat. A family notes in `used` what it took.
+    """
+
+    file: str
+    key: str
+    tensors: dict[str, Stored]
+    alpha: float | None = None
+    rslora: bool = False
+    kernel: int = 1
+    used: set[str] = field(default_factory=set)
+
+    def __contains__(self, slot: str) -> bool:
+        return slot in self.tensors
+
+    def get(self, slot: str) -> Stored | None:
+        """The tensor of a slot, or None."""
+        if slot in self.tensors:
+            self.used.add(slot)
+        return self.tensors.get(slot)
+
+    def take(self, slot: str, partner: str, *dims: int) -> Stored:
+        """The tensor of a slot that must be there beside `partner`, with one of `dims` dimensions (default 2).
+
+        Raises LoraFileError naming the key.
+        """
+        stored = self.get(slot)
+        if stored is None:
+            there = self.tensors[partner].key if partner in self.tensors else self.key
+            cure = "the file is incomplete: download or export it again"
+            raise LoraFileError(self.file, f"its {slot} tensor is missing", cure, there)
+        if len(stored.shape) not in (dims or (2,)):
+            raise self.error(stored, f"has shape {size(stored.shape)}, which {slot} cannot have")
+        if 0 in stored.shape:
+            raise self.error(stored, f"is empty ({size(stored.shape)}), so its rank or width is 0")
+        return stored
+
+    def error(self, stored: Stored, reason: str) -> LoraFileError:
+        """An error about the structure of one tensor."""
+        return LoraFileError(self.file, reason, "the file is damaged: download or export it again", stored.key)
+
+    def scaling(self, rank: int) -> tuple[float, float]:
+        """(alpha, scale): alpha = rank where the file gives none; scale is alpha / rank, or alpha / √rank (rsLoRA)."""
+        alpha = float(rank) if self.alpha is None else self.alpha
+        return alpha, alpha / (math.sqrt(rank) if self.rslora else rank)
+
+
+def size(shape: tuple[int, ...]) -> str:
+    """A shape for messages: 320×768."""
+    return "×".join(map(str, shape)) or "one number"
+
+
+def squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """(out, in) of a 1×1 kernel; any other shape unchanged."""
+    return shape[:2] if all(side == 1 for side in shape[2:]) else shape
+
+
+def with_kernel(out: int, columns: int, kernel: int) -> tuple[int, ...]:
+    """The shape of a module whose `columns` = in·k·k are stored flat."""
+    if kernel > 1 and columns % kernel**2 == 0:
+        return (out, columns // kernel**2, kernel, kernel)
+    return (out, columns)
+
+
+@dataclass(eq=False)
+class Delta(ABC):
+    """The difference that a file makes to one module's weight.
+
+    `file` and `key` (the file's own prefix) say where it comes from. `shape` is (out, in) or (out, in, kh, kw), 1×1
+    kernels squeezed. `scale` is alpha / rank (rsLoRA: alpha / √rank; full differences: 1).
+    """
+
+    file: str
+    key: str
+    rank: int
+    alpha: float
+    scale: float
+    shape: tuple[int, ...]
+
+    family: ClassVar[str]
+    needs_base: ClassVar[bool] = False
+
+    @classmethod
+    @abstractmethod
+    def load(cls: type[D], group: Group) -> D | None:
+        """Read a group of tensors, or return None when they are of another family. Raises LoraFileError."""
+
+    @abstractmethod
+    def _fill(self, start: int, stop: int, block: Tensor) -> None:
+        """Write scale·ΔW[start:stop] into `block`, fp32 (stop - start, in·kh·kw)."""
+
+    @abstractmethod
+    def _part(self: D, start: int, stop: int, shape: tuple[int, ...]) -> D:
+        """The delta of the rows [start, stop), which has that `shape`."""
+
+    @property
+    def columns(self) -> int:
+        """in·kh·kw."""
+        return math.prod(self.shape[1:])
+
+    def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Rows [start, stop) of scale·ΔW, fp32 (stop - start, in·kh·kw) on the CPU; of a DoRA, its direction.
+
+        `out`, a contiguous fp32 tensor of at least that many entries, is written to and returned in part. Values are
+        not checked. Raises IndexError outside of the matrix.
+        """
+        if not 0 <= start <= stop <= self.shape[0]:
+            raise IndexError(f"rows {start} to {stop} of a delta with {self.shape[0]} rows")
+        count = stop - start
+        if out is None:
+            block = torch.empty(count, self.columns)
+        else:
+            block = out.view(-1)[: count * self.columns].view(count, self.columns)
+        self._fill(start, stop, block)
+        return block
+
+    def factors(self) -> Factors | None:
+        """The unscaled factors in the file's dtype (fp8 as fp32), always the same tensors; None if there are none."""
+        return None
+
+    def matrix(self, base_weight: Tensor | None = None) -> Tensor:
+        """The whole difference, fp32, of shape `shape`, scale included.
+
+        A delta with `needs_base` (DoRA) gives W' − W0 for the `base_weight` W0, on its device; ValueError without one.
+        """
+        return self.rows(0, self.shape[0]).view(self.shape)
+
+    def part(self: D, start: int, stop: int) -> D:
+        """The same delta restricted to the output rows [start, stop): a slice of a fused weight.
+
+        Raises IndexError for an empty or impossible range, UnsupportedFormatError where the rows depend on each other.
+        """
+        if not 0 <= start < stop <= self.shape[0]:
+            raise IndexError(f"rows {start} to {stop} of a delta with {self.shape[0]} rows")
+        if (start, stop) == (0, self.shape[0]):
+            return self
+        return self._part(start, stop, (stop - start, *self.shape[1:]))
+
+    def stored(self) -> Iterator[Stored]:
+        """The tensors it is made of."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Stored):
+                yield value
+
+    def check_finite(self) -> None:
+        """Raise LoraValueError, naming file and full tensor key, when a tensor holds NaN or infinity."""
+        for stored in self.stored():
+            if not torch.isfinite(stored.native()).all():
+                raise LoraValueError(
+                    self.file, "holds NaN or infinity", "the training diverged: use another file or epoch", stored.key
+                )

@@ -1,0 +1,80 @@
+"""DoRA (arXiv 2402.09353): W' = m · (W0 + ΔW) / ‖W0 + ΔW‖, with ΔW, the direction, of any low-rank family."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from klora.errors import MismatchError, UnsupportedFormatError
+from klora.lora.deltas.base import Delta, Group, Stored, size
+from klora.lora.deltas.loha import LohaDelta
+from klora.lora.deltas.lokr import LokrDelta
+from klora.lora.deltas.lora import LoraDelta
+
+_DIRECTIONS: tuple[type[Delta], ...] = (LoraDelta, LohaDelta, LokrDelta)
+
+
+@dataclass(eq=False)
+class DoraDelta(Delta):
+    """`magnitude` is one number per output row, or per input column where `by_column` (LyCORIS' older default)."""
+
+    direction: Delta
+    magnitude: Stored
+    by_column: bool
+
+    family = "dora"
+    needs_base = True
+
+    @classmethod
+    def load(cls, group: Group) -> DoraDelta | None:
+        """Read dora_scale or lora_magnitude_vector beside a direction; LoraFileError where they do not fit."""
+        slot = next((slot for slot in ("dora_scale", "magnitude") if slot in group), None)
+        direction = next((d for kind in _DIRECTIONS if (d := kind.load(group))), None) if slot else None
+        if slot is None or direction is None:
+            return None
+        magnitude = group.take(slot, slot, 1, 2, 4)
+        out, columns = direction.shape[:2]
+        # LyCORIS writes (out, 1…) or (1, in, 1…); PEFT always one per output, (out,) or (1, out, 1, 1).
+        per_row = magnitude.data.numel() == out and (slot == "magnitude" or magnitude.shape[0] == out)
+        if not per_row and (slot == "magnitude" or magnitude.data.numel() != columns):
+            raise group.error(magnitude, f"is {size(magnitude.shape)}, for a direction of {size(direction.shape)}")
+        common = (group.file, group.key, direction.rank, direction.alpha, direction.scale, direction.shape)
+        return cls(*common, direction, magnitude.view(-1), by_column=not per_row)
+
+    def matrix(self, base_weight: Tensor | None = None) -> Tensor:
+        """W' − W0 on the device of the `base_weight` W0, fp32; ValueError without one, MismatchError for its shape."""
+        if base_weight is None:
+            raise ValueError(f"{self.key} is a DoRA: its difference depends on the weight it is applied to")
+        if base_weight.numel() != self.direction.columns * self.shape[0]:
+            raise MismatchError(
+                f"{self.file}: {self.key}: is {size(self.shape)} and the model's weight is"
+                f" {size(tuple(base_weight.shape))}; use a LoRA made for this model"
+            )
+        base = base_weight.detach().float().reshape(self.shape)
+        changed = base + self.direction.matrix().to(base.device)
+        dims = [dim for dim in range(len(self.shape)) if dim != int(self.by_column)]
+        norm = torch.linalg.vector_norm(changed, dim=dims, keepdim=True)
+        magnitude = self.magnitude.fp32().to(base.device).view(norm.shape)
+        return changed.mul_(magnitude / norm.clamp_min(torch.finfo(torch.float32).eps)).sub_(base)
+
+    def stored(self) -> Iterator[Stored]:
+        """The direction's tensors and the magnitude."""
+        yield from self.direction.stored()
+        yield self.magnitude
+
+    def _fill(self, start: int, stop: int, block: Tensor) -> None:
+        self.direction.rows(start, stop, out=block)
+
+    def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> DoraDelta:
+        if self.by_column:
+            raise UnsupportedFormatError(
+                self.file,
+                "is a DoRA with one magnitude per column of a fused weight, which cannot be split into q, k and v",
+                "use a file with split q, k, v or trained with wd_on_output",
+                self.magnitude.key,
+            )
+        magnitude = self.magnitude.narrow(0, start, stop)
+        return replace(self, shape=shape, direction=self.direction.part(start, stop), magnitude=magnitude)

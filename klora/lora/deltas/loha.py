@@ -1,0 +1,73 @@
+"""LoHa (arXiv 2108.06098, LyCORIS): ΔW = (w1_a·w1_b) ⊙ (w2_a·w2_b), for kernels optionally with cores t1 and t2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from klora.errors import LoraFileError
+from klora.lora.deltas.base import Delta, Group, Stored, size, squeeze, with_kernel
+
+_SLOTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+_CORES = ("hada_t1", "hada_t2")
+
+
+@dataclass(eq=False)
+class LohaDelta(Delta):
+    """`w1_a` is (out, r), `w1_b` (r, in·kh·kw); with the core `t1` (r, r, kh, kw): (r, out) and (r, in). 2 likewise."""
+
+    w1_a: Stored
+    w1_b: Stored
+    w2_a: Stored
+    w2_b: Stored
+    t1: Stored | None = None
+    t2: Stored | None = None
+
+    family = "loha"
+
+    @classmethod
+    def load(cls, group: Group) -> LohaDelta | None:
+        """Read hada_*; LoraFileError where a tensor is missing or they do not multiply. The rank is the file's dim."""
+        first = next((slot for slot in (*_SLOTS, *_CORES) if slot in group), None)
+        if first is None:
+            return None
+        w1_a, w1_b, w2_a, w2_b = (group.take(slot, first) for slot in _SLOTS)
+        cores = [group.take(slot, first, 4) for slot in _CORES] if any(slot in group for slot in _CORES) else [None] * 2
+        shapes = [_shape(group, *factor) for factor in ((w1_a, w1_b, cores[0]), (w2_a, w2_b, cores[1]))]
+        if shapes[0] != shapes[1]:
+            reason = f"its two halves are {size(shapes[0])} and {size(shapes[1])}: they do not multiply"
+            raise LoraFileError(group.file, reason, "the file is damaged: download or export it again", w2_a.key)
+        rank = w1_b.shape[0]
+        alpha, scale = group.scaling(rank)
+        return cls(group.file, group.key, rank, alpha, scale, shapes[0], w1_a, w1_b, w2_a, w2_b, *cores)
+
+    def _fill(self, start: int, stop: int, block: Tensor) -> None:
+        for a, b, core, factor in ((self.w1_a, self.w1_b, self.t1, 1), (self.w2_a, self.w2_b, self.t2, 2)):
+            left = a.data[start:stop].float() if core is None else a.data[:, start:stop].float().t()
+            right = b.fp32()
+            if core is not None:
+                right = torch.einsum("mnkl,ni->mikl", core.fp32(), right).reshape(len(right), -1)
+            if factor == 1:
+                torch.addmm(block, left, right, beta=0, alpha=self.scale, out=block)
+            else:
+                block.mul_(left @ right)
+
+    def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> LohaDelta:
+        dim = 0 if self.t1 is None else 1
+        return replace(
+            self, shape=shape, w1_a=self.w1_a.narrow(dim, start, stop), w2_a=self.w2_a.narrow(dim, start, stop)
+        )
+
+
+def _shape(group: Group, a: Stored, b: Stored, core: Stored | None) -> tuple[int, ...]:
+    """The shape that one half gives, squeezed."""
+    rank, columns = b.shape
+    if core is None:
+        fits, shape = a.shape[1] == rank, with_kernel(a.shape[0], columns, group.kernel)
+    else:
+        fits, shape = core.shape[:2] == (a.shape[0], rank), squeeze((a.shape[1], columns, *core.shape[2:]))
+    if not fits:
+        raise group.error(a, f"is {size(a.shape)} and {b.key} is {size(b.shape)}: they do not multiply")
+    return shape

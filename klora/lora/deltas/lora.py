@@ -1,0 +1,57 @@
+"""LoRA and LoCon: ΔW = up·down, for convolutions with the kernel in `down`, or in `mid` (CP decomposition)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from klora.lora.deltas.base import Delta, Factors, Group, Stored, size, squeeze
+
+
+@dataclass(eq=False)
+class LoraDelta(Delta):
+    """`up` is (out, r), `down` (r, in[, kh, kw]); with `mid` (r, r, kh, kw), `down` is (r, in)."""
+
+    up: Stored
+    down: Stored
+    mid: Stored | None = None
+
+    family = "lora"
+
+    @classmethod
+    def load(cls, group: Group) -> LoraDelta | None:
+        """Read lora_down, lora_up (and lora_mid); LoraFileError where one is missing or they do not multiply."""
+        if "down" not in group and "up" not in group:
+            return None
+        down, up = group.take("down", "up", 2, 4), group.take("up", "down", 2, 4)
+        mid = group.take("mid", "down", 4) if "mid" in group else None
+        rank = down.shape[0]
+        if up.shape[1] != rank or any(side != 1 for side in up.shape[2:]):
+            raise group.error(up, f"is {size(up.shape)} and {down.key} is {size(down.shape)}: they do not multiply")
+        up, down = up.view(*up.shape[:2]), down.view(*squeeze(down.shape))
+        kernel = down.shape[2:]
+        if mid is not None:
+            if mid.shape[:2] != (rank, rank) or kernel:
+                raise group.error(
+                    mid, f"is {size(mid.shape)} and {down.key} is {size(down.shape)}: they do not multiply"
+                )
+            kernel = mid.shape[2:]
+        alpha, scale = group.scaling(rank)
+        shape = squeeze((up.shape[0], down.shape[1], *kernel))
+        return cls(group.file, group.key, rank, alpha, scale, shape, up, down, mid)
+
+    def factors(self) -> Factors:
+        """The tensors up, down and mid as they are stored."""
+        return Factors(self.up.native(), self.down.native(), self.mid.native() if self.mid else None)
+
+    def _fill(self, start: int, stop: int, block: Tensor) -> None:
+        down = self.down.fp32()
+        if self.mid is not None:
+            down = torch.einsum("mnkl,ni->mikl", self.mid.fp32(), down)
+        up = self.up.data[start:stop].float()
+        torch.addmm(block, up, down.reshape(self.rank, -1), beta=0, alpha=self.scale, out=block)
+
+    def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> LoraDelta:
+        return replace(self, shape=shape, up=self.up.narrow(0, start, stop))

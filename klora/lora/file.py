@@ -1,0 +1,219 @@
+"""A LoRA file as a whole: opened, checked, its modules brought to canonical names; and files compared."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from klora.errors import LoraFileError, LoraValueError, MismatchError, UnsupportedFormatError
+from klora.lora import peft_alpha
+from klora.lora.container import TensorFile, printable
+from klora.lora.deltas import Delta, Group, Stored, load_delta
+from klora.lora.deltas.base import size, squeeze
+from klora.lora.keys import refused_family, split_key
+from klora.lora.names import Target, is_flux, kernel_of, resolve, sort_key
+
+_CONTEXT = {768: "SD1", 1024: "SD2", 2048: "SDXL"}
+
+
+class LoraFile:
+    """A LoRA file whose structure has been checked; its tensors stay on disk until they are used.
+
+    `modules` and `text_encoder` hold the deltas by canonical name, in network order; `unmatched` the full keys that
+    were not understood; `architecture` is "SD1", "SD2", "SDXL", "FLUX", or None where the file does not tell.
+    """
+
+    def __init__(self, tensors: TensorFile, sha256: str | None = None) -> None:
+        self.path = tensors.path
+        self.name = tensors.path.stem
+        self.metadata = tensors.metadata
+        self.modules: dict[str, Delta] = {}
+        self.text_encoder: dict[str, Delta] = {}
+        self.unmatched: list[str] = []
+        self._tensors = tensors
+        self._sha256 = sha256
+        self._load()
+        self.architecture = _architecture(self.modules)
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], sha256: str | None = None) -> LoraFile:
+        """Open a .safetensors file, memory-mapped; `sha256` is its hex digest where it is known already.
+
+        Raises LoraFileError naming file, key and cure for anything that cannot be read or understood, and its
+        subclass UnsupportedFormatError for pickles, OFT, BOFT, GLoRA and IA3. Values are checked when they are used.
+        """
+        return cls(TensorFile(Path(path)), sha256)
+
+    def __repr__(self) -> str:
+        return f"LoraFile({str(self.path)!r}, {len(self.modules)} modules, {self.architecture})"
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of the file's bytes, computed once."""
+        if self._sha256 is None:
+            self._sha256 = self._tensors.sha256()
+        return self._sha256
+
+    def _load(self) -> None:
+        file = self._tensors.file
+        prefixes = self._group_keys()
+        configs = peft_alpha.read(self.metadata, file)
+        for prefix, slots in prefixes.items():
+            targets = resolve(prefix)
+            delta, left = None, slots
+            if targets is not None:
+                group = self._group(prefix, slots, targets[0], configs)
+                delta = load_delta(group)
+                left = {slot: key for slot, key in slots.items() if delta is None or slot not in group.used}
+            if targets is not None and delta is not None:
+                self._add(targets, delta)
+            self.unmatched.extend(left.values())
+        if not self.modules and not self.text_encoder:
+            raise _no_modules(file, list(self._tensors.entries))
+        self.modules = _in_order(self.modules)
+        self.text_encoder = _in_order(self.text_encoder)
+
+    def _group_keys(self) -> dict[str, dict[str, str]]:
+        """prefix → slot → full key; refuses families that are not read, and two tensors for one slot."""
+        groups: dict[str, dict[str, str]] = {}
+        for key, entry in self._tensors.entries.items():
+            if family := refused_family(key, len(entry.shape)):
+                cure = "use a LoRA, LoCon, DoRA, LoHa, LoKr or full-difference file"
+                raise UnsupportedFormatError(self._tensors.file, f"is of the {family} family", cure, printable(key))
+            if (split := split_key(key)) is None:
+                self.unmatched.append(key)
+                continue
+            slots = groups.setdefault(split[0], {})
+            if split[1] in slots:
+                raise _twice(self._tensors.file, slots[split[1]], key)
+            slots[split[1]] = key
+        return groups
+
+    def _group(
+        self, prefix: str, slots: dict[str, str], target: Target, configs: Mapping[str, peft_alpha.AlphaConfig]
+    ) -> Group:
+        file = self._tensors.file
+        tensors = {s: Stored(printable(key), self._tensors.weight(key)) for s, key in slots.items() if s != "alpha"}
+        group = Group(file, printable(prefix), tensors, kernel=kernel_of(target.name))
+        if "alpha" in slots:
+            group.alpha = self._tensors.number(slots["alpha"])
+            group.used.add("alpha")
+            if not math.isfinite(group.alpha):
+                raise LoraValueError(file, "is NaN or infinity", "use another file", printable(slots["alpha"]))
+            return group
+        component, _, path = target.name.partition(".") if target.text_encoder else ("unet", "", target.name)
+        if config := configs.get(component):
+            group.alpha, group.rslora = config.of(path), config.rslora
+        return group
+
+    def _add(self, targets: tuple[Target, ...], delta: Delta) -> None:
+        for target in targets:
+            table = self.text_encoder if target.text_encoder else self.modules
+            if target.name in table:
+                raise _twice(self._tensors.file, table[target.name].key, delta.key)
+            try:
+                table[target.name] = delta.part(*target.rows(*delta.shape[:2]))
+            except ValueError as error:
+                cure = "the file is damaged or made for another model"
+                raise LoraFileError(self._tensors.file, str(error), cure, delta.key) from None
+
+
+def _in_order(table: dict[str, Delta]) -> dict[str, Delta]:
+    return dict(sorted(table.items(), key=lambda item: sort_key(item[0])))
+
+
+def _twice(file: str, first: str, second: str) -> LoraFileError:
+    reason = f"names the same weight as {printable(first)}"
+    return LoraFileError(file, reason, "keep one of the two: the file was merged wrongly", printable(second))
+
+
+def _no_modules(file: str, keys: list[str]) -> LoraFileError:
+    example = f" (such as {printable(min(keys, key=len))})" if keys else ""
+    reason = f"zero modules matched: none of its {len(keys)} keys{example} is of a known LoRA"
+    return LoraFileError(file, reason, "give a LoRA of SD 1.x, SD 2.x, SDXL or FLUX, not a checkpoint or an embedding")
+
+
+def _architecture(modules: Mapping[str, Delta]) -> str | None:
+    """The model a file was made for, from its names and the width of its text context; None where they do not tell."""
+    if any(is_flux(name) for name in modules):
+        return "FLUX"
+    for name, delta in modules.items():
+        if name.endswith((".attn2.to_k", ".attn2.to_v")):
+            return _CONTEXT.get(delta.shape[1])
+    # Only SDXL has several transformer layers, and only from 640 channels on.
+    layers = (delta.shape for name, delta in modules.items() if ".transformer_blocks.1." in name)
+    return "SDXL" if any(shape[0] in (640, 1280) for shape in layers) else None
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What two files touch: canonical names of both, of one only, of text encoders; keys that were not understood."""
+
+    contested: list[str]
+    subject_only: list[str]
+    style_only: list[str]
+    text_encoder: list[str]
+    unmatched: list[str]
+
+
+def coverage(subject: LoraFile, style: LoraFile) -> Coverage:
+    """Compare two files module by module; every list is in network order."""
+    ours, theirs = subject.modules, style.modules
+    return Coverage(
+        contested=[name for name in ours if name in theirs],
+        subject_only=[name for name in ours if name not in theirs],
+        style_only=[name for name in theirs if name not in ours],
+        text_encoder=sorted({*subject.text_encoder, *style.text_encoder}, key=sort_key),
+        unmatched=list(dict.fromkeys([*subject.unmatched, *style.unmatched])),
+    )
+
+
+def check_partner(subject: LoraFile, style: LoraFile) -> None:
+    """Raise MismatchError when two files are for different models, saying which is which."""
+    kinds = (subject.architecture, style.architecture)
+    if subject.modules and style.modules and kinds[0] != kinds[1] and (None not in kinds or "FLUX" in kinds):
+        raise MismatchError(
+            f"{_label(subject)} is for {_model(subject)} and {_label(style)} is for {_model(style)};"
+            " choose two LoRAs for the same model"
+        )
+    for tables in ((subject.modules, style.modules), (subject.text_encoder, style.text_encoder)):
+        for name, delta in tables[0].items():
+            other = tables[1].get(name)
+            if other is not None and other.shape != delta.shape:
+                raise MismatchError(
+                    f"{_label(subject)} ({_model(subject)}) has {name} as {size(delta.shape)}, {_label(style)}"
+                    f" ({_model(style)}) as {size(other.shape)}; choose two LoRAs for the same model"
+                )
+
+
+def check_model(file: LoraFile, shapes: Mapping[str, tuple[int, ...]], model: str) -> None:
+    """Raise MismatchError when a file does not fit a model, whose weight `shapes` go by canonical name.
+
+    Modules that the model lacks are allowed as long as it has one of them. 1×1 kernels count as (out, in). `model`
+    is what to call the model in the message.
+    """
+    matched = [name for name in file.modules if name in shapes]
+    for name in matched:
+        theirs = squeeze(tuple(shapes[name]))
+        if file.modules[name].shape != theirs:
+            raise MismatchError(
+                f"{_label(file)} is for {_model(file)}: its {name} is {size(file.modules[name].shape)},"
+                f" in {model} it is {size(theirs)}; choose a LoRA made for this model"
+            )
+    if file.modules and not matched:
+        example = next(iter(file.modules))
+        raise MismatchError(
+            f"{_label(file)} is for {_model(file)}: zero modules matched in {model}, which has no {example};"
+            " choose a LoRA made for this model"
+        )
+
+
+def _label(file: LoraFile) -> str:
+    return printable(str(file.path))
+
+
+def _model(file: LoraFile) -> str:
+    return file.architecture or "an unknown UNet"

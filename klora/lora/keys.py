@@ -1,0 +1,49 @@
+"""A tensor's full key → the module's prefix and the slot in it, in every spelling of the slots."""
+
+from __future__ import annotations
+
+import re
+
+# One alternative per slot; the adapter's name that PEFT may put in ("lora_A.default.weight") is dropped.
+_ADAPTER = r"(?:\.[^.]+)?"
+_SLOTS = {
+    "down": rf"(?:lora_|lora\.|lora_linear_layer\.)?down\.weight|lora_A{_ADAPTER}\.weight",
+    "up": rf"(?:lora_|lora\.|lora_linear_layer\.)?up\.weight|lora_B{_ADAPTER}\.weight",
+    "mid": r"lora_mid\.weight",
+    "alpha": r"alpha",
+    "dora_scale": r"dora_scale",
+    "magnitude": rf"lora_magnitude_vector{_ADAPTER}(?:\.weight)?",
+    "diff": r"diff",
+}
+_ENDING = re.compile(
+    r"\.(?:"
+    + "|".join(f"(?P<{slot}>{pattern})" for slot, pattern in _SLOTS.items())
+    + rf"|(?P<other>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)){_ADAPTER})$"
+)
+_LONGEST_ENDING = 160
+
+# Parts of keys that give away a family which is refused, with its name.
+_REFUSED = {
+    "BOFT": re.compile(r"\.boft_(?:R|s)\b"),
+    "OFT": re.compile(r"\.oft_(?:blocks|diag|r|R|s)\b"),
+    "GLoRA": re.compile(r"\.(?:a1|a2|b1|b2|bm1|bm2)\.weight$"),
+    "IA3": re.compile(r"\.(?:ia3_l\b|on_input$)"),
+}
+
+
+def split_key(key: str) -> tuple[str, str] | None:
+    """(prefix, slot) of a full tensor key, or None when it ends like no tensor of a LoRA.
+
+    Slots: down, up, mid, alpha, dora_scale, magnitude, diff, hada_*, lokr_*.
+    """
+    if (match := _ENDING.search(key, max(0, len(key) - _LONGEST_ENDING))) is None or match.start() == 0:
+        return None
+    slot = match["other"] or match.lastgroup
+    return (key[: match.start()], str(slot))
+
+
+def refused_family(key: str, dimensions: int) -> str | None:
+    """The name of the family that a key belongs to when K-LoRA does not read it (OFT, BOFT, GLoRA, IA3)."""
+    name = next((name for name, pattern in _REFUSED.items() if pattern.search(key)), None)
+    # LyCORIS keeps the blocks of both in `oft_blocks`; BOFT has one dimension more, for its butterfly factors.
+    return "BOFT" if name == "OFT" and dimensions == 4 else name
