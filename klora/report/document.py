@@ -1,0 +1,72 @@
+"""A plan as the JSON document of `klora analyze`, schema 1 (docs/analyze-json.md)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from klora.fusion.plan import FusionPlan, PlanModule
+from klora.lora.file import LoraFile
+from klora.pair import Pair
+from klora.report.summary import ranks
+
+SCHEMA = 1
+
+
+def document(pair: Pair, plan: FusionPlan) -> dict[str, Any]:
+    """Give everything that a plan decides, ready for JSON: every number is finite or null.
+
+    `policy` is there only where the rule is not K-LoRA's own.
+    """
+    settings, coverage = plan.settings, pair.coverage
+    policy = {} if plan.policy.name == "k-lora" else {"policy": plan.policy.name}
+    schedule = plan.policy.schedule
+    scaled = schedule.kind != "one"
+    return {
+        "schema": SCHEMA,
+        "subject": _file(pair.subject),
+        "style": _file(pair.style),
+        **policy,
+        "variant": settings.variant,
+        "scope": settings.scope,
+        "scale": {
+            "kind": schedule.kind,
+            "alpha": _number(schedule.alpha) if scaled else None,
+            "beta": _number(schedule.beta) if scaled else None,
+            "balance": _number(plan.balance),
+        },
+        "steps": plan.steps,
+        "gamma": _number(plan.gamma),
+        "subject_share": [_number(share) for share in plan.subject_share()],
+        "share": _number(plan.share),
+        "coverage": {
+            "contested": len(coverage.contested),
+            "subject_only": len(coverage.subject_only),
+            "style_only": len(coverage.style_only),
+            "text_encoder": len(coverage.text_encoder),
+            "unmatched": coverage.unmatched,
+        },
+        "modules": [_module(module, plan) for module in plan.modules],
+    }
+
+
+def _file(file: LoraFile) -> dict[str, Any]:
+    return {"file": str(file.path), "sha256": file.sha256, "modules": len(file.modules), "ranks": ranks(file)}
+
+
+def _module(module: PlanModule, plan: FusionPlan) -> dict[str, Any]:
+    return {
+        "name": module.name,
+        "slice": module.slice,
+        "subject_name": module.subject_name,
+        "style_name": module.style_name,
+        "k": module.k,
+        "subject_sum": _number(module.subject_sum),
+        "style_sum": _number(module.style_sum),
+        "rho": _number(module.rho),
+        "selection": plan.selections[module.name],
+    }
+
+
+def _number(value: float | None) -> float | None:
+    return None if value is None or not math.isfinite(value) else value

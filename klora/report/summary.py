@@ -1,0 +1,147 @@
+"""A plan in words and figures, for a terminal."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+
+from klora.fusion.plan import FusionPlan, PlanModule
+from klora.lora.file import LoraFile
+from klora.lora.names import block_of
+from klora.pair import Pair
+
+_BARS = "▁▂▃▄▅▆▇█"
+_PER_ROW = 10
+
+
+def summarise(pair: Pair, plan: FusionPlan) -> str:
+    """Say what the two files are, what rule decides between them, and what comes of it; several lines."""
+    rows = [
+        ("subject", _describe_file(pair.subject)),
+        ("style", _describe_file(pair.style)),
+        ("model", pair.architecture or "unknown architecture"),
+        ("coverage", _describe_coverage(pair)),
+        ("rule", describe_rule(plan)),
+        ("share", _describe_share(plan)),
+    ]
+    lines = [f"{label:<9} {text}" for label, text in rows]
+    if plan.share is not None:
+        lines += ["", *_share_table(plan)]
+    if plan.contested:
+        lines += ["", *_block_table(plan)]
+    return "\n".join(lines)
+
+
+def notices(pair: Pair, plan: FusionPlan) -> list[str]:
+    """Give what a user should be warned of, one line each."""
+    found = list(plan.warnings)
+    if unmatched := pair.coverage.unmatched:
+        found.append(f"{len(unmatched)} keys were not understood and do nothing, such as {unmatched[0]}")
+    return found
+
+
+def describe_rule(plan: FusionPlan) -> str:
+    """Write the rule in force with its numbers, on one line."""
+    settings = plan.settings
+    parts = [plan.policy.title, f"{settings.variant} variant", f"scope {settings.scope}", describe_scale(plan)]
+    parts.append("γ undefined" if plan.gamma is None else f"γ = {plan.gamma:.4g}")
+    if plan.policy.balanced:
+        parts.append(f"balance {plan.balance:+.3g}")
+    return " · ".join(parts)
+
+
+def describe_scale(plan: FusionPlan) -> str:
+    """Write the scale as its formula."""
+    schedule = plan.policy.schedule
+    formula = f"{schedule.alpha:g}·τ + {schedule.beta:g}"
+    return {"s": f"S(τ) = {formula}", "s*": f"S*(τ) = ({formula}) mod {schedule.alpha:g}"}.get(
+        schedule.kind, "no scale"
+    )
+
+
+def ranks(file: LoraFile) -> list[int]:
+    """Give the distinct ranks of a file's diffusion-model modules, ascending."""
+    return sorted({delta.rank for delta in file.modules.values()})
+
+
+def _describe_file(file: LoraFile) -> str:
+    found = ranks(file)
+    rank = f", rank {'/'.join(map(str, found))}" if len(found) <= 4 else f", ranks {found[0]} to {found[-1]}"
+    families = sorted({delta.family for delta in file.modules.values()})
+    return (
+        f"{_line(file.path.name)}: {len(file.modules)} modules{rank if found else ''} ({', '.join(families) or 'none'})"
+    )
+
+
+def _describe_coverage(pair: Pair) -> str:
+    coverage = pair.coverage
+    total = len(coverage.contested) + len(coverage.subject_only) + len(coverage.style_only)
+    counts = {
+        "subject only": len(coverage.subject_only),
+        "style only": len(coverage.style_only),
+        "text encoder": len(coverage.text_encoder),
+        "keys not understood": len(coverage.unmatched),
+    }
+    rest = ", ".join(f"{label} {count}" for label, count in counts.items())
+    return f"contested {len(coverage.contested)} of {total} modules; {rest}"
+
+
+def _describe_share(plan: FusionPlan) -> str:
+    if plan.share is None:
+        return "nothing is contested"
+    beyond = len([m for m in plan.modules if m.subject_name and m.style_name]) - len(plan.contested)
+    aside = f"; {beyond} modules of both files lie outside the scope" if beyond else ""
+    return f"subject {plan.share:.1%} of {len(plan.contested)} modules × {plan.steps} steps{aside}"
+
+
+def _share_table(plan: FusionPlan) -> list[str]:
+    shares = [share or 0.0 for share in plan.subject_share()]
+    lines = [f"subject share per step, in %   {sparkline(shares)}"]
+    width = len(str(plan.steps - 1))
+    for start in range(0, plan.steps, _PER_ROW):
+        row = shares[start : start + _PER_ROW]
+        span = f"{start:>{width}}–{start + len(row) - 1:<{width}}"
+        lines.append(f"  {span}  " + " ".join(f"{100 * share:3.0f}" for share in row))
+    return lines
+
+
+def sparkline(shares: Sequence[float], width: int = 60) -> str:
+    """Draw fractions as one line of bars, at most `width` of them."""
+    count = min(len(shares), width)
+    picked = [shares[i * len(shares) // count] for i in range(count)]
+    return "".join(_BARS[min(int(share * len(_BARS)), len(_BARS) - 1)] for share in picked)
+
+
+def _block_table(plan: FusionPlan) -> list[str]:
+    label = max(len("block"), *(len(block_of(module.name)) for module in plan.contested))
+    lines = [f"{'block':<{label}}  contested  subject   ρ: least  median    most   switches at steps"]
+    for block, modules in _by_block(plan.contested).items():
+        letters = "".join(plan.selections[module.name] for module in modules)
+        share = letters.count("c") / len(letters)
+        ratios = [module.rho for module in modules if module.rho is not None]
+        figures = (min(ratios), statistics.median(ratios), max(ratios)) if ratios else (math.nan,) * 3
+        numbers = " ".join(f"{value:>7.3g}" for value in figures)
+        lines.append(f"{block:<{label}}  {len(modules):>9}  {share:>6.1%}    {numbers}   {_switches(plan, modules)}")
+    return lines
+
+
+def _by_block(modules: Iterable[PlanModule]) -> dict[str, list[PlanModule]]:
+    found: dict[str, list[PlanModule]] = {}
+    for module in modules:
+        found.setdefault(block_of(module.name), []).append(module)
+    return found
+
+
+def _switches(plan: FusionPlan, modules: Iterable[PlanModule]) -> str:
+    selections = [plan.selections[module.name] for module in modules]
+    found = [i for letters in selections for i in range(1, len(letters)) if letters[i] != letters[i - 1]]
+    if not found:
+        return "never"
+    switching = sum(len(set(letters)) > 1 for letters in selections)
+    return f"{min(found)}–{max(found)} ({switching} of {len(selections)} modules)"
+
+
+def _line(text: str) -> str:
+    """Keep a file's name on one line, whatever characters it holds."""
+    return "".join(c if c.isprintable() else "?" for c in text)
