@@ -1,0 +1,253 @@
+"""A delta added beside a module equals the delta merged, for every family, layer and type, and comes off again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from klora.engine.bypass import BypassLayer, Operand, Part, Site, module_shape
+from klora.errors import LoraValueError, MismatchError
+from klora.lora.deltas import Delta
+from klora.lora.file import LoraFile
+from tests.support.lora_files import FAMILIES, write_lora
+
+LAYERS = {
+    "linear": ("down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q", (24, 16)),
+    "conv1x1": ("down_blocks.0.attentions.0.proj_in", (24, 16, 1, 1)),
+    "conv3x3": ("down_blocks.0.resnets.0.conv1", (24, 16, 3, 3)),
+    "strided": ("down_blocks.0.downsamplers.0.conv", (24, 16, 3, 3)),
+}
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3, torch.float64: 1e-6}
+
+
+def layer_of(kind: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    if kind == "linear":
+        return nn.Linear(16, 24).to(dtype)
+    if kind == "conv1x1":
+        return nn.Conv2d(16, 24, 1).to(dtype)
+    return nn.Conv2d(16, 24, 3, padding=1, stride=2 if kind == "strided" else 1).to(dtype)
+
+
+def input_of(kind: str, dtype: torch.dtype) -> torch.Tensor:
+    shape = (2, 5, 16) if kind == "linear" else (2, 16, 6, 6)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def delta_of(folder: Path, kind: str, family: str = "lora", seed: int = 0, **options: object) -> Delta:
+    name, shape = LAYERS[kind]
+    path = write_lora(folder / f"{seed}.safetensors", {name: shape}, family=family, seed=seed, strength=0.2, **options)
+    return LoraFile.open(path).modules[name]
+
+
+def hooked(module: nn.Module, *deltas: Delta, strengths: tuple[float, float] = (0.0, 0.0)) -> tuple[BypassLayer, Part]:
+    operands = [Operand(delta, Site(module)) for delta in deltas]
+    part = Part((operands[0], operands[1] if len(operands) > 1 else None), strengths)
+    return BypassLayer(module, [part]), part
+
+
+def merge(module: nn.Module, delta: Delta, strength: float) -> nn.Module:
+    twin = type(module).__new__(type(module))
+    nn.Module.__init__(twin)
+    own = {"_parameters": dict(module._parameters), "_forward_hooks": {}}
+    twin.__dict__.update({**module.__dict__, **own})
+    weight = module.weight.detach().float()
+    matrix = delta.matrix(weight if delta.needs_base else None).reshape(weight.shape)
+    twin.weight = nn.Parameter((weight + strength * matrix).to(module.weight.dtype))
+    return twin
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    # A core tensor exists for kernels larger than 1×1 only.
+    [(k, f) for k, (_, shape) in LAYERS.items() for f in FAMILIES if not f.endswith("-cp") or 3 in shape],
+)
+@torch.no_grad()
+def test_bypass_equals_merging(tmp_path: Path, kind: str, family: str, dtype: torch.dtype) -> None:
+    module, x = layer_of(kind, dtype), input_of(kind, dtype)
+    delta = delta_of(tmp_path, kind, family, dtype=dtype, alpha=2.0)
+    plain = module(x)
+    layer, _ = hooked(module, delta, strengths=(0.7, 0.0))
+    layer.attach()
+    active = module(x)
+    layer.detach()
+    expected = merge(module, delta, 0.7)(x)
+    scale = float(expected.abs().max())
+    assert (active - expected).abs().max() <= TOLERANCE[dtype] * scale
+    assert (active - plain).abs().max() > 10 * TOLERANCE[torch.float32] * scale
+    assert torch.equal(module(x), plain)
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float16, torch.bfloat16], ids=str)
+@torch.no_grad()
+def test_a_file_may_be_stored_in_another_type_than_the_model(tmp_path: Path, stored: torch.dtype) -> None:
+    module, x = layer_of("linear", torch.float32), input_of("linear", torch.float32)
+    delta = delta_of(tmp_path, "linear", dtype=stored)
+    layer, _ = hooked(module, delta, strengths=(1.0, 0.0))
+    layer.attach()
+    assert torch.allclose(module(x), merge(module, delta, 1.0)(x), atol=1e-5)
+
+
+@torch.no_grad()
+def test_switched_off_is_bitwise_the_plain_module(tmp_path: Path) -> None:
+    module, x = layer_of("linear", torch.float32), input_of("linear", torch.float32)
+    plain = module(x)
+    layer, part = hooked(module, delta_of(tmp_path, "linear"))
+    layer.attach()
+    assert torch.equal(module(x), plain)
+    part.set((1.0, 0.0))
+    assert not torch.equal(module(x), plain)
+    part.set((0.0, 0.0))
+    assert torch.equal(module(x), plain)
+
+
+@torch.no_grad()
+def test_both_is_the_sum(tmp_path: Path) -> None:
+    module, x = layer_of("conv3x3", torch.float32), input_of("conv3x3", torch.float32)
+    deltas = [delta_of(tmp_path, "conv3x3", seed=seed) for seed in (1, 2)]
+    layer, _ = hooked(module, *deltas, strengths=(0.5, 2.0))
+    layer.attach()
+    active = module(x)
+    layer.detach()
+    assert torch.allclose(active, merge(merge(module, deltas[0], 0.5), deltas[1], 2.0)(x), atol=1e-4)
+
+
+@torch.no_grad()
+def test_attaching_twice_acts_once(tmp_path: Path) -> None:
+    module, x = layer_of("linear", torch.float32), input_of("linear", torch.float32)
+    layer, _ = hooked(module, delta_of(tmp_path, "linear"), strengths=(1.0, 0.0))
+    layer.attach()
+    once = module(x)
+    layer.attach()
+    assert torch.equal(module(x), once)
+    layer.detach()
+    layer.detach()
+    assert not module._forward_hooks
+
+
+@torch.no_grad()
+def test_rows_of_a_fused_module_are_addressed_alone(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, x = nn.Linear(16, 3 * 24), input_of("linear", torch.float32)
+    delta = delta_of(tmp_path, "linear")
+    expected = module(x)
+    expected[..., 24:48] += x @ delta.matrix().T
+    layer = BypassLayer(module, [Part((Operand(delta, Site(module, rows=(24, 48))), None), (1.0, 0.0))])
+    layer.attach()
+    assert torch.allclose(module(x), expected, atol=1e-5)
+    with torch.enable_grad():
+        watched = module(x.clone().requires_grad_())
+    assert torch.allclose(watched, expected, atol=1e-5)
+
+
+@torch.no_grad()
+def test_switching_a_factor_pair_allocates_no_weights(tmp_path: Path) -> None:
+    module, x = layer_of("linear", torch.float16), input_of("linear", torch.float16)
+    layer, part = hooked(module, *(delta_of(tmp_path, "linear", seed=s) for s in (1, 2)), strengths=(1.0, 0.0))
+    layer.attach()
+    module(x)
+    before = [[tensor.data_ptr() for tensor in o.chain(x.device, x.dtype)] for o in part.operands]
+    part.set((0.0, 1.0))
+    module(x)
+    part.set((1.0, 0.0))
+    module(x)
+    assert [[tensor.data_ptr() for tensor in o.chain(x.device, x.dtype)] for o in part.operands] == before
+
+
+@torch.no_grad()
+def test_a_dense_delta_is_kept_only_while_it_acts(tmp_path: Path) -> None:
+    module, x = layer_of("linear", torch.float32), input_of("linear", torch.float32)
+    layer, part = hooked(module, delta_of(tmp_path, "linear", "loha"), strengths=(1.0, 0.0))
+    layer.attach()
+    module(x)
+    assert part.operands[0]._chains
+    part.set((0.0, 0.0))
+    module(x)
+    assert not part.operands[0]._chains
+
+
+def test_gradients_pass_through(tmp_path: Path) -> None:
+    for kind in ("linear", "conv3x3"):
+        module, x = layer_of(kind, torch.float32), input_of(kind, torch.float32).requires_grad_()
+        delta = delta_of(tmp_path, kind)
+        layer, _ = hooked(module, delta, strengths=(1.0, 0.0))
+        layer.attach()
+        module(x).square().sum().backward()
+        layer.detach()
+        seen, x.grad = x.grad, None
+        merge(module, delta, 1.0)(x).square().sum().backward()
+        assert torch.allclose(seen, x.grad, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_batched_and_split_guidance_agree(tmp_path: Path) -> None:
+    module, x = layer_of("linear", torch.float32), input_of("linear", torch.float32)
+    layer, _ = hooked(module, delta_of(tmp_path, "linear"), strengths=(1.0, 0.0))
+    layer.attach()
+    assert torch.allclose(module(x), torch.cat([module(x[:1]), module(x[1:])]), atol=1e-6)
+
+
+@torch.no_grad()
+def test_an_input_that_is_not_contiguous_or_passed_by_name_works(tmp_path: Path) -> None:
+    module, x = layer_of("linear", torch.float32), torch.randn(16, 5, 2).permute(2, 1, 0)
+    delta = delta_of(tmp_path, "linear")
+    layer, _ = hooked(module, delta, strengths=(1.0, 0.0))
+    layer.attach()
+    assert torch.allclose(module(input=x), merge(module, delta, 1.0)(x), atol=1e-5)
+
+
+@torch.no_grad()
+def test_autocast_works(tmp_path: Path) -> None:
+    module, x = layer_of("linear", torch.float32), input_of("linear", torch.float32)
+    delta = delta_of(tmp_path, "linear")
+    layer, _ = hooked(module, delta, strengths=(1.0, 0.0))
+    layer.attach()
+    with torch.autocast("cpu", torch.bfloat16):
+        active = module(x)
+    assert active.dtype == torch.bfloat16
+    assert torch.allclose(active.float(), merge(module, delta, 1.0)(x), atol=0.1)
+
+
+@torch.no_grad()
+def test_tiling_holds_for_the_delta_too(tmp_path: Path) -> None:
+    module, x = layer_of("conv3x3", torch.float32), input_of("conv3x3", torch.float32)
+    module.padding_mode = "circular"
+    module._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    delta = delta_of(tmp_path, "conv3x3")
+    layer, _ = hooked(module, delta, strengths=(1.0, 0.0))
+    layer.attach()
+    active = module(x)
+    layer.detach()
+    assert torch.allclose(active, merge(module, delta, 1.0)(x), atol=1e-4)
+
+
+def test_infinite_values_are_refused_before_anything_is_attached(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    name, shape = LAYERS["linear"]
+    path = write_lora(tmp_path / "bad.safetensors", {name: shape})
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("lora_up.weight"))
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, path)
+    with pytest.raises(LoraValueError, match="lora_up"):
+        Operand(LoraFile.open(path).modules[name], Site(nn.Linear(16, 24)))
+
+
+def test_a_dora_on_a_weight_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    module = nn.Linear(16, 24)
+    packed = Site(module, weight=lambda: torch.zeros(192, 1, dtype=torch.uint8))
+    operand = Operand(delta_of(tmp_path, "linear", "dora"), packed)
+    with pytest.raises(MismatchError, match="unquantised"):
+        operand.chain(torch.device("cpu"), torch.float32)
+
+
+def test_the_shape_of_a_module_comes_from_its_attributes() -> None:
+    assert module_shape(nn.Linear(16, 24)) == (24, 16)
+    assert module_shape(nn.Conv2d(16, 24, 1)) == (24, 16)
+    assert module_shape(nn.Conv2d(16, 24, 3)) == (24, 16, 3, 3)
+    assert Site(nn.Linear(16, 72), rows=(24, 48)).shape == (24, 16)
