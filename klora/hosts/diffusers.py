@@ -90,15 +90,12 @@ class _Follower:
 
     def _levels(self, dtype: torch.dtype) -> list[float]:
         """Give the schedule as the denoiser will see it, rounded to the type in which pipelines pass timesteps."""
-        steps = self.pipe.scheduler.num_inference_steps
-        levels = self.schedule
-        if levels is None:
-            raise RuntimeError("the scheduler has no timesteps")
-        distinct = list(dict.fromkeys(levels.tolist()))
-        if steps and len(distinct) == 2 * steps - 1:
-            # Second-order schedulers that list their midpoints too (KDPM2): every other entry is a step.
-            distinct = distinct[::2]
-        return (torch.tensor(distinct).to(dtype) / self.divisor).tolist()
+        scheduler = self.pipe.scheduler
+        levels = scheduler.timesteps
+        if scheduler.num_inference_steps and len(levels) == 2 * scheduler.num_inference_steps - 1:
+            # Second-order schedulers list the level of every call: of these, every other one is a step's.
+            levels = levels[::2]
+        return (levels.to(dtype) / self.divisor).tolist()
 
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, Site]]:

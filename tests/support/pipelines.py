@@ -172,11 +172,11 @@ PIPELINES = {"sd": sd_pipeline, "sdxl": sdxl_pipeline, "flux": flux_pipeline}
 
 
 def run(pipe: Any, **options: Any) -> torch.Tensor:
-    """One small picture with fixed noise, as a tensor (images, 3, height, width)."""
+    """The latents of one small picture, from fixed noise."""
     if "image" not in options:
         options = {"height": 32, "width": 32, **options}
     if "Flux" in type(pipe).__name__:
         options["max_sequence_length"] = TOKENS
     generator = torch.Generator().manual_seed(0)
-    call = {"prompt": "a cat", "num_inference_steps": 4, "output_type": "pt", "generator": generator, **options}
+    call = {"prompt": "a cat", "num_inference_steps": 4, "output_type": "latent", "generator": generator, **options}
     return pipe(**call).images
