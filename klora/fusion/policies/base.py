@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from klora.fusion.schedule import Schedule, subject_wins
-from klora.fusion.scores import ModuleScore
 from klora.settings import Settings
+
+if TYPE_CHECKING:
+    # The names of the policies are needed where torch need not be imported: in the command line's help, for one.
+    from klora.fusion.scores import ModuleScore
 
 
 class Weights(NamedTuple):
