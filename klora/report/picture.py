@@ -178,7 +178,8 @@ def _draw_ratios(axes: Axes, plan: FusionPlan, low: float, high: float) -> None:
         groups.setdefault((marker, colour), []).append((i + 0.5, min(max(module.rho, low), high)))
     size = min(36.0, max(6.0, 4000 / max(1, len(plan.contested))))
     for (marker, colour), points in groups.items():
-        axes.scatter(*zip(*points, strict=True), s=size, marker=marker, color=colour, linewidth=0, zorder=3)
+        x, y = zip(*points, strict=True)
+        axes.scatter(x, y, s=size, marker=marker, color=colour, linewidth=0, zorder=3)
 
 
 def _limits(plan: FusionPlan, thresholds: list[float]) -> tuple[float, float]:

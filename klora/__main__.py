@@ -1,0 +1,7 @@
+"""`python -m klora` is `klora`."""
+
+import sys
+
+from klora.cli import main
+
+sys.exit(main())

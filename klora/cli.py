@@ -1,0 +1,310 @@
+"""The command line: `klora analyze`, `klora generate`, `klora demo`.
+
+Results go to stdout, everything else to stderr. Exit code 0; 2 for bad arguments or bad input, with one line on
+stderr; 130 when interrupted. What a command needs is imported when it runs, so that `klora --help` is quick.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NoReturn, TextIO
+
+from klora import __version__
+from klora.errors import KloraError, SettingsError
+from klora.fusion.policies import POLICIES, make_policy
+from klora.report.files import OutputFile, output_folder
+from klora.settings import AUTO, Option, Settings, options
+
+BAD, INTERRUPTED = 2, 130
+_SETTING = "setting_"
+_AS_THEY_ARE: Mapping[str, str] = MappingProxyType({})
+_RENAMED: Mapping[str, str] = MappingProxyType({"seed": "selection-seed"})
+"""Settings whose plain name means something else where pictures are made: there, `--seed` is the picture's."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and give the exit code; never raises for anything a user can cause."""
+    _never_fail_on_a_character(sys.stdout)
+    try:
+        code = _run(argv)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # Whoever read the output has seen enough.
+        _settle(sys.stdout)
+        return 0
+    except KeyboardInterrupt:
+        return _fail("interrupted", INTERRUPTED)
+    except MemoryError:
+        return _fail("out of memory", BAD)
+    except OSError as error:
+        _settle(sys.stdout)
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}", BAD)
+    except KloraError as error:
+        return _fail(str(error), BAD)
+    return code
+
+
+def _run(argv: Sequence[str] | None) -> int:
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit as leave:  # --help and --version
+        return int(leave.code or 0)
+    pending: list[str] = []
+    with warnings.catch_warnings():
+        # Libraries warn their users, the programmers; what klora warns of is for whoever runs the command.
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("always", module="klora")
+        warnings.showwarning = lambda message, *_args, **_kwargs: pending.append(str(message))
+        args.command(args)
+    # After an error, its one line is all that is said.
+    for text in dict.fromkeys(pending):
+        warn(text)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where argparse would print its usage, so that every error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise KloraError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="klora", description="Fuse a subject LoRA and a style LoRA, with no training.")
+    parser.add_argument("--version", action="version", version=f"klora {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    _add_analyze(commands)
+    _add_generate(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _add_command(commands: Any, name: str, text: str, run: Any) -> argparse.ArgumentParser:
+    command: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+    command.set_defaults(command=run)
+    return command
+
+
+def _add_analyze(commands: Any) -> None:
+    command = _add_command(commands, "analyze", "say which LoRA would act in which module at which step", analyze)
+    command.add_argument("subject", metavar="SUBJECT", help="the subject's .safetensors file")
+    command.add_argument("style", metavar="STYLE", help="the style's .safetensors file")
+    command.add_argument(
+        "--json", metavar="FILE", help="write everything as JSON; - for stdout, and nothing else there"
+    )
+    command.add_argument("--picture", metavar="FILE.png", help="draw the selection map and the ρ of every module")
+    _add_settings(command)
+
+
+def _add_generate(commands: Any) -> None:
+    command = _add_command(commands, "generate", "make pictures with a diffusers pipeline", generate)
+    command.add_argument("--model", required=True, metavar="FOLDER|ID", help="a diffusers folder, or a hub id")
+    command.add_argument("--subject", required=True, metavar="FILE", help="the subject's .safetensors file")
+    command.add_argument("--style", required=True, metavar="FILE", help="the style's .safetensors file")
+    command.add_argument("--prompt", required=True, metavar="TEXT", help="what to paint")
+    command.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid")
+    command.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="seed of the first picture (0)")
+    command.add_argument(
+        "--images", type=_whole(1), default=1, metavar="N", help="pictures, each with the next seed (1)"
+    )
+    command.add_argument("--size", type=_size, metavar="WxH|N", help="in pixels; the model's own when left out")
+    command.add_argument("--guidance", type=float, metavar="X", help="guidance scale; the pipeline's own when left out")
+    command.add_argument("--out", default="klora-out", metavar="DIR", help="where the pictures go (klora-out)")
+    command.add_argument("--device", default=AUTO, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps …")
+    command.add_argument("--dtype", default=AUTO, choices=(AUTO, "float32", "float16", "bfloat16"), help="of the model")
+    command.add_argument("--map", action="store_true", help="draw a selection map beside the pictures")
+    _add_settings(command, _RENAMED, {"steps": "sampling steps"})
+
+
+def _add_demo(commands: Any) -> None:
+    command = _add_command(commands, "demo", "fuse the LoRAs that come with the project; no download, no GPU", demo)
+    command.add_argument("--out", default="klora-demo", metavar="DIR", help="where the pictures go (klora-demo)")
+
+
+def _add_settings(
+    command: argparse.ArgumentParser,
+    renamed: Mapping[str, str] = _AS_THEY_ARE,
+    explained: Mapping[str, str] = _AS_THEY_ARE,
+) -> None:
+    group = command.add_argument_group("settings of the fusion")
+    for name, option in options().items():
+        flag = "--" + renamed.get(name, name).replace("_", "-")
+        choices = _choices(name, option)
+        metavar = "|".join(choices) if choices else "N" if option.kind is int else "X"
+        # A percent sign would be argparse's.
+        help = explained.get(name, option.help).replace("%", "%%")
+        group.add_argument(flag, dest=_SETTING + name, metavar=metavar, help=f"{help} ({_default(name)})")
+
+
+def _choices(name: str, option: Option) -> tuple[str, ...]:
+    return tuple(POLICIES) if name == "policy" else option.choices
+
+
+def _default(name: str) -> str:
+    value = getattr(Settings(), name)
+    return AUTO if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def read_settings(args: argparse.Namespace, renamed: Mapping[str, str] = _AS_THEY_ARE) -> Settings:
+    """Make settings of the options given; KloraError naming the option, also where settings do not fit together."""
+    prefix = len(_SETTING)
+    given = {key[prefix:]: value for key, value in vars(args).items() if key.startswith(_SETTING) and value is not None}
+    if {"balance", "share"} <= given.keys():
+        raise KloraError("--share: not allowed with --balance; the share decides the balance")
+    try:
+        settings = Settings.parse(given)
+        make_policy(settings.resolve(None))
+    except SettingsError as error:
+        flag = renamed.get(error.field, error.field).replace("_", "-")
+        raise KloraError(f"--{flag}: {error.reason}") from None
+    return settings
+
+
+def _whole(low: int) -> Any:
+    def read(text: str) -> int:
+        number = int(text)
+        if not low <= number < 2**63:
+            raise ValueError(text)
+        return number
+
+    read.__name__ = f"whole number of at least {low}"
+    return read
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.lower().partition("x")
+    size = int(width), int(height or width)
+    if not all(8 <= side <= 16384 and side % 8 == 0 for side in size):
+        raise argparse.ArgumentTypeError(f"{text!r} must be multiples of 8, from 8 to 16384")
+    return size
+
+
+_size.__name__ = "size"
+
+
+def analyze(args: argparse.Namespace) -> None:
+    """Run `klora analyze`."""
+    settings = read_settings(args)
+    inputs = (args.subject, args.style)
+    to_stdout = args.json == "-"
+    json_file = OutputFile.check(args.json, inputs) if args.json is not None and not to_stdout else None
+    picture = _check_picture(args.picture, inputs) if args.picture is not None else None
+    if json_file and picture and json_file == picture and not picture.special:
+        raise KloraError(f"{args.picture}: is named for the JSON and for the picture; name two files")
+
+    from klora.pair import Pair
+    from klora.report.document import document
+    from klora.report.summary import notices, summarise
+
+    pair = Pair.open(args.subject, args.style)
+    plan = pair.plan(settings)
+    text = json.dumps(document(pair, plan), indent=1, allow_nan=False) + "\n" if args.json is not None else ""
+    if picture:
+        from klora.report.picture import selection_map
+
+        picture.write(_png(selection_map(plan, f"{pair.subject.name} × {pair.style.name}")))
+    if json_file:
+        json_file.write(text.encode())
+    sys.stdout.write(text if to_stdout else summarise(pair, plan) + "\n")
+    for notice in notices(pair, plan):
+        warn(notice)
+
+
+def _check_picture(path: str, inputs: Iterable[str]) -> OutputFile:
+    if Path(path).suffix.lower() != ".png":
+        raise KloraError(f"--picture: {path} must end in .png, which is what is written")
+    need("matplotlib", "--picture")
+    return OutputFile.check(path, inputs)
+
+
+def _png(image: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def generate(args: argparse.Namespace) -> None:
+    """Run `klora generate`."""
+    settings = read_settings(args, _RENAMED)
+    for module in ("diffusers", "transformers", *(["matplotlib"] if args.map else [])):
+        need(module, "klora generate" + (" --map" if module == "matplotlib" else ""))
+    output_folder(args.out)
+
+    from klora.generate import Request, generate_pictures
+
+    request = Request(
+        model=args.model,
+        subject=args.subject,
+        style=args.style,
+        prompt=args.prompt,
+        negative_prompt=args.negative_prompt,
+        seed=args.seed,
+        images=args.images,
+        size=args.size,
+        guidance=args.guidance,
+        out=Path(args.out),
+        device=args.device,
+        dtype=args.dtype,
+        map=args.map,
+        settings=settings,
+    )
+    for path in generate_pictures(request, warn):
+        print(path, flush=True)
+
+
+def demo(args: argparse.Namespace) -> None:
+    """Run `klora demo`."""
+    for module in ("diffusers", "transformers", "matplotlib"):
+        need(module, "klora demo")
+    folder = output_folder(args.out)
+
+    from klora.demo.run import run_demo
+
+    for line in run_demo(folder):
+        print(line, flush=True)
+
+
+def need(module: str, what: str) -> None:
+    """Raise KloraError, saying what to install, where an optional package is missing."""
+    if importlib.util.find_spec(module) is None:
+        raise KloraError(f'{what} needs {module}; pip install "klora[demo]"')
+
+
+def warn(text: str) -> None:
+    """Write one line to stderr."""
+    print(f"klora: warning: {_one_line(text)}", file=sys.stderr, flush=True)
+
+
+def _fail(text: str, code: int) -> int:
+    print(f"klora: error: {_one_line(text)}" if code == BAD else f"klora: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def _one_line(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in " ".join(text.split()))
+
+
+def _never_fail_on_a_character(stream: TextIO) -> None:
+    """Let a terminal that knows no γ, or a file name that is no text, cost a question mark and not the command."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
+
+
+def _settle(stream: TextIO) -> None:
+    """Send what a broken stdout cannot take nowhere, or Python would complain when it exits."""
+    try:
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -1,0 +1,135 @@
+"""The work of `klora demo`: the LoRAs of the project fused with the model of the project, on one sheet."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from klora.api import fuse
+from klora.errors import KloraError
+from klora.generate import load_pipeline
+from klora.report.files import OutputFile
+from klora.report.picture import selection_map
+from klora.report.sheet import contact_sheet
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from klora.fusion.plan import FusionPlan
+
+HOME = Path(__file__).parent
+SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to use two LoRAs: a heading, its settings, and which of the catalogue's prompts is asked of it."""
+
+    title: str
+    settings: Mapping[str, Any]
+    prompt: str
+
+
+METHODS = (
+    Method("subject alone", {"policy": "direct", "style_strength": 0}, "subject"),
+    Method("style alone", {"policy": "direct", "subject_strength": 0}, "style"),
+    Method("plain merge", {"policy": "direct"}, "both"),
+    Method("K-LoRA", {}, "both"),
+)
+
+
+@dataclass(frozen=True)
+class DemoPair:
+    """A subject and a style of the catalogue, with the prompts for each alone and for both."""
+
+    subject: str
+    style: str
+    files: tuple[Path, Path]
+    prompts: Mapping[str, str]
+
+
+def read_catalogue(home: Path = HOME) -> dict[str, Any]:
+    """Read what comes with the project; KloraError where it is missing from the installation."""
+    try:
+        catalogue: dict[str, Any] = json.loads((home / "catalogue.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise KloraError(
+            f"{home / 'catalogue.json'}: the demo model is not in this installation; install klora again"
+        ) from None
+    return catalogue
+
+
+def demo_pairs(catalogue: Mapping[str, Any], home: Path = HOME) -> list[DemoPair]:
+    """Pair the subjects and styles of the catalogue in their order."""
+    pairs = []
+    for (subject, a), (style, b) in zip(catalogue["subjects"].items(), catalogue["styles"].items(), strict=False):
+        family = a["family"]
+        prompts = {
+            "subject": a["prompt"].format(family=family),
+            "style": b["prompt"].format(family=family),
+            "both": catalogue["prompt"].format(family=family),
+        }
+        pairs.append(DemoPair(subject, style, (home / a["file"], home / b["file"]), prompts))
+    return pairs
+
+
+def run_demo(folder: Path, home: Path = HOME) -> Iterator[str]:
+    """Paint every pair by every method for a few seeds; write a contact sheet and a selection map, and say where.
+
+    Needs no network and no GPU. Raises KloraError where the installation lacks the model or `folder` takes no files.
+    """
+    catalogue = read_catalogue(home)
+    pairs = demo_pairs(catalogue, home)
+    targets = {name: OutputFile.check(folder / f"{name}.png") for name in ("contact-sheet", "selection-map")}
+    pipe = load_pipeline(str(home / catalogue["model"]), torch.float32)
+    recommended = catalogue["recommended"]
+    pipe.set_progress_bar_config(disable=True)
+    groups: list[list[list[Image]]] = []
+    maps: list[tuple[str, FusionPlan]] = []
+    total = len(pairs) * len(METHODS)
+    with tqdm(total=total, desc="painting", unit="method", leave=False) as bar:
+        for pair in pairs:
+            groups.append([])
+            for method in METHODS:
+                with fuse(pipe, *pair.files, **method.settings) as session:
+                    groups[-1].append(_paint(pipe, pair.prompts[method.prompt], recommended))
+                bar.update()
+            # The last method is K-LoRA, and its session knows the schedule that was really followed.
+            maps.append((f"{pair.subject} × {pair.style}", session.plan))
+    columns = [(method.title, _asked(method, pairs)) for method in METHODS]
+    rows = [(f"{pair.subject}", f"× {pair.style}") for pair in pairs]
+    title, plan = maps[0]
+    for (name, target), image in zip(
+        targets.items(), (contact_sheet(groups, columns, rows), selection_map(plan, title)), strict=True
+    ):
+        target.write(_png(image))
+        yield f"{name.replace('-', ' ')}: {target.path}"
+
+
+def _paint(pipe: Any, prompt: str, recommended: Mapping[str, Any]) -> list[Image]:
+    images: list[Image] = pipe(
+        [prompt] * len(SEEDS),
+        num_inference_steps=recommended["steps"],
+        guidance_scale=recommended["guidance_scale"],
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in SEEDS],
+    ).images
+    return images
+
+
+def _asked(method: Method, pairs: list[DemoPair]) -> str:
+    """Give the prompt of a column, which differs from row to row in what it names."""
+    prompts = {pair.prompts[method.prompt] for pair in pairs}
+    return f"“{prompts.pop()}”" if len(prompts) == 1 else f"“{pairs[0].prompts[method.prompt]}” …"
+
+
+def _png(image: Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()

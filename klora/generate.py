@@ -1,0 +1,250 @@
+"""The work of `klora generate`: pictures from a diffusers pipeline, each with all that made it in its PNG."""
+
+from __future__ import annotations
+
+import inspect
+import io
+import json
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from klora import __version__
+from klora.api import fuse
+from klora.engine.session import Session
+from klora.errors import KloraError
+from klora.pair import Pair
+from klora.report.files import OutputFile, output_folder
+from klora.report.summary import notices
+from klora.settings import AUTO, Settings
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_NUMBERED = re.compile(r"(\d{5,})-.*\.png")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `klora generate` was asked for; None and "auto" leave the choice to the pipeline or the machine."""
+
+    model: str
+    subject: str
+    style: str
+    prompt: str
+    out: Path
+    settings: Settings
+    negative_prompt: str | None = None
+    seed: int = 0
+    images: int = 1
+    size: tuple[int, int] | None = None
+    guidance: float | None = None
+    device: str = AUTO
+    dtype: str = AUTO
+    map: bool = False
+
+
+def generate_pictures(request: Request, warn: Callable[[str], None]) -> Iterator[Path]:
+    """Make the pictures one after the other and give the path of each file as it is written.
+
+    Raises KloraError for a model, a file or a setting that does not do, before anything is sampled.
+    """
+    # The files first: they are checked in an instant, and a model may take minutes.
+    pair = Pair.open(request.subject, request.style)
+    device = choose_device(request.device)
+    pipe = load_pipeline(request.model, choose_dtype(request.dtype, device, request.model))
+    call = _call(pipe, request)
+    folder = output_folder(request.out)
+    with (
+        _memory_errors(),
+        fuse(pipe.to(device), request.subject, request.style, **request.settings.to_dict()) as session,
+    ):
+        for notice in [*notices(pair, session.plan), *_missing(session)]:
+            warn(notice)
+        for i in range(request.images):
+            pipe.set_progress_bar_config(desc=f"picture {i + 1} of {request.images}")
+            # On the CPU whatever the device, so that a seed means the same noise everywhere.
+            generator = torch.Generator("cpu").manual_seed(request.seed + i)
+            image = pipe(**call, generator=generator).images[0]
+            facts = _facts(request, pipe, session, image, request.seed + i)
+            yield from _save(image, facts, folder, session if request.map else None)
+
+
+def choose_device(name: str) -> str:
+    """Give the device to use; KloraError for one that is not there."""
+    if name == AUTO:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise KloraError(f"--device {name}: {_first_line(error)}; use another, such as cpu") from None
+    return name
+
+
+def choose_dtype(name: str, device: str, model: str) -> torch.dtype:
+    """Give the type of the model's weights: fp32 on a CPU, else fp16, or bf16 for FLUX, whose range fp16 lacks."""
+    if name != AUTO:
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if "flux" in _pipeline_class(model).lower() else torch.float16
+
+
+def load_pipeline(model: str, dtype: torch.dtype) -> Any:
+    """Load a diffusers pipeline from a folder, or from the hub; KloraError saying what is wrong with it."""
+    from diffusers import DiffusionPipeline
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    folder = Path(model).expanduser()
+    local = folder.exists()
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise KloraError(f"{model}: is no diffusers pipeline, it has no model_index.json; give the folder that has")
+    if folder.is_file():
+        raise KloraError(f"{model}: is a file; --model takes a diffusers folder or a hub id")
+    if not local and not _HUB_ID.fullmatch(model):
+        raise KloraError(f"{model}: there is no such folder, and it is no hub id (owner/name) either")
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    try:
+        return DiffusionPipeline.from_pretrained(
+            str(folder) if local else model, torch_dtype=dtype, local_files_only=local
+        )
+    # What is wrong with a model reaches us as errors of any kind, from four libraries.
+    except Exception as error:
+        what = "cannot be loaded" if local else "is no folder here and cannot be had from the hub"
+        raise KloraError(f"{model}: {what} ({type(error).__name__}: {_first_line(error)})") from error
+
+
+def _pipeline_class(model: str) -> str:
+    """Give the pipeline's class where its folder tells, else the model's name."""
+    try:
+        index = json.loads((Path(model).expanduser() / "model_index.json").read_text(encoding="utf-8"))
+        return str(index["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return model
+
+
+def _call(pipe: Any, request: Request) -> dict[str, Any]:
+    """Give the arguments of the pipeline's call; KloraError for one that this kind of pipeline does not take."""
+    width, height = request.size or (None, None)
+    wanted = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "num_inference_steps": request.settings.steps,
+        "guidance_scale": request.guidance,
+        "width": width,
+        "height": height,
+    }
+    given = {name: value for name, value in wanted.items() if value is not None}
+    known = inspect.signature(type(pipe).__call__).parameters
+    for name in given:
+        if name not in known:
+            raise KloraError(f"{type(pipe).__name__} takes no {name.replace('_', ' ')}; use a text-to-image pipeline")
+    return given
+
+
+def _missing(session: Session) -> list[str]:
+    missing = session.missing
+    return [f"the model lacks {len(missing)} modules of the files, such as {missing[0]}"] if missing else []
+
+
+@contextmanager
+def _memory_errors() -> Iterator[None]:
+    """Turn the many errors of a full memory into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if re.search("out of memory|not enough memory", str(error)):
+            raise KloraError("out of memory; try a smaller --size, or --dtype float16 on a GPU") from error
+        raise
+
+
+def _facts(request: Request, pipe: Any, session: Session, image: Image, seed: int) -> dict[str, Any]:
+    """Give all that made a picture, ready for JSON. Files and folders go by name: a path may tell who made it."""
+    plan = session.plan
+    local = Path(request.model).expanduser()
+    default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    return {
+        "klora": __version__,
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "seed": seed,
+        "steps": plan.steps,
+        "size": list(image.size),
+        "guidance_scale": request.guidance if request.guidance is not None or default is None else default.default,
+        "model": local.resolve().name if local.exists() else request.model,
+        "pipeline": type(pipe).__name__,
+        "scheduler": type(pipe.scheduler).__name__,
+        "device": str(pipe.device),
+        "dtype": str(pipe.dtype).removeprefix("torch."),
+        "subject": {"file": session.pair.subject.path.name, "sha256": session.pair.subject.sha256},
+        "style": {"file": session.pair.style.path.name, "sha256": session.pair.style.sha256},
+        "settings": plan.settings.to_dict(),
+        "gamma": plan.gamma,
+        "balance": plan.balance,
+        "share": plan.share,
+    }
+
+
+def parameters(facts: dict[str, Any]) -> str:
+    """Write the facts as people and image viewers read them: prompt, negative prompt, one line of the rest."""
+    settings = facts["settings"]
+    rows = {
+        "Steps": facts["steps"],
+        "Sampler": facts["scheduler"],
+        "CFG scale": facts["guidance_scale"],
+        "Seed": facts["seed"],
+        "Size": "x".join(map(str, facts["size"])),
+        "Model": facts["model"],
+        "K-LoRA subject": Path(facts["subject"]["file"]).stem,
+        "K-LoRA style": Path(facts["style"]["file"]).stem,
+        **{f"K-LoRA {name.replace('_', ' ')}": value for name, value in settings.items() if value is not None},
+    }
+    line = ", ".join(f"{name}: {_quoted(value)}" for name, value in rows.items())
+    negative = [f"Negative prompt: {facts['negative_prompt']}"] if facts["negative_prompt"] else []
+    return "\n".join([facts["prompt"], *negative, line])
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
+
+
+def _save(image: Image, facts: dict[str, Any], folder: Path, session: Session | None) -> Iterator[Path]:
+    stem = f"{_next_number(folder):05d}-{facts['seed']}"
+    yield _write(image, folder / f"{stem}.png", facts)
+    if session is not None:
+        from klora.report.picture import selection_map
+
+        title = f"{session.pair.subject.name} × {session.pair.style.name}"
+        yield _write(selection_map(session.plan, title), folder / f"{stem}-map.png", facts)
+
+
+def _next_number(folder: Path) -> int:
+    """Give the number after the highest in use, so that no picture is ever overwritten."""
+    taken = [int(match[1]) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
+    return max(taken, default=-1) + 1
+
+
+def _write(image: Image, path: Path, facts: dict[str, Any]) -> Path:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    info.add_text("parameters", parameters(facts))
+    info.add_text("klora", json.dumps(facts))
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    OutputFile.check(path).write(buffer.getvalue())
+    return path
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), "no further message")
