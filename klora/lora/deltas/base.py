@@ -176,7 +176,8 @@ class Delta(ABC):
             block = torch.empty(count, self.columns)
         else:
             block = out.view(-1)[: count * self.columns].view(count, self.columns)
-        self._fill(start, stop, block)
+        if count:
+            self._fill(start, stop, block)
         return block
 
     def factors(self) -> Factors | None:

@@ -55,7 +55,7 @@ class LokrDelta(Delta):
         rows = torch.arange(self.row + start, self.row + stop)
         w2, place = self._second(rows % second_rows, second_rows)
         w1 = w1[rows // second_rows] * self.scale
-        torch.mul(w1[:, :, None], w2[place][:, None, :], out=block.view(len(rows), w1.shape[1], -1))
+        torch.mul(w1[:, :, None], w2[place][:, None, :], out=block.view(len(rows), w1.shape[1], w2.shape[1]))
 
     def _second(self, rows: Tensor, height: int) -> tuple[Tensor, Tensor]:
         """(w2 rows, the place of each wanted row among them): no more rows of w2 than are wanted."""

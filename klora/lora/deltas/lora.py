@@ -42,8 +42,10 @@ class LoraDelta(Delta):
         shape = squeeze((up.shape[0], down.shape[1], *kernel))
         return cls(group.file, group.key, rank, alpha, scale, shape, up, down, mid)
 
-    def factors(self) -> Factors:
-        """The tensors up, down and mid as they are stored."""
+    def factors(self) -> Factors | None:
+        """The tensors up, down and mid as they are stored; None for a 1×1 core, which a Linear could not apply."""
+        if self.mid and len(self.shape) == 2:
+            return None
         return Factors(self.up.native(), self.down.native(), self.mid.native() if self.mid else None)
 
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
