@@ -110,15 +110,26 @@ class LoraFile:
         return group
 
     def _add(self, targets: tuple[Target, ...], delta: Delta) -> None:
-        for target in targets:
+        ranges = [_rows(target, delta) for target in targets]
+        if ranges[-1][1] != delta.shape[0]:
+            raise _not_fused(delta)
+        for target, rows in zip(targets, ranges, strict=True):
             table = self.text_encoder if target.text_encoder else self.modules
             if target.name in table:
                 raise _twice(self._tensors.file, table[target.name].key, delta.key)
-            try:
-                table[target.name] = delta.part(*target.rows(*delta.shape[:2]))
-            except ValueError as error:
-                cure = "the file is damaged or made for another model"
-                raise LoraFileError(self._tensors.file, str(error), cure, delta.key) from None
+            table[target.name] = delta.part(*rows)
+
+
+def _rows(target: Target, delta: Delta) -> tuple[int, int]:
+    try:
+        return target.rows(*delta.shape[:2])
+    except ValueError:
+        raise _not_fused(delta) from None
+
+
+def _not_fused(delta: Delta) -> LoraFileError:
+    reason = f"is {size(delta.shape)}, which cannot be split into q, k, v (and mlp) of that width"
+    return LoraFileError(delta.file, reason, "the file is damaged or made for another model", delta.key)
 
 
 def _in_order(table: dict[str, Delta]) -> dict[str, Delta]:
