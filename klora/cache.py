@@ -1,0 +1,258 @@
+"""Scores on disk: a file is scored once, and the next time not even read. The only place that writes scores."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import stat
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import platformdirs
+
+from klora.errors import LoraFileError
+from klora.fusion.scores import SCORING_VERSION, STANDARD_KS, FileScores, ModuleScore, Workspace, score_delta
+from klora.lora.file import LoraFile
+
+T = TypeVar("T")
+
+MAX_FILES = 4096
+MAX_ENTRY_BYTES = 64 * 2**20
+MAX_SPECIAL_KS = 32
+# The names of all that the cache writes, and so of all that it may delete.
+SCORES, DIGEST, PART = "scores-", "digest-", ".part-"
+CLOCK_TICK_NS = 20_000_000
+LEFT_OVER_S = 3600
+
+
+class ScoreCache:
+    """Scores and digests of LoRA files in a folder, at most `max_bytes` in all, the longest unused dropped first.
+
+    `folder` is the user's cache directory unless given. Trouble with the cache never stops anything: what is damaged
+    is computed anew with a warning, and where nothing can be written there is one warning. Processes may share it:
+    entries appear whole or not at all.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None, max_bytes: int = 256 * 2**20) -> None:
+        self.folder = Path(folder) if folder is not None else platformdirs.user_cache_path("klora", appauthor=False)
+        self.max_bytes = max_bytes
+        self._warned = False
+
+    def scores(self, file: LoraFile, wanted: Mapping[str, Collection[int]] | None = None) -> FileScores:
+        """Scores of all diffusion-model modules of `file`, at the standard K and those `wanted` by module name.
+
+        Read from disk where they are there; what is missing is computed and added. Raises LoraValueError for a module
+        with NaN or infinity.
+        """
+        wanted = wanted or {}
+        digest = self._digest_of(file)
+        stored = self._load_scores(digest, file)
+        scores = _complete(file, stored, wanted)
+        if scores != stored:
+            # The digest of what is mapped, should the file at this path have been replaced since it was opened.
+            self._save_scores(file.sha256, file, scores)
+        return scores
+
+    def sha256(self, path: str | os.PathLike[str]) -> str:
+        """Hex digest of a file, remembered by path, size, times and inode, so that it is read only once.
+
+        Raises LoraFileError where there is no such file or it cannot be read.
+        """
+        path = Path(os.path.abspath(path))
+        try:
+            status = _settled(path)
+            known = self._load(self._digest_entry(path), _parse_digest)
+            if known and known[0] == _identity(status):
+                return known[1]
+            digest = _hash_file(path)
+            unchanged = _identity(os.stat(path)) == _identity(status)
+        except (OSError, ValueError) as error:
+            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+            raise LoraFileError(str(path), reason, "check the path and its permissions") from None
+        if unchanged:
+            self._save(self._digest_entry(path), {"identity": _identity(status), "sha256": digest})
+        return digest
+
+    def _digest_of(self, file: LoraFile) -> str:
+        try:
+            return self.sha256(file.path)
+        except LoraFileError:  # deleted since it was opened
+            return file.sha256
+
+    def _load_scores(self, digest: str, file: LoraFile, quiet: bool = False) -> FileScores:
+        """The stored scores, or nothing where there are none or they are not of this file."""
+        return self._load(self._scores_entry(digest), lambda data: _parse_scores(data, digest, file), quiet) or {}
+
+    def _save_scores(self, digest: str, file: LoraFile, scores: FileScores) -> None:
+        # Another process may have added its own K in the meantime.
+        others = self._load_scores(digest, file, quiet=True)
+        modules = {name: vars(_merge(others[name], score) if others else score) for name, score in scores.items()}
+        self._save(self._scores_entry(digest), {"version": SCORING_VERSION, "sha256": digest, "modules": modules})
+
+    def _scores_entry(self, digest: str) -> Path:
+        return self.folder / f"{SCORES}{digest}-v{SCORING_VERSION}.json"
+
+    def _digest_entry(self, path: Path) -> Path:
+        return self.folder / f"{DIGEST}{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+
+    def _load(self, entry: Path, parse: Callable[[Any], T], quiet: bool = False) -> T | None:
+        """What `parse` makes of an entry, which becomes the latest used; None where it is not there or no good."""
+        try:
+            status = entry.stat()
+            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_ENTRY_BYTES:
+                raise ValueError("not a file that the cache has written")
+            value = parse(_unseal(entry.read_bytes()))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if not quiet:
+                warnings.warn(f"cache entry {entry} is not usable ({error}); computing it anew", stacklevel=4)
+            return None
+        with contextlib.suppress(OSError):
+            os.utime(entry)
+        return value
+
+    def _save(self, entry: Path, data: dict[str, Any]) -> None:
+        """Write an entry, at once or not at all; one warning where the folder cannot be written."""
+        content = _seal(data)
+        if len(content) > min(self.max_bytes, MAX_ENTRY_BYTES):
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _replace(entry, content)
+            self._drop_unused()
+        except OSError as error:
+            if not self._warned:
+                self._warned = True
+                warnings.warn(f"scores cannot be kept in {self.folder} ({error}); going on without", stacklevel=4)
+
+    def _drop_unused(self) -> None:
+        """Delete what was used longest ago until the rest is within bounds."""
+        files = sorted(_own_files(self.folder), key=lambda item: item[1].st_mtime_ns)
+        total, count = sum(status.st_size for _, status in files), len(files)
+        for path, status in files:
+            left_over = path.name.startswith(PART) and time.time() - status.st_mtime > LEFT_OVER_S
+            if total > self.max_bytes or count > MAX_FILES or left_over:
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+                total, count = total - status.st_size, count - 1
+
+
+def _own_files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    for path in folder.iterdir():
+        if path.name.startswith((SCORES, DIGEST, PART)):
+            with contextlib.suppress(FileNotFoundError):
+                yield path, path.lstat()
+
+
+def _replace(entry: Path, content: bytes) -> None:
+    """Write next to the entry, then take its place: readers see the old or the new, never a half."""
+    descriptor, part = tempfile.mkstemp(prefix=PART, dir=entry.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+        os.replace(part, entry)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(part)
+        raise
+
+
+def _seal(data: dict[str, Any]) -> bytes:
+    """JSON whose first member is a checksum of the others, since a flipped digit would still be JSON."""
+    body = json.dumps(data, allow_nan=False, separators=(",", ":")).encode()
+    return _check(body) + body[1:]
+
+
+def _unseal(content: bytes) -> Any:
+    """The data of `_seal`; ValueError where the content is anything else."""
+    body = b"{" + content[len(_check(b"")) :]
+    if content != _check(body) + body[1:]:
+        raise ValueError("its checksum is wrong")
+    return json.loads(body)
+
+
+def _check(body: bytes) -> bytes:
+    return b'{"check":"%s",' % hashlib.sha256(body).hexdigest().encode()
+
+
+def _parse_scores(data: Any, digest: str, file: LoraFile) -> FileScores:
+    """The scores of an entry; ValueError, TypeError or KeyError where it is not one of this version and file."""
+    if data["version"] != SCORING_VERSION or data["sha256"] != digest:
+        raise ValueError("it belongs to another version or file")
+    scores = {name: _parse_module(module) for name, module in data["modules"].items()}
+    described = {name: (score.shape, score.rank, score.alpha) for name, score in scores.items()}
+    if described != {name: (tuple(d.shape), d.rank, float(d.alpha)) for name, d in file.modules.items()}:
+        raise ValueError("its modules are not those of the file")
+    return {name: scores[name] for name in file.modules}
+
+
+def _parse_module(data: Any) -> ModuleScore:
+    sums = {int(k): float(s) for k, s in data["sums"].items()}
+    score = ModuleScore(tuple(data["shape"]), data["rank"], data["alpha"], data["l1"], data["fro2"], sums)
+    if not all(0 <= value < math.inf for value in (score.l1, score.fro2, *sums.values())):
+        raise ValueError("it holds impossible scores")
+    return score
+
+
+def _complete(file: LoraFile, stored: FileScores, wanted: Mapping[str, Collection[int]]) -> FileScores:
+    """The scores of all modules, each with the standard K and its wanted ones; computed only where not stored."""
+    workspace = Workspace()
+    scores = {}
+    for name, delta in file.modules.items():
+        known = stored.get(name)
+        missing = {*STANDARD_KS, *wanted.get(name, ())} - (known.sums.keys() if known else set())
+        if known is None:
+            scores[name] = score_delta(delta, missing, workspace)
+        elif missing:
+            scores[name] = _merge(known, score_delta(delta, missing, workspace))
+        else:
+            scores[name] = known
+    return scores
+
+
+def _merge(known: ModuleScore, score: ModuleScore) -> ModuleScore:
+    """Both scores' sums in one; of those at no standard K, the latest."""
+    sums = known.sums | score.sums
+    special = [k for k in sums if k not in STANDARD_KS]
+    for k in special[:-MAX_SPECIAL_KS]:
+        del sums[k]
+    return replace(known, l1=max(known.l1, score.l1), sums=sums)
+
+
+def _settled(path: Path) -> os.stat_result:
+    """The status of a regular file, once its times are old enough that a later change must show in them."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        raise LoraFileError(str(path), "is not a regular file", "give a .safetensors file")
+    age = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)
+    if 0 <= age < CLOCK_TICK_NS:
+        time.sleep((CLOCK_TICK_NS - age) / 1e9)
+    return os.stat(path)
+
+
+def _identity(status: os.stat_result) -> list[int]:
+    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+
+
+def _parse_digest(data: Any) -> tuple[list[int], str]:
+    if not re.fullmatch("[0-9a-f]{64}", data["sha256"]):
+        raise ValueError("it holds no digest")
+    return data["identity"], data["sha256"]
+
+
+def _hash_file(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
