@@ -175,7 +175,7 @@ def _parse(header: bytes, room: int, file: str) -> tuple[dict[str, str], dict[st
     if header.count(b"[") + header.count(b"{") > _MAX_BRACKETS:
         raise LoraFileError(file, "has a header with far too many parts", _DAMAGED)
     try:
-        parsed = json.loads(header, object_pairs_hook=_unique, parse_int=_short_int)
+        parsed = json.loads(header.decode(), object_pairs_hook=_unique, parse_int=_short_int)
     except (ValueError, RecursionError) as error:
         raise LoraFileError(file, f"has a header that cannot be read ({printable(str(error))})", _DAMAGED) from None
     metadata = parsed.pop("__metadata__", None) or {}

@@ -1,0 +1,425 @@
+"""Broken and hostile files: one line naming file, key and cure, quickly, and never anything but a KloraError."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import socket
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from klora.errors import KloraError, LoraFileError, LoraValueError, UnsupportedFormatError
+from klora.lora.container import MAX_HEADER
+from klora.lora.file import LoraFile
+from tests.support.lora_files import FAMILIES, lora_tensors, write_lora
+
+NAME = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+PREFIX = "lora_unet_" + NAME.replace(".", "_")
+DOWN, UP = f"{PREFIX}.lora_down.weight", f"{PREFIX}.lora_up.weight"
+SHAPES = {NAME: (8, 8), "mid_block.resnets.0.conv1": (8, 4, 3, 3)}
+
+
+def header(down: dict[str, Any] | None = None, up: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """The header of a good file of one module, rank 2, with changes."""
+    entries = {
+        DOWN: {"dtype": "F32", "shape": [2, 8], "data_offsets": [0, 64], **(down or {})},
+        UP: {"dtype": "F32", "shape": [8, 2], "data_offsets": [64, 128], **(up or {})},
+    }
+    return {**entries, **more}
+
+
+def raw(path: Path, table: object, data: bytes = bytes(128), size: int | None = None) -> Path:
+    text = table if isinstance(table, bytes) else json.dumps(table).encode()
+    path.write_bytes((len(text) if size is None else size).to_bytes(8, "little") + text + data)
+    return path
+
+
+def refused(path: Path | str, kind: type[LoraFileError] = LoraFileError) -> LoraFileError:
+    """The error of opening a file, checked to be of exactly one kind and one line that names the file."""
+    with pytest.raises(LoraFileError) as caught:
+        LoraFile.open(path)
+    error = caught.value
+    assert type(error) is kind
+    assert len(str(error).splitlines()) == 1
+    assert str(error).isprintable()
+    assert len(str(error)) < 1500
+    assert error.__cause__ is None
+    assert Path(error.file).name in str(error)
+    assert error.cure in str(error)
+    return error
+
+
+def error_of(path: Path) -> KloraError | None:
+    """The error of opening a file, if there is one; anything but a KloraError fails the test."""
+    try:
+        LoraFile.open(path)
+    except KloraError as error:
+        return error
+    return None
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "bad.safetensors"
+
+
+def test_the_good_file_that_the_others_are_made_of_opens(path: Path) -> None:
+    assert list(LoraFile.open(raw(path, header())).modules) == [NAME]
+
+
+# --- not a file ------------------------------------------------------------------------------------------------------
+
+
+def test_missing_folder_and_empty(path: Path, tmp_path: Path) -> None:
+    assert "does not exist" in str(refused(path))
+    assert "is a folder" in str(refused(tmp_path))
+    path.touch()
+    assert "is empty" in str(refused(path))
+    assert "cannot be read" in str(refused("a\0b.safetensors"))
+    assert "cannot be read" in str(refused(tmp_path / ("x" * 400)))
+    (tmp_path / "loop.safetensors").symlink_to(tmp_path / "loop.safetensors")
+    assert "cannot be read" in str(refused(tmp_path / "loop.safetensors"))
+    assert "cannot be read" in str(refused(path / "below a file.safetensors"))
+
+
+def test_a_pipe_a_device_and_a_socket_are_refused_without_being_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = tmp_path / "pipe.safetensors"
+    os.mkfifo(pipe)
+    assert "is a device, pipe or socket" in str(refused(pipe))
+    if Path("/dev/zero").exists():
+        assert "is a device, pipe or socket" in str(refused("/dev/zero"))
+    link = tmp_path / "link.safetensors"
+    link.symlink_to(pipe)
+    assert "is a device, pipe or socket" in str(refused(link))
+    with socket.socket(socket.AF_UNIX) as server:
+        monkeypatch.chdir(tmp_path)  # a socket's path may not be long
+        server.bind("s.safetensors")
+        assert "is a device, pipe or socket" in str(refused("s.safetensors"))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may read everything")
+def test_a_file_without_permission(path: Path) -> None:
+    raw(path, header()).chmod(0)
+    assert "cannot be read" in str(refused(path))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".PT", ".ckpt", ".bin", ".pth"])
+def test_pickles_are_refused_by_suffix(tmp_path: Path, suffix: str) -> None:
+    error = refused(raw(tmp_path / f"x{suffix}", header()), UnsupportedFormatError)
+    assert "pickle" in str(error)
+    assert "safetensors" in error.cure
+
+
+def test_pickles_are_refused_by_content(path: Path) -> None:
+    torch.save({"a": torch.zeros(3)}, path)
+    assert "pickle" in str(refused(path, UnsupportedFormatError))
+    torch.save({"a": torch.zeros(3)}, path, _use_new_zipfile_serialization=False)
+    assert "pickle" in str(refused(path, UnsupportedFormatError))
+    for protocol in range(2, 6):
+        path.write_bytes(pickle.dumps({"a": [1.0] * 99}, protocol=protocol))
+        assert "pickle" in str(refused(path, UnsupportedFormatError))
+
+
+def test_a_header_of_640_bytes_is_no_pickle(path: Path) -> None:
+    text = json.dumps(header()).encode().ljust(640)
+    assert len(text).to_bytes(8, "little")[:2] == b"\x80\x02"
+    assert LoraFile.open(raw(path, text)).modules
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"),
+        (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"x", "no safetensors file"),
+        (bytes(7), "no safetensors file"),
+        (bytes(8), "no safetensors file"),
+        (bytes(100), "no safetensors file"),
+        (b"\xff" * 100, "no safetensors file"),
+    ],
+)
+def test_other_contents_are_named(path: Path, content: bytes, words: str) -> None:
+    path.write_bytes(content)
+    assert words in str(refused(path))
+
+
+# --- the header ------------------------------------------------------------------------------------------------------
+
+
+def test_every_truncation_is_an_error(path: Path) -> None:
+    whole = raw(path, header()).read_bytes()
+    for length in range(len(whole)):
+        path.write_bytes(whole[:length])
+        refused(path)
+    path.write_bytes(whole[:-1])
+    assert "offsets out of range" in str(refused(path))
+
+
+def test_a_header_that_is_too_large_is_not_read(path: Path) -> None:
+    tracemalloc.start()
+    for size in (MAX_HEADER + 1, 2**40, 2**63, 2**64 - 1):
+        raw(path, header(), size=size)
+        refused(path)
+    raw(path, header(), size=MAX_HEADER + 1)
+    os.truncate(path, MAX_HEADER * 4)  # sparse: there really are that many bytes
+    assert "more than a LoRA can have" in str(refused(path))
+    assert tracemalloc.get_traced_memory()[1] < 2**20
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"{",
+        b"{}x",
+        b"{'a': 1}",
+        b"{\xff\xfe}",
+        b'{"a":' * 50_000,
+        b'{"a":' + b"[" * 100_000,
+        b'{"a":' + b"9" * 100_000 + b"}",
+        b'{"a":1,"a":1}',
+        b'{"a":{"dtype":"F32","dtype":"F16"}}',
+        b'{"a":[' + b"[]," * 600_000 + b"[]]}",
+    ],
+)
+def test_a_header_that_is_no_json_is_refused(path: Path, text: bytes) -> None:
+    refused(raw(path, text))
+
+
+@pytest.mark.parametrize(
+    ("down", "words"),
+    [
+        ({"data_offsets": [0, 10**12]}, "offsets out of range"),
+        ({"data_offsets": [-64, 0]}, "offsets"),
+        ({"data_offsets": [64, 0]}, "offsets"),
+        ({"data_offsets": [0]}, "offsets"),
+        ({"data_offsets": "0-64"}, "offsets"),
+        ({"data_offsets": [0.0, 64.0]}, "offsets"),
+        ({"data_offsets": [False, 64]}, "offsets"),
+        ({"data_offsets": [0, 60]}, "has 60 bytes, but its shape [2, 8] of F32 needs 64"),
+        ({"shape": [2, 9]}, "has 64 bytes, but its shape [2, 9] of F32 needs 72"),
+        ({"shape": [-2, -8]}, "shape"),
+        ({"shape": [10**9] * 8}, "needs"),
+        ({"shape": [1] * 9}, "shape"),
+        ({"shape": None}, "shape"),
+        ({"dtype": "F16"}, "needs 32"),
+        ({"dtype": "F13"}, "unknown dtype F13"),
+        ({"dtype": ["F32"]}, "unknown dtype"),
+        ({"dtype": "I32"}, "has dtype I32; weights must be fp32, fp16, bf16 or fp8"),
+        ({"dtype": "U32"}, "has dtype U32"),
+        ({"shape": [16]}, "has shape 16"),
+        ({"shape": [1, 2, 8]}, "has shape 1×2×8"),
+        ({"shape": [4, 4]}, "they do not multiply"),
+    ],
+)
+def test_a_bad_entry_names_its_key(path: Path, down: dict[str, Any], words: str) -> None:
+    error = refused(raw(path, header(down)))
+    assert words in str(error)
+    assert DOWN in str(error)
+
+
+def test_overlaps_gaps_and_loose_bytes_are_refused(path: Path) -> None:
+    assert "overlaps another" in str(refused(raw(path, header(up={"data_offsets": [60, 124]}), bytes(124))))
+    assert "leaves a gap" in str(refused(raw(path, header(up={"data_offsets": [68, 132]}), bytes(132))))
+    assert "belong to no tensor" in str(refused(raw(path, header(), bytes(129))))
+
+
+@pytest.mark.parametrize("value", [[], "text", {"a": 1}, {"a": None}])
+def test_metadata_must_be_texts(path: Path, value: object) -> None:
+    table = header(__metadata__=value)
+    if value == []:
+        assert LoraFile.open(raw(path, table)).metadata == {}
+    else:
+        assert "__metadata__" in str(refused(raw(path, table)))
+
+
+def test_an_entry_that_is_no_table_is_refused(path: Path) -> None:
+    for entry in (None, [], 3, {}, {"dtype": "F32"}):
+        assert "broken" in str(refused(raw(path, header(broken=entry))))
+
+
+def test_an_unaligned_header_is_read(path: Path, tmp_path: Path) -> None:
+    good = write_lora(tmp_path / "good.safetensors", SHAPES)
+    content = good.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    text, data = content[8 : 8 + size].rstrip(), content[8 + size :]
+    for padding in range(8):
+        file = LoraFile.open(raw(path, text + b" " * padding, data))
+        for name, delta in LoraFile.open(good).modules.items():
+            assert file.modules[name].matrix().equal(delta.matrix())
+
+
+# --- the tensors -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_missing_tensor_is_an_error_or_makes_another_valid_file(path: Path, family: str) -> None:
+    tensors = lora_tensors(SHAPES, family=family, alpha=2.0)
+    for key in tensors:
+        save_file({k: t for k, t in tensors.items() if k != key}, path)
+        optional = key.endswith(("alpha", "dora_scale", ".diff", "lora_mid.weight", "_t2"))
+        if not optional:
+            prefix = key.split(".")[0]
+            assert prefix in str(refused(path))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_wrong_shape_is_an_error_naming_a_key_of_the_module(path: Path, family: str) -> None:
+    tensors = lora_tensors(SHAPES, family=family, rank=3)
+    for key, tensor in tensors.items():
+        for dim in range(tensor.ndim):
+            shape = list(tensor.shape)
+            shape[dim] = 0
+            save_file({**tensors, key: torch.zeros(shape)}, path)
+            assert key in str(refused(path))
+            shape[dim] = tensor.shape[dim] + 1
+            save_file({**tensors, key: torch.zeros(shape)}, path)
+            if (error := error_of(path)) is not None:
+                assert key.split(".")[0] in str(error)
+
+
+def test_missing_up_missing_down_and_rank_0_name_the_key(path: Path) -> None:
+    tensors = lora_tensors({NAME: (8, 8)})
+    save_file({DOWN: tensors[DOWN]}, path)
+    assert f"{DOWN}: its up tensor is missing" in str(refused(path))
+    save_file({UP: tensors[UP]}, path)
+    assert f"{UP}: its down tensor is missing" in str(refused(path))
+    save_file({DOWN: torch.zeros(0, 8), UP: torch.zeros(8, 0)}, path)
+    assert "rank or width is 0" in str(refused(path))
+
+
+def test_alpha_must_be_one_finite_number(path: Path) -> None:
+    tensors, key = lora_tensors({NAME: (8, 8)}), f"{PREFIX}.alpha"
+    for alpha in (torch.ones(2), torch.tensor(True), torch.zeros(0)):
+        save_file({**tensors, key: alpha}, path)
+        assert f"{key}: should be one number" in str(refused(path))
+    for value in (float("nan"), float("inf")):
+        save_file({**tensors, key: torch.tensor(value)}, path)
+        assert key in str(refused(path, LoraValueError))
+    for alpha in (torch.tensor(3, dtype=torch.int64), torch.tensor([3.0]), torch.tensor(3.0, dtype=torch.bfloat16)):
+        save_file({**tensors, key: alpha}, path)
+        assert LoraFile.open(path).modules[NAME].alpha == 3.0
+
+
+def test_files_that_are_no_lora_match_zero_modules(path: Path) -> None:
+    for tensors in (
+        {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(4, 4, 3, 3)},
+        {"emb_params": torch.zeros(2, 768)},
+        {"lora_unet_joint_blocks_0.lora_down.weight": torch.zeros(2, 8)},
+        {f"{PREFIX}.alpha": torch.tensor(1.0)},
+        {"lora_unet_mid_block_resnets_0_norm1.diff": torch.zeros(8)},
+    ):
+        save_file(tensors, path)
+        assert "zero modules matched" in str(refused(path))
+        assert next(iter(tensors)) in str(refused(path))
+    raw(path, {"__metadata__": {"a": "b"}}, b"")
+    assert "zero modules matched" in str(refused(path))
+
+
+def test_an_odd_key_or_path_stays_on_one_line(tmp_path: Path) -> None:
+    table = header(**{"a\nb\u2028\ud800\x1b[31m" * 99: {"dtype": "X"}})
+    refused(raw(tmp_path / "new\nline\x1b[31m.safetensors", table)) if os.name == "posix" else None
+
+
+# --- fuzzing ---------------------------------------------------------------------------------------------------------
+
+
+def only_klora_errors(path: Path) -> None:
+    """Open, and use what opens: every tensor readable, every delta computable."""
+    if (error := error_of(path)) is not None:
+        assert len(str(error).splitlines()) == 1
+        return
+    file = LoraFile.open(path)
+    for delta in (*file.modules.values(), *file.text_encoder.values()):
+        rows = delta.rows(0, min(2, delta.shape[0]))
+        assert rows.shape == (min(2, delta.shape[0]), delta.columns)
+
+
+FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@given(st.binary(max_size=200))
+@FUZZ
+def test_random_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    only_klora_errors(path)
+
+
+@given(st.binary(max_size=120), st.integers(0, 130))
+@FUZZ
+def test_random_headers(path: Path, text: bytes, size: int) -> None:
+    raw(path, b"{" + text, size=size)
+    only_klora_errors(path)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 200) | st.text(max_size=5) | st.sampled_from(["F32", "F16", "I64"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.sampled_from([DOWN, UP]), st.sampled_from(["dtype", "shape", "data_offsets", None]), JSON)
+@FUZZ
+def test_mutated_entries(path: Path, key: str, part: str | None, value: object) -> None:
+    table = header()
+    if part is None:
+        table[key] = value
+    else:
+        table[key][part] = value
+    only_klora_errors(raw(path, table))
+
+
+@given(
+    family=st.sampled_from(FAMILIES), edits=st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), max_size=4)
+)
+@FUZZ
+def test_changed_bytes_of_a_good_file(
+    path: Path, tmp_path_factory: pytest.TempPathFactory, family: str, edits: list[tuple[int, int]]
+) -> None:
+    good = tmp_path_factory.getbasetemp() / f"fuzz-{family}.safetensors"
+    if not good.exists():
+        write_lora(good, SHAPES, family=family, rank=2, alpha=2.0)
+    content = bytearray(good.read_bytes())
+    for place, value in edits:
+        content[place % len(content)] = value
+    path.write_bytes(content)
+    only_klora_errors(path)
+
+
+SLOTS = [
+    "lora_down.weight",
+    "lora_up.weight",
+    "lora_mid.weight",
+    "alpha",
+    "dora_scale",
+    "diff",
+    "hada_w1_a",
+    "hada_w1_b",
+]
+SLOTS += ["hada_w2_a", "hada_w2_b", "hada_t1", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_b", "lokr_t2"]
+
+
+@given(st.dictionaries(st.sampled_from(SLOTS), st.lists(st.integers(0, 3), max_size=4), max_size=7), st.booleans())
+@FUZZ
+def test_any_mixture_of_slots_and_shapes(path: Path, slots: dict[str, list[int]], fused: bool) -> None:
+    prefix = "lora_unet_double_blocks_0_img_attn_qkv" if fused else "lora_unet_mid_block_resnets_0_conv1"
+    save_file({f"{prefix}.{slot}": torch.ones(shape) for slot, shape in slots.items()}, path)
+    only_klora_errors(path)
+
+
+def test_the_fuzzed_files_are_good_to_begin_with(path: Path) -> None:
+    for family in FAMILIES:
+        write_lora(path, SHAPES, family=family, rank=2, alpha=2.0)
+        assert len(LoraFile.open(path).modules) == len(SHAPES)
+        assert load_file(path)
