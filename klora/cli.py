@@ -11,10 +11,11 @@ import contextlib
 import importlib.util
 import io
 import json
+import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NoReturn, TextIO
@@ -119,7 +120,9 @@ def _add_generate(commands: Any) -> None:
         "--images", type=_whole(1), default=1, metavar="N", help="pictures, each with the next seed (1)"
     )
     command.add_argument("--size", type=_size, metavar="WxH|N", help="in pixels; the model's own when left out")
-    command.add_argument("--guidance", type=float, metavar="X", help="guidance scale; the pipeline's own when left out")
+    command.add_argument(
+        "--guidance", type=_finite, metavar="X", help="guidance scale; the pipeline's own when left out"
+    )
     command.add_argument("--out", default="klora-out", metavar="DIR", help="where the pictures go (klora-out)")
     command.add_argument("--device", default=AUTO, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps …")
     command.add_argument("--dtype", default=AUTO, choices=(AUTO, "float32", "float16", "bfloat16"), help="of the model")
@@ -171,26 +174,31 @@ def read_settings(args: argparse.Namespace, renamed: Mapping[str, str] = _AS_THE
     return settings
 
 
-def _whole(low: int) -> Any:
+def _whole(low: int) -> Callable[[str], int]:
     def read(text: str) -> int:
-        number = int(text)
-        if not low <= number < 2**63:
-            raise ValueError(text)
-        return number
+        if not text.strip().isdecimal() or not low <= int(text) < 2**63:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}")
+        return int(text)
 
-    read.__name__ = f"whole number of at least {low}"
     return read
 
 
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number")
+    return number
+
+
 def _size(text: str) -> tuple[int, int]:
-    width, _, height = text.lower().partition("x")
-    size = int(width), int(height or width)
-    if not all(8 <= side <= 16384 and side % 8 == 0 for side in size):
-        raise argparse.ArgumentTypeError(f"{text!r} must be multiples of 8, from 8 to 16384")
-    return size
-
-
-_size.__name__ = "size"
+    width, by, height = text.lower().partition("x")
+    sides = width, height if by else width
+    if not all(side.isdecimal() and len(side) < 6 and int(side) % 8 == 0 and 8 <= int(side) <= 16384 for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; give N or WxH in pixels, multiples of 8")
+    return int(sides[0]), int(sides[1])
 
 
 def analyze(args: argparse.Namespace) -> None:

@@ -99,10 +99,6 @@ def choose_dtype(name: str, device: str, model: str) -> torch.dtype:
 
 def load_pipeline(model: str, dtype: torch.dtype) -> Any:
     """Load a diffusers pipeline from a folder, or from the hub; KloraError saying what is wrong with it."""
-    from diffusers import DiffusionPipeline
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
     folder = Path(model).expanduser()
     local = folder.exists()
     if folder.is_dir() and not (folder / "model_index.json").is_file():
@@ -111,16 +107,38 @@ def load_pipeline(model: str, dtype: torch.dtype) -> Any:
         raise KloraError(f"{model}: is a file; --model takes a diffusers folder or a hub id")
     if not local and not _HUB_ID.fullmatch(model):
         raise KloraError(f"{model}: there is no such folder, and it is no hub id (owner/name) either")
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
     try:
-        return DiffusionPipeline.from_pretrained(
-            str(folder) if local else model, torch_dtype=dtype, local_files_only=local
-        )
+        with _quiet_libraries():
+            from diffusers import DiffusionPipeline
+
+            return DiffusionPipeline.from_pretrained(
+                str(folder) if local else model, torch_dtype=dtype, local_files_only=local
+            )
     # What is wrong with a model reaches us as errors of any kind, from four libraries.
     except Exception as error:
-        what = "cannot be loaded" if local else "is no folder here and cannot be had from the hub"
-        raise KloraError(f"{model}: {what} ({type(error).__name__}: {_first_line(error)})") from error
+        detail = f"{type(error).__name__}: {_first_line(error)}"
+        if local:
+            raise KloraError(f"{model}: cannot be loaded ({detail})") from error
+        cure = "check the name and the connection, or give a folder"
+        raise KloraError(f"{model}: there is no such folder, and the hub did not give it ({detail}); {cure}") from error
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep what the libraries say while they load off the terminal; what they say while sampling is worth hearing."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity_warning()
+        diffusers_logging.set_verbosity_warning()
 
 
 def _pipeline_class(model: str) -> str:
@@ -169,7 +187,7 @@ def _memory_errors() -> Iterator[None]:
 
 def _facts(request: Request, pipe: Any, session: Session, image: Image, seed: int) -> dict[str, Any]:
     """Give all that made a picture, ready for JSON. Files and folders go by name: a path may tell who made it."""
-    plan = session.plan
+    pair, plan = session.pair, session.plan
     local = Path(request.model).expanduser()
     default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
     return {
@@ -185,8 +203,8 @@ def _facts(request: Request, pipe: Any, session: Session, image: Image, seed: in
         "scheduler": type(pipe.scheduler).__name__,
         "device": str(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "subject": {"file": session.pair.subject.path.name, "sha256": session.pair.subject.sha256},
-        "style": {"file": session.pair.style.path.name, "sha256": session.pair.style.sha256},
+        "subject": {"file": pair.subject.path.name, "sha256": pair.cache.sha256(pair.subject.path)},
+        "style": {"file": pair.style.path.name, "sha256": pair.cache.sha256(pair.style.path)},
         "settings": plan.settings.to_dict(),
         "gamma": plan.gamma,
         "balance": plan.balance,
@@ -247,4 +265,5 @@ def _write(image: Image, path: Path, facts: dict[str, Any]) -> Path:
 
 
 def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), "no further message")
+    line = next(iter(str(error).strip().splitlines()), "no further message")
+    return line if len(line) <= 200 else f"{line[:199]}…"

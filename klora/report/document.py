@@ -24,8 +24,8 @@ def document(pair: Pair, plan: FusionPlan) -> dict[str, Any]:
     scaled = schedule.kind != "one"
     return {
         "schema": SCHEMA,
-        "subject": _file(pair.subject),
-        "style": _file(pair.style),
+        "subject": _file(pair, pair.subject),
+        "style": _file(pair, pair.style),
         **policy,
         "variant": settings.variant,
         "scope": settings.scope,
@@ -50,8 +50,14 @@ def document(pair: Pair, plan: FusionPlan) -> dict[str, Any]:
     }
 
 
-def _file(file: LoraFile) -> dict[str, Any]:
-    return {"file": str(file.path), "sha256": file.sha256, "modules": len(file.modules), "ranks": ranks(file)}
+def _file(pair: Pair, file: LoraFile) -> dict[str, Any]:
+    return {
+        "file": str(file.path),
+        # The cache remembers digests, and a file of scored modules need not be read for it.
+        "sha256": pair.cache.sha256(file.path),
+        "modules": len(file.modules),
+        "ranks": ranks(file),
+    }
 
 
 def _module(module: PlanModule, plan: FusionPlan) -> dict[str, Any]:
