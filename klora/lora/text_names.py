@@ -1,0 +1,38 @@
+"""The modules of text encoders: CLIP (one or two) and FLUX's T5, which counts as the second."""
+
+from __future__ import annotations
+
+import re
+
+from klora.lora.unet_names import NUMBER, flat_table
+
+_CLIP = flat_table([*(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2"])
+_CLIP |= {f"self_attn_to_{p}_lora": f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")}
+_T5_FF = [f"DenseReluDense.{leaf}" for leaf in ("wi", "wi_0", "wi_1", "wo")]
+_T5 = flat_table([*(f"SelfAttention.{leaf}" for leaf in "qkvo"), *_T5_FF])
+
+_PREFIX = re.compile(
+    r"(?:lora_te([123]?)|text_encoder(_[23])?|text_encoders_(clip_l|clip_g|t5xxl)(?:_transformer)?)_(?:text_model_)?(.+)"
+)
+_CLIP_LAYER = re.compile(rf"encoder_layers_{NUMBER}_(.+)")
+_T5_LAYER = re.compile(rf"encoder_block_{NUMBER}_layer_{NUMBER}_(.+)")
+
+
+def find(flat: str) -> str | None:
+    """`text_encoder.…` or `text_encoder_2.…` for the flattened name of a text encoder's module, or None."""
+    match = _PREFIX.fullmatch(flat)
+    if match is None:
+        return None
+    kohya, diffusers, comfy, rest = match.groups()
+    number = kohya or (diffusers or "").strip("_") or {"clip_g": "2", "t5xxl": "2"}.get(comfy or "", "1")
+    if layer := _CLIP_LAYER.fullmatch(rest):
+        leaf = _CLIP.get(layer[2])
+        path = leaf and number != "3" and f"text_model.encoder.layers.{layer[1]}.{leaf}"
+    elif layer := _T5_LAYER.fullmatch(rest):
+        # Only FLUX's second encoder is a T5; kohya numbers it 3, as in SD3.
+        leaf, number = _T5.get(layer[3]), "2"
+        path = leaf and f"encoder.block.{layer[1]}.layer.{layer[2]}.{leaf}"
+    else:
+        path = "text_projection" if (rest, number) == ("text_projection", "2") else None
+    root = "text_encoder_2" if number == "2" else "text_encoder"
+    return f"{root}.{path}" if path else None
