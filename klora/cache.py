@@ -95,7 +95,9 @@ class ScoreCache:
     def _save_scores(self, digest: str, file: LoraFile, scores: FileScores) -> None:
         # Another process may have added its own K in the meantime.
         others = self._load_scores(digest, file, quiet=True)
-        modules = {name: vars(_merge(others[name], score) if others else score) for name, score in scores.items()}
+        modules = {
+            name: vars(_limit(_merge(others[name], score) if others else score)) for name, score in scores.items()
+        }
         self._save(self._scores_entry(digest), {"version": SCORING_VERSION, "sha256": digest, "modules": modules})
 
     def _scores_entry(self, digest: str) -> Path:
@@ -221,12 +223,15 @@ def _complete(file: LoraFile, stored: FileScores, wanted: Mapping[str, Collectio
 
 
 def _merge(known: ModuleScore, score: ModuleScore) -> ModuleScore:
-    """Both scores' sums in one; of those at no standard K, the latest."""
-    sums = known.sums | score.sums
-    special = [k for k in sums if k not in STANDARD_KS]
-    for k in special[:-MAX_SPECIAL_KS]:
-        del sums[k]
-    return replace(known, l1=max(known.l1, score.l1), sums=sums)
+    """Both scores' sums in one."""
+    return replace(known, l1=max(known.l1, score.l1), sums=known.sums | score.sums)
+
+
+def _limit(score: ModuleScore) -> ModuleScore:
+    """Of the sums at no standard K, only the latest."""
+    special = [k for k in score.sums if k not in STANDARD_KS]
+    dropped = special[:-MAX_SPECIAL_KS]
+    return replace(score, sums={k: s for k, s in score.sums.items() if k not in dropped})
 
 
 def _settled(path: Path) -> os.stat_result:
