@@ -58,21 +58,19 @@ class LoraFile:
         return self._sha256
 
     def _load(self) -> None:
-        file = self._tensors.file
-        prefixes = self._group_keys()
-        configs = peft_alpha.read(self.metadata, file)
-        for prefix, slots in prefixes.items():
-            targets = resolve(prefix)
-            delta, left = None, slots
-            if targets is not None:
-                group = self._group(prefix, slots, targets[0], configs)
-                delta = load_delta(group)
-                left = {slot: key for slot, key in slots.items() if delta is None or slot not in group.used}
-            if targets is not None and delta is not None:
+        groups = self._group_keys()
+        configs = peft_alpha.read(self.metadata, self._tensors.file)
+        for prefix, slots in groups.items():
+            if (targets := resolve(prefix)) is None:
+                self.unmatched.extend(slots.values())
+                continue
+            group = self._group(prefix, slots, targets[0], configs)
+            delta = load_delta(group)
+            if delta is not None:
                 self._add(targets, delta)
-            self.unmatched.extend(left.values())
+            self.unmatched.extend(key for slot, key in slots.items() if delta is None or slot not in group.used)
         if not self.modules and not self.text_encoder:
-            raise _no_modules(file, list(self._tensors.entries))
+            raise _no_modules(self._tensors.file, list(self._tensors.entries))
         self.modules = _in_order(self.modules)
         self.text_encoder = _in_order(self.text_encoder)
 

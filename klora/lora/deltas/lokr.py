@@ -61,12 +61,12 @@ class LokrDelta(Delta):
         """(w2 rows, the place of each wanted row among them): no more rows of w2 than are wanted."""
         wanted, place = (rows, torch.arange(len(rows))) if len(rows) < height else (torch.arange(height), rows)
         if self.w2_right is None:
-            return self.w2.data[wanted].float().reshape(len(wanted), -1), place
+            return self.w2.native()[wanted].float().reshape(len(wanted), -1), place
         right = self.w2_right.fp32()
         if self.t2 is None:
-            return self.w2.data[wanted].float() @ right, place
+            return self.w2.native()[wanted].float() @ right, place
         right = torch.einsum("mnkl,ni->mikl", self.t2.fp32(), right).reshape(len(self.t2.data), -1)
-        return self.w2.data[:, wanted].float().t() @ right, place
+        return self.w2.native()[:, wanted].float().t() @ right, place
 
     def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> LokrDelta:
         return replace(self, shape=shape, row=self.row + start)
