@@ -25,6 +25,7 @@ from klora.errors import LoraFileError, UnsupportedFormatError
 # A LoRA's header is some hundred kB; kohya's tag statistics can make it a few MB.
 MAX_HEADER = 16 * 2**20
 _MAX_BRACKETS = 10**6
+_MAX_TENSORS = 50_000
 _MAX_DIGITS = 15
 _MAX_DIMENSIONS = 8
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
@@ -181,6 +182,8 @@ def _parse(header: bytes, room: int, file: str) -> tuple[dict[str, str], dict[st
     metadata = parsed.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise LoraFileError(file, "is not a table of texts", _DAMAGED, "__metadata__")
+    if len(parsed) > _MAX_TENSORS:
+        raise LoraFileError(file, f"has {len(parsed)} tensors, more than a LoRA can have", _NOT_LORA)
     entries = {key: _entry(key, value, room, file) for key, value in parsed.items()}
     _check_layout(entries, room, file)
     return metadata, entries

@@ -243,6 +243,11 @@ def test_metadata_must_be_texts(path: Path, value: object) -> None:
         assert "__metadata__" in str(refused(raw(path, table)))
 
 
+def test_a_header_of_very_many_tensors_is_refused(path: Path) -> None:
+    text = ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(50_001))
+    assert "50001 tensors, more than a LoRA can have" in str(refused(raw(path, f"{{{text}}}".encode(), b"")))
+
+
 def test_an_entry_that_is_no_table_is_refused(path: Path) -> None:
     for entry in (None, [], 3, {}, {"dtype": "F32"}):
         assert "broken" in str(refused(raw(path, header(broken=entry))))
