@@ -17,8 +17,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import platformdirs
-
 from klora.errors import LoraFileError
 from klora.fusion.scores import SCORING_VERSION, STANDARD_KS, FileScores, ModuleScore, Workspace, score_delta
 from klora.lora.file import LoraFile
@@ -43,7 +41,7 @@ class ScoreCache:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, max_bytes: int = 256 * 2**20) -> None:
-        self.folder = Path(folder) if folder is not None else platformdirs.user_cache_path("klora", appauthor=False)
+        self.folder = Path(folder) if folder is not None else _user_folder()
         self.max_bytes = max_bytes
         self._warned = False
 
@@ -147,6 +145,13 @@ class ScoreCache:
                 with contextlib.suppress(FileNotFoundError):
                     path.unlink()
                 total, count = total - status.st_size, count - 1
+
+
+def _user_folder() -> Path:
+    # Not in a WebUI's environment, which names the folder instead.
+    import platformdirs
+
+    return platformdirs.user_cache_path("klora", appauthor=False)
 
 
 def _own_files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:

@@ -333,5 +333,5 @@ def test_a_bad_value_is_reported_and_not_cached(file: LoraFile, folder: Path, mo
 
 
 def test_the_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cache_module.platformdirs, "user_cache_path", lambda *_, **__: tmp_path / "user")
+    monkeypatch.setattr("platformdirs.user_cache_path", lambda *_, **__: tmp_path / "user")
     assert ScoreCache().folder == tmp_path / "user"
