@@ -66,6 +66,8 @@ def _run(argv: Sequence[str] | None) -> int:
         # Libraries warn their users, the programmers; what klora warns of is for whoever runs the command.
         warnings.simplefilter("ignore")
         warnings.filterwarnings("always", module="klora")
+        # A sign that the picture's font lacks is seen as a box there.
+        warnings.filterwarnings("ignore", message="Glyph")
         warnings.showwarning = lambda message, *_args, **_kwargs: pending.append(str(message))
         args.command(args)
     # After an error, its one line is all that is said.

@@ -1,0 +1,77 @@
+"""The summary of a pair and its plan."""
+
+from pathlib import Path
+
+import pytest
+
+from klora.cache import ScoreCache
+from klora.pair import Pair
+from klora.report.summary import notices, sparkline, summarise
+from klora.settings import Settings
+from tests.support.lora_files import write_lora
+from tests.support.pairs import ATTENTION, FEED_FORWARD, shapes, write_pair
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    return Pair.open(*write_pair(tmp_path), ScoreCache(tmp_path / "cache"))
+
+
+def test_it_names_files_ranks_coverage_rule_and_share(pair: Pair) -> None:
+    plan = pair.plan(Settings.parse({"balance": 0.25, "steps": 25}))
+    text = summarise(pair, plan)
+    assert "dog.safetensors: 27 modules, rank 4 (lora)" in text
+    assert "ink.safetensors: 24 modules, rank 8 (lora)" in text
+    assert "contested 24 of 27 modules; subject only 3, style only 0, text encoder 1, keys not understood 0" in text
+    assert f"γ = {plan.gamma:.4g}" in text
+    assert "S(τ) = 1.5·τ + 0.5" in text
+    assert "balance +0.25" in text
+    assert f"{plan.share:.1%} of 24 modules × 25 steps" in text
+
+
+def test_it_lists_every_step_and_every_contested_block(pair: Pair) -> None:
+    plan = pair.plan(Settings(steps=25))
+    lines = summarise(pair, plan).splitlines()
+    table = [line.split("  ") for line in lines if line.startswith("   0–9 ") or line.strip()[:5] in ("10–19", "20–24")]
+    numbers = [int(number) for row in table for number in " ".join(row).split()[1:]]
+    assert numbers == [round(100 * share) for share in plan.subject_share()]
+    assert sum(line.startswith(("down_blocks.0", "mid_block", "up_blocks.1")) for line in lines) == 3
+
+
+def test_a_share_target_shows_the_balance_and_share_it_found(pair: Pair) -> None:
+    plan = pair.plan(Settings(share=0.7))
+    assert f"balance {plan.balance:+.3g}" in summarise(pair, plan)
+    assert plan.share == pytest.approx(0.7, abs=0.02)
+
+
+def test_other_policies_are_named(pair: Pair) -> None:
+    assert "no scale" in summarise(pair, pair.plan(Settings(policy="top-k")))
+    assert "balance" not in summarise(pair, pair.plan(Settings(policy="direct")))
+
+
+def test_modules_outside_the_scope_are_counted(tmp_path: Path) -> None:
+    files = [
+        write_lora(tmp_path / f"{name}.safetensors", shapes([*ATTENTION, *FEED_FORWARD]), seed=seed)
+        for seed, name in enumerate("ab")
+    ]
+    pair = Pair.open(*files, ScoreCache(tmp_path / "cache"))
+    assert "3 modules of both files lie outside the scope" in summarise(pair, pair.plan(Settings(scope="attention")))
+
+
+def test_nothing_contested_is_said_and_warned_of(tmp_path: Path) -> None:
+    files = [
+        write_lora(tmp_path / f"{name}.safetensors", shapes(names), seed=1)
+        for name, names in {"a": ATTENTION, "b": FEED_FORWARD}.items()
+    ]
+    pair = Pair.open(*files, ScoreCache(tmp_path / "cache"))
+    plan = pair.plan(Settings())
+    text = summarise(pair, plan)
+    assert "nothing is contested" in text
+    assert "contested 0 of 27" in text
+    assert "γ undefined" in text
+    assert len(notices(pair, plan)) == 1
+
+
+def test_a_sparkline_has_one_bar_per_step_up_to_its_width() -> None:
+    assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+    assert len(sparkline([0.5] * 1000, width=60)) == 60
