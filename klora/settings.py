@@ -184,6 +184,12 @@ class Settings:
         "img2img and hires start at their true place in the schedule (absolute) or at 0 (relative)",
         choices=("absolute", "relative"),
     )
+    passes: str = _setting(
+        "both",
+        "Passes",
+        "which of the passes of a hires fix are fused; the other applies the pair as two plain LoRAs",
+        choices=("both", "first", "hires"),
+    )
     engine: str = _setting(
         AUTO, "Engine", "how a decision is applied; bypass adds the active LoRA's output", choices=(AUTO, "bypass")
     )

@@ -23,17 +23,19 @@ from klora.lora.deltas import Delta
 class Site:
     """A place in a host's model: a module, or the output rows [start, stop) of one that is fused from several.
 
-    `weight` gives the module's weight as a plain tensor (rows included), for the deltas that depend on it.
+    `weight` gives the module's weight as a plain tensor (all rows), for the deltas that depend on it; `known_shape`
+    is the shape of that weight where the module's attributes do not tell.
     """
 
     module: nn.Module
     rows: tuple[int, int] | None = None
     weight: Callable[[], Tensor] | None = None
+    known_shape: tuple[int, ...] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """(out, in), or (out, in, kh, kw) for kernels larger than 1×1, of the rows of this site."""
-        out, *rest = module_shape(self.module)
+        out, *rest = self.known_shape or module_shape(self.module)
         return (self.rows[1] - self.rows[0] if self.rows else out, *rest)
 
     def base_weight(self) -> Tensor:

@@ -47,6 +47,27 @@ class Progress:
         return (index - 1 + _fraction(above, level, below)) / self.steps
 
 
+class SamplingPass:
+    """One pass of a sampler over a schedule, or over the end of it (img2img, hires).
+
+    With `relative`, τ is 0 at the first level met and 1 at the end, however late in the schedule the pass begins.
+    """
+
+    def __init__(self, levels: Iterable[float], relative: bool = False) -> None:
+        """Take the noise levels of the whole schedule; ValueError where there are none."""
+        self.progress = Progress.of(levels)
+        self.relative = relative
+        self._start: float | None = None
+
+    def tau(self, level: float) -> float:
+        """Give τ in [0, 1] at a noise level."""
+        tau = self.progress.tau(level)
+        if self._start is None:
+            self._start = tau if self.relative and tau < 1 else 0.0
+        # A sampler may go back to a higher noise than it began with; that is the beginning still.
+        return max(0.0, tau - self._start) / (1 - self._start)
+
+
 def _fraction(above: float, level: float, below: float) -> float:
     """Give how much of the way from `above` down to `below` is done at `level`."""
     if below > 0:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 from klora.engine.bypass import BypassLayer, Operand, Part, Site
-from klora.engine.progress import Progress
+from klora.engine.progress import SamplingPass
 from klora.errors import MismatchError
 from klora.fusion.plan import FusionPlan
 from klora.fusion.policies.base import Weights
@@ -38,8 +38,7 @@ class Session:
         self.plan = plan
         self.tau: float | None = None
         self._depth = 0
-        self._progress: Progress | None = None
-        self._start: float | None = None
+        self.sampling: SamplingPass | None = None
         self._layers: dict[int, BypassLayer] = {}
         self._parts: dict[str, Part] = {}
         shapes = {name: site.shape for name, site in sites.items()}
@@ -79,20 +78,19 @@ class Session:
 
     def start_pass(self, levels: Iterable[float]) -> None:
         """Begin a sampling pass whose full schedule is `levels` (noise levels, repeats allowed)."""
-        self._progress = Progress.of(levels)
-        self._start = None
-        self.plan = self.plan.with_steps(self._progress.steps)
+        self.follow(SamplingPass(levels, relative=self.plan.settings.progress == "relative"))
+
+    def follow(self, sampling: SamplingPass) -> None:
+        """Go on in a pass that may have begun in another session (a refiner has taken over)."""
+        self.sampling = sampling
+        self.plan = self.plan.with_steps(sampling.progress.steps)
         self.tau = None
 
     def at_level(self, level: float) -> None:
         """Make what the plan decides for this noise level active; needs `start_pass` first."""
-        if self._progress is None:
+        if self.sampling is None:
             raise RuntimeError("at_level before start_pass")
-        tau = self._progress.tau(level)
-        if self._start is None:
-            self._start = tau if self.plan.settings.progress == "relative" and tau < 1 else 0.0
-        # A pass may go back to a higher noise than it began with; that is its beginning still.
-        self.set_tau(max(0.0, tau - self._start) / (1 - self._start))
+        self.set_tau(self.sampling.tau(level))
 
     def set_tau(self, tau: float) -> None:
         """Make what the plan decides for position `tau` active."""

@@ -1,0 +1,88 @@
+"""The Automatic1111 host."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from klora.engine.bypass import Site
+from klora.hosts.webui import TextPart, host_tensors, kohya_text_key, ldm_sites
+
+
+class A1111Host:
+    """A model loaded in A1111."""
+
+    def __init__(self, sd_model: Any) -> None:
+        self.sd_model = sd_model
+
+    @property
+    def model_name(self) -> str:
+        """How messages call the model."""
+        return f"the {self.architecture or ''} checkpoint {self.sd_model.sd_checkpoint_info.name}".replace("  ", " ")
+
+    @property
+    def architecture(self) -> str | None:
+        """SD1, SD2 or SDXL, as the host tells them apart."""
+        for flag, name in (("is_sdxl", "SDXL"), ("is_sd2", "SD2"), ("is_sd1", "SD1")):
+            if getattr(self.sd_model, flag, False):
+                return name
+        return None
+
+    @property
+    def diffusion_model(self) -> nn.Module:
+        """The UNet."""
+        return self.sd_model.model.diffusion_model
+
+    def sites(self) -> Mapping[str, Site]:
+        """Give the UNet's modules by canonical name."""
+        return dict(ldm_sites(self.diffusion_model))
+
+    @contextmanager
+    def text_encoder_with(self, parts: list[TextPart]) -> Iterator[None]:
+        """Add a Network for each part while the text is encoded.
+
+        Outside the block the host does not see them, so its UNet is neither backed up nor merged on their account;
+        the text encoder's own layers notice the difference at their next forward.
+        """
+        networks = importlib.import_module("networks")
+        added = [self._network(networks, part) for part in parts]
+        networks.loaded_networks.extend(added)
+        try:
+            yield
+        finally:
+            networks.loaded_networks[:] = [net for net in networks.loaded_networks if net not in added]
+
+    def _network(self, networks: Any, part: TextPart) -> Any:
+        network = importlib.import_module("network")
+        # The host knows a network by its name and strengths alone.
+        net = network.Network(f"klora:{part.sha256}", part.lora.on_disk)
+        net.te_multiplier = net.unet_multiplier = part.strength
+        net.dyn_dim = None
+        for name, delta in part.deltas.items():
+            key = kohya_text_key(name, several=bool(getattr(self.sd_model, "is_sdxl", False)))
+            found = self._module(networks, key)
+            if found is not None:
+                weights = network.NetworkWeights(key, found[0], host_tensors(delta), found[1])
+                module = next(filter(None, (kind.create_module(net, weights) for kind in networks.module_types)), None)
+                if module is not None:
+                    net.modules[found[0]] = module
+        return net
+
+    def _module(self, networks: Any, key: str) -> tuple[str, nn.Module] | None:
+        """Give the host's name of a text-encoder module and the module; attention in one piece lacks q, k and v."""
+        mapping = self.sd_model.network_layer_mapping
+        is_sd2 = "model_transformer_resblocks" in mapping
+        for name in (
+            networks.convert_diffusers_name_to_compvis(key, is_sd2),
+            key.replace("lora_te1_", "0_transformer_"),
+        ):
+            for candidate in (name, name.removesuffix("_q_proj").removesuffix("_k_proj").removesuffix("_v_proj")):
+                if candidate in mapping and (
+                    candidate == name or isinstance(mapping[candidate], nn.MultiheadAttention)
+                ):
+                    return name, mapping[candidate]
+        return None

@@ -1,0 +1,70 @@
+"""The Forge host and its family, whose models carry `forge_objects`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from klora.engine.bypass import Site
+from klora.hosts.webui import TextPart, host_tensors, kohya_text_key, ldm_sites
+
+
+class ForgeHost:
+    """A model loaded in Forge.
+
+    Nothing of what Forge remembers about its own LoRAs (hashes, online patches, backups) is touched.
+    """
+
+    def __init__(self, sd_model: Any) -> None:
+        self.sd_model = sd_model
+
+    @property
+    def model_name(self) -> str:
+        """How messages call the model."""
+        return f"the {self.architecture or ''} checkpoint {self.sd_model.sd_checkpoint_info.name}".replace("  ", " ")
+
+    @property
+    def architecture(self) -> str | None:
+        """SD1, SD2, SDXL or FLUX; from the class of the diffusion model and the host's flags."""
+        if "Flux" in type(self.diffusion_model).__name__:
+            return "FLUX"
+        for flag, name in (("is_sdxl", "SDXL"), ("is_sd2", "SD2"), ("is_sd1", "SD1")):
+            if getattr(self.sd_model, flag, False):
+                return name
+        return None
+
+    @property
+    def diffusion_model(self) -> nn.Module:
+        """The UNet or transformer."""
+        return self.sd_model.forge_objects.unet.model.diffusion_model
+
+    def sites(self) -> Mapping[str, Site]:
+        """Give the diffusion model's modules by canonical name."""
+        return dict(ldm_sites(self.diffusion_model))
+
+    @contextmanager
+    def text_encoder_with(self, parts: list[TextPart]) -> Iterator[None]:
+        """Put a patched clone of the CLIP object in place while the text is encoded; Forge merges and unmerges it."""
+        lora = importlib.import_module("backend.patcher.lora")
+        objects = self.sd_model.forge_objects
+        before = clip = objects.clip
+        for part in parts:
+            tensors = {
+                f"{kohya_text_key(name, several=True)}.{ending}": tensor
+                for name, delta in part.deltas.items()
+                for ending, tensor in host_tensors(delta).items()
+            }
+            # A dictionary of our own: the host's default argument is shared between calls.
+            patches, _ = lora.load_lora(tensors, lora.model_lora_keys_clip(clip.cond_stage_model, {}))
+            clip = clip.clone()
+            clip.add_patches(filename=f"klora:{part.sha256}", patches=patches, strength_patch=part.strength)
+        objects.clip = clip
+        try:
+            yield
+        finally:
+            if objects.clip is clip:
+                objects.clip = before

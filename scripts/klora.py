@@ -1,0 +1,5 @@
+"""The WebUI's way in."""
+
+from klora.webui.register import register
+
+register()
