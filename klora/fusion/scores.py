@@ -121,9 +121,9 @@ def top_k_sums(values: Floats, ks: list[int]) -> list[float]:
         return [0.0] * len(ks)
     bucket = values.view(np.int32) >> 14
     bucket = bucket.max() - bucket
-    size = torch.bincount(torch.from_numpy(bucket)).numpy()
+    size = np.bincount(bucket)
     count = np.cumsum(size)
-    total = torch.bincount(torch.from_numpy(bucket), weights=torch.from_numpy(values).double()).numpy().cumsum()
+    total = np.cumsum(np.bincount(bucket, weights=values))
     k = np.minimum(ks, values.size)
     at = np.searchsorted(count, k)
     split = np.zeros(len(size), dtype=bool)
