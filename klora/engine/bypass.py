@@ -27,7 +27,7 @@ class Site:
     is the shape of that weight where the module's attributes do not tell.
     """
 
-    module: nn.Module
+    module: Any
     rows: tuple[int, int] | None = None
     weight: Callable[[], Tensor] | None = None
     known_shape: tuple[int, ...] | None = None
@@ -50,7 +50,7 @@ class Site:
         return weight[self.rows[0] : self.rows[1]] if self.rows else weight
 
 
-def module_shape(module: nn.Module) -> tuple[int, ...]:
+def module_shape(module: Any) -> tuple[int, ...]:
     """Give the shape of a Linear's or Conv's weight from its attributes, since a quantised weight is packed."""
     if hasattr(module, "in_channels") and hasattr(module, "kernel_size"):
         kernel = tuple(module.kernel_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,8 @@ from torch import nn
 
 from klora.engine.bypass import Site
 from klora.hosts.webui import TextPart, host_tensors, kohya_text_key, ldm_sites
+
+_PROJECTION = re.compile(r"_[qkv]_proj$")
 
 
 class A1111Host:
@@ -80,9 +83,7 @@ class A1111Host:
             networks.convert_diffusers_name_to_compvis(key, is_sd2),
             key.replace("lora_te1_", "0_transformer_"),
         ):
-            for candidate in (name, name.removesuffix("_q_proj").removesuffix("_k_proj").removesuffix("_v_proj")):
-                if candidate in mapping and (
-                    candidate == name or isinstance(mapping[candidate], nn.MultiheadAttention)
-                ):
-                    return name, mapping[candidate]
+            whole = _PROJECTION.sub("", name)
+            if name in mapping or isinstance(mapping.get(whole), nn.MultiheadAttention):
+                return name, mapping.get(name, mapping.get(whole))
         return None

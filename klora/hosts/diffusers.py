@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,11 +32,12 @@ class DiffusersHost:
     def __init__(self, pipe: Any) -> None:
         """Take a pipeline; KloraError for one without a UNet or FLUX transformer."""
         self.pipe = pipe
-        self.denoiser: nn.Module = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-        if self.denoiser is None:
+        denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+        if denoiser is None:
             raise KloraError(
                 f"{type(pipe).__name__} has no UNet and no transformer; use an SD 1.x, SD 2.x, SDXL or FLUX pipeline"
             )
+        self.denoiser: nn.Module = denoiser
 
     @property
     def model_name(self) -> str:
@@ -107,7 +109,7 @@ def _sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
             if name.rpartition(".")[2] in FUSED_PROJECTIONS:
                 yield from _slices(name, module)
             elif not _replaced_by_fused(parent, name):
-                yield name, Site(module, weight=lambda module=module: _weight(module))
+                yield name, Site(module, weight=partial(_weight, module))
 
 
 def _slices(name: str, module: nn.Module) -> Iterator[tuple[str, Site]]:
@@ -117,7 +119,7 @@ def _slices(name: str, module: nn.Module) -> Iterator[tuple[str, Site]]:
     size = module_shape(module)[0] // len(names)
     for index, part in enumerate(names):
         rows = (index * size, (index + 1) * size)
-        yield f"{prefix}.{part}", Site(module, rows, weight=lambda module=module: _weight(module))
+        yield f"{prefix}.{part}", Site(module, rows, weight=partial(_weight, module))
 
 
 def _replaced_by_fused(attention: nn.Module, name: str) -> bool:
@@ -128,7 +130,7 @@ def _replaced_by_fused(attention: nn.Module, name: str) -> bool:
     )
 
 
-def _weight(module: nn.Module) -> Tensor:
+def _weight(module: Any) -> Tensor:
     """Give a module's weight, fetched from accelerate's store where sequential offload keeps it away."""
     weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     if weights_map is not None and module.weight.is_meta:

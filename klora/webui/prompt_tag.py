@@ -53,7 +53,7 @@ class Tag:
             if name in values:
                 raise SettingsError(name, "is given twice")
             values[name] = value
-        return cls(*names, Settings.parse(values))
+        return cls(names[0], names[1], Settings.parse(values))
 
     def __str__(self) -> str:
         """Write the tag, with what differs from the defaults."""

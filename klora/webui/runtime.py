@@ -156,7 +156,7 @@ class Generation:
         coverage = session.pair.coverage
         share = "–" if session.plan.share is None else f"{session.plan.share:.0%}"
         logger.info(
-            "K-LoRA: %s × %s: %d modules contested, %d subject only, %d style only, %d unmatched keys; subject share %s",
+            "K-LoRA: %s × %s: %d modules contested, %d subject only, %d style only, %d unmatched keys; subject %s",
             session.pair.subject.name,
             session.pair.style.name,
             len(coverage.contested),
@@ -167,16 +167,12 @@ class Generation:
         )
         for warning in session.plan.warnings:
             comment(self.p, warning)
-        if session.missing:
-            comment(
-                self.p,
-                f"{len(session.missing)} modules of the LoRAs are not in the model, such as {session.missing[0]}",
-            )
-        if coverage.unmatched:
-            comment(
-                self.p,
-                f"{len(coverage.unmatched)} keys of the LoRAs are not understood, such as {coverage.unmatched[0]}",
-            )
+        for left_out, what in (
+            (session.missing, "modules are not in the model"),
+            (coverage.unmatched, "keys are unknown"),
+        ):
+            if left_out:
+                comment(self.p, f"{len(left_out)} of the LoRAs' {what}, such as {left_out[0]}; they do nothing")
 
     def _release(self) -> None:
         if self._session is not None:
@@ -230,7 +226,7 @@ class Generation:
 
 def make_extra_network() -> Any:
     """Make the host's handler of `<klora:…>` tags."""
-    extra_networks = importlib.import_module("modules.extra_networks")
+    extra_networks: Any = importlib.import_module("modules.extra_networks")
 
     class ExtraNetworkKlora(extra_networks.ExtraNetwork):
         """Starts a fusion for every processing object whose prompt holds the tag."""
@@ -309,7 +305,7 @@ def on_evaluation(params: Any) -> None:
 def yield_to(p: Any, params_list: list[Any], fusion: Fusion, names: Library) -> None:
     """Silence `<lora:…>` tags of the same files: K-LoRA governs all of their modules."""
     ours = {fusion.subject.path, fusion.style.path}
-    data = next(
+    data: dict[str, list[Any]] = next(
         (
             data
             for data in (getattr(p, "extra_network_data", None), getattr(p, "hr_extra_network_data", None))
