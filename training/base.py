@@ -30,6 +30,7 @@ from training.common import (
     make_tokenizer,
     make_unet,
     paint,
+    save_pipeline,
     sheet,
     to_latents,
     tokenize,
@@ -165,7 +166,7 @@ def work(rank: int, meeting: str, total: int, save_every: float) -> None:
             sampled = time.time()
     if rank == 0:
         trainer.save()
-        trainer.pipeline().to(dtype=torch.float16).save_pretrained(DEMO / "model", safe_serialization=True)
+        save_pipeline(trainer.pipeline(), DEMO / "model")
         print(f"saved {DEMO / 'model'}")
     dist.destroy_process_group()
 

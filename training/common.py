@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from klora.demo import pictures as pic
@@ -173,7 +174,7 @@ def make_scheduler() -> DDIMScheduler:
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
-        steps_offset=0,
+        steps_offset=1,
     )
 
 
@@ -189,6 +190,24 @@ def make_pipeline(unet: UNet2DConditionModel, text: CLIPTextModel, tokenizer: CL
         feature_extractor=None,
         requires_safety_checker=False,
     )
+
+
+def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
+    """Save in fp16 with the names and files that older transformers expect as well as new ones."""
+    pipe.to(dtype=torch.float16).save_pretrained(folder, safe_serialization=True)
+    weights = folder / "text_encoder" / "model.safetensors"
+    state = {"text_model." + k.removeprefix("text_model."): v for k, v in load_file(weights).items()}
+    save_file(state, weights, metadata={"format": "pt"})
+    for file in (folder / "tokenizer").iterdir():
+        file.unlink()
+    make_tokenizer(folder / "tokenizer")
+    for file in folder.rglob("*.*"):
+        file.chmod(0o644)
+
+
+def load_pipeline() -> StableDiffusionPipeline:
+    """What `save_pipeline` wrote to the package, in fp32."""
+    return StableDiffusionPipeline.from_pretrained(DEMO / "model").to(dtype=torch.float32)
 
 
 def to_latents(images: np.ndarray) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Train the six LoRAs on the saved base model: `python -m training.loras [NAME …]`. Resumes at the first one missing.
+"""Train the six LoRAs on the saved base: `python -m training.loras [NAME …]`. Makes the missing ones, two at a time.
 
 Every LoRA sits on the attention projections to_q, to_k, to_v and to_out.0 of the U-Net. A subject is drawn in many
 styles under the token "sbu"; a style is drawn on families that no subject belongs to, under the token "szn".
@@ -21,7 +21,7 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
 from klora.demo import pictures as pic
-from training.common import DEMO, WORK, draw_timesteps, make_scheduler, to_latents, tokenize
+from training.common import DEMO, WORK, draw_timesteps, load_pipeline, make_scheduler, to_latents, tokenize
 
 BATCH = 16
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -80,7 +80,7 @@ def style_example(name: str, rng: np.random.Generator) -> tuple[np.ndarray, str]
 def train(job: Job, steps: int, rate: float) -> torch.nn.Module:
     """The U-Net with the trained adapter in it."""
     torch.manual_seed(JOBS.index(job))
-    pipe = StableDiffusionPipeline.from_pretrained(DEMO / "model", torch_dtype=torch.float32)
+    pipe = load_pipeline()
     unet, scheduler = pipe.unet.requires_grad_(False), make_scheduler()
     unet.set_attn_processor(AttnProcessor())  # its backward is faster than the fused kernel's here
     unet.add_adapter(LoraConfig(r=job.rank, lora_alpha=job.alpha, target_modules=TARGETS))
@@ -151,22 +151,26 @@ def save(job: Job, unet: torch.nn.Module) -> None:
     )
 
 
+def make_file(job: Job, steps: int, rate: float) -> None:
+    """Train and save one LoRA on one thread."""
+    torch.set_num_threads(1)
+    save(job, train(job, steps, rate))
+    job.file.chmod(0o644)
+    (WORK / f"{job.name}.done").touch()
+    print(f"saved {job.file.name}", flush=True)
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", help="default: all six")
+    parser.add_argument("names", nargs="*", help="default: those not yet made")
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--rate", type=float, default=2e-3)
     args = parser.parse_args()
-    torch.set_num_threads(2)
-    for job in JOBS:
-        done = WORK / f"{job.name}.done"
-        if (args.names and job.name not in args.names) or (not args.names and done.exists()):
-            continue
-        save(job, train(job, args.steps, args.rate))
-        WORK.mkdir(parents=True, exist_ok=True)
-        done.touch()
-        print(f"saved {job.file.name}", flush=True)
+    WORK.mkdir(parents=True, exist_ok=True)
+    jobs = [j for j in JOBS if (j.name in args.names if args.names else not (WORK / f"{j.name}.done").exists())]
+    with torch.multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        pool.starmap(make_file, [(job, args.steps, args.rate) for job in jobs], chunksize=1)
 
 
 if __name__ == "__main__":

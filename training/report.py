@@ -16,7 +16,7 @@ from diffusers import StableDiffusionPipeline
 
 from klora.demo import pictures as pic
 from klora.demo.judge import Judge
-from training.common import DEMO, WORK, paint, sheet
+from training.common import DEMO, WORK, load_pipeline, paint, sheet
 from training.judge import measure
 from training.loras import JOBS, STYLE_FAMILIES, Job
 
@@ -87,7 +87,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(2)
     judge = Judge.load()
-    pipe = StableDiffusionPipeline.from_pretrained(DEMO / "model", torch_dtype=torch.float32)
+    pipe = load_pipeline()
     figures: dict[str, object] = {"judge": measure(judge), "base": base_figures(pipe, judge, args.pictures)}
     for job in JOBS:
         pipe.load_lora_weights(DEMO / "loras", weight_name=job.file.name, adapter_name=job.name)

@@ -326,7 +326,7 @@ def random_style(rng: np.random.Generator, subject: Subject | None = None) -> St
     free = [c for c in COLOURS if c not in taken]
     while True:
         ground, figure = (str(c) for c in rng.choice(free, 2, replace=False))
-        pattern = str(rng.choice(PATTERNS))
+        pattern = str(rng.choice(PATTERNS, p=(0.4, 0.12, 0.12, 0.12, 0.12, 0.12)))
         figure = ground if pattern == "plain" else figure
         tone, outline = str(rng.choice(TONES, p=(0.5, 0.25, 0.25))), str(rng.choice(OUTLINES))
         if tone == "hollow":
