@@ -111,9 +111,11 @@ def load_pipeline(model: str, dtype: torch.dtype) -> Any:
         with _quiet_libraries():
             from diffusers import DiffusionPipeline
 
-            return DiffusionPipeline.from_pretrained(
-                str(folder) if local else model, torch_dtype=dtype, local_files_only=local
+            pipe = DiffusionPipeline.from_pretrained(
+                str(folder) if local else model, dtype=dtype, local_files_only=local
             )
+            # Releases of diffusers that know `dtype` only by its old name load fp32.
+            return pipe if pipe.dtype == dtype else pipe.to(dtype=dtype)
     # What is wrong with a model reaches us as errors of any kind, from four libraries.
     except Exception as error:
         detail = f"{type(error).__name__}: {_first_line(error)}"

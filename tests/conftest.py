@@ -1,4 +1,4 @@
-"""What holds for all tests: caches of their own, no network, quiet libraries."""
+"""What holds for all tests: caches of their own, no network, quiet libraries, one thread."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,7 +20,10 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "TRANSFORMERS_VERBOSITY": "error",
         "DIFFUSERS_VERBOSITY": "error",
+        "OMP_NUM_THREADS": "1",
     }
+    # Tiny models are far slower on several threads, above all on a busy machine.
+    torch.set_num_threads(1)
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)
     yield folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -94,7 +95,7 @@ def run_demo(folder: Path, home: Path = HOME) -> Iterator[str]:
     groups: list[list[list[Image]]] = []
     maps: list[tuple[str, FusionPlan]] = []
     total = len(pairs) * len(METHODS)
-    with tqdm(total=total, desc="painting", unit="method", leave=False) as bar:
+    with _one_thread(), tqdm(total=total, desc="painting", unit="cell", leave=False) as bar:
         for pair in pairs:
             groups.append([])
             for method in METHODS:
@@ -111,6 +112,17 @@ def run_demo(folder: Path, home: Path = HOME) -> Iterator[str]:
     ):
         target.write(_png(image))
         yield f"{name.replace('-', ' ')}: {target.path}"
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread: for matrices this small, several are slower, and far slower on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _paint(pipe: Any, prompt: str, recommended: Mapping[str, Any]) -> list[Image]:
