@@ -56,7 +56,7 @@ class DemoPair:
     prompts: Mapping[str, str]
 
 
-def read_catalogue(home: Path = HOME) -> dict[str, Any]:
+def read_catalogue(home: Path) -> dict[str, Any]:
     """Read what comes with the project; KloraError where it is missing from the installation."""
     try:
         catalogue: dict[str, Any] = json.loads((home / "catalogue.json").read_text(encoding="utf-8"))
@@ -67,7 +67,7 @@ def read_catalogue(home: Path = HOME) -> dict[str, Any]:
     return catalogue
 
 
-def demo_pairs(catalogue: Mapping[str, Any], home: Path = HOME) -> list[DemoPair]:
+def demo_pairs(catalogue: Mapping[str, Any], home: Path) -> list[DemoPair]:
     """Pair the subjects and styles of the catalogue in their order."""
     pairs = []
     for (subject, a), (style, b) in zip(catalogue["subjects"].items(), catalogue["styles"].items(), strict=False):
@@ -81,11 +81,12 @@ def demo_pairs(catalogue: Mapping[str, Any], home: Path = HOME) -> list[DemoPair
     return pairs
 
 
-def run_demo(folder: Path, home: Path = HOME) -> Iterator[str]:
+def run_demo(folder: Path, home: Path | None = None) -> Iterator[str]:
     """Paint every pair by every method for a few seeds; write a contact sheet and a selection map, and say where.
 
     Needs no network and no GPU. Raises KloraError where the installation lacks the model or `folder` takes no files.
     """
+    home = home or HOME
     catalogue = read_catalogue(home)
     pairs = demo_pairs(catalogue, home)
     targets = {name: OutputFile.check(folder / f"{name}.png") for name in ("contact-sheet", "selection-map")}
