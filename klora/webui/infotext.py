@@ -1,15 +1,119 @@
-"""Settings in an image's text, and back."""
+"""Settings in an image's text, and back into the controls.
+
+The tag in the prompt says it all; the keys say beside it what "auto" came to.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from klora.errors import KloraError
 from klora.settings import Settings
+from klora.webui.args import ARG_ORDER, choices_of, setting_options, text_of
+from klora.webui.prompt_tag import NAME, Tag, find_tag
+
+PREFIX = "K-LoRA "
+RESOLVED = ("scale", "alpha", "beta", "scope", "variant")
+"""Settings that are always written, as what acted."""
+
+SHARE_KEY = f"{PREFIX}subject share"
+"""What came of it, for people; nothing reads it."""
+
+_TAG = re.compile(rf"<{NAME}:([^:>]+):([^:>]+)")
 
 
-def to_infotext(resolved: Settings, given: Settings, share: float | None) -> dict[str, Any]:
-    """Write what acted: what is resolved always, the rest where it is not the default."""
-    always = ("scale", "alpha", "beta", "scope", "variant")
-    entries = {f"K-LoRA {name.replace('_', ' ')}": getattr(resolved, name) for name in always}
-    entries.update({f"K-LoRA {name.replace('_', ' ')}": value for name, value in given.changed().items()})
+def key_of(setting: str) -> str:
+    """Give the key of a setting."""
+    return PREFIX + setting.replace("_", " ")
+
+
+def to_infotext(resolved: Settings, given: Settings, share: float | None = None) -> dict[str, Any]:
+    """Write what acted: `resolved` where it matters always, what was `given` where that is not the default.
+
+    `share` is the reached fraction of decisions for the subject, None where nothing was contested.
+    """
+    values = {**given.changed(), **{name: getattr(resolved, name) for name in RESOLVED}}
+    entries: dict[str, Any] = {key_of(name): _text(values[name]) for name in setting_options() if name in values}
+    if share is not None:
+        entries[SHARE_KEY] = f"{share:.1%}"
     return entries
+
+
+def from_infotext(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the arguments back, typed, by name; nothing where the prompt holds no good tag."""
+    tag = tag_of(params)
+    if tag is None:
+        return {}
+    values: dict[str, Any] = {"subject": tag.subject, "style": tag.style}
+    for name, option in setting_options().items():
+        values[name] = getattr(tag.settings, name)
+        with contextlib.suppress(KloraError):
+            values[name] = option.read(name, params.get(key_of(name), values[name]))
+        choices = choices_of(name, option)
+        if choices and values[name] not in choices:
+            del values[name]
+    return values
+
+
+def tag_of(params: Mapping[str, Any]) -> Tag | None:
+    """Give the tag of a pasted prompt."""
+    try:
+        return find_tag(str(params.get("Prompt") or ""))
+    except KloraError:
+        return None
+
+
+def _paster(name: str) -> Callable[[Mapping[str, Any]], Any]:
+    def paste(params: Mapping[str, Any]) -> Any:
+        values = from_infotext(params)
+        return text_of(values[name]) if name in values else None
+
+    return paste
+
+
+def _paste_enabled(params: Mapping[str, Any]) -> bool | None:
+    """The pasted tag asks for the fusion; ticked as well, the accordion would be of no use, and wrong later on."""
+    return False if f"<{NAME}:" in str(params.get("Prompt") or "") else None
+
+
+PASTERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    "enabled": _paste_enabled,
+    **{name: _paster(name) for name in ARG_ORDER if name not in ("enabled", "show_map")},
+}
+"""What each control is set to when a text is pasted, None for no change.
+
+The same objects in both tabs: by them the host pairs controls when a picture is sent from one tab to the other.
+"""
+
+
+def hashes_of(params: Mapping[str, Any]) -> dict[str, str]:
+    """Read "Lora hashes" as {name: hash}."""
+    pairs = (item.rpartition(":") for item in str(params.get("Lora hashes") or "").split(","))
+    return {name.strip(): value.strip() for name, colon, value in pairs if colon}
+
+
+def rename_by_hash(params: dict[str, Any], name_for: Callable[[str, str], str | None]) -> None:
+    """Rename LoRAs in pasted tags whose files have other names here.
+
+    `name_for` gives the name here for a name there and its hash, None to keep it.
+    """
+    hashes = hashes_of(params)
+    if not hashes:
+        return
+
+    def here(name: str) -> str:
+        # The host keeps neither sign in this list.
+        value = hashes.get(name.strip().replace(":", "").replace(",", ""))
+        return (name_for(name.strip(), value) if value else None) or name
+
+    for key in ("Prompt", "Hires prompt"):
+        if isinstance(params.get(key), str):
+            params[key] = _TAG.sub(lambda m: f"<{NAME}:{here(m.group(1))}:{here(m.group(2))}", params[key])
+
+
+def _text(value: Any) -> Any:
+    # The host writes what str gives, and repr is the shortest text that reads back as the same number.
+    return repr(value).removesuffix(".0") if isinstance(value, float) else value

@@ -4,16 +4,76 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from klora.cache import ScoreCache
+from klora.settings import Settings
+from klora.webui.args import choices_of, setting_options, text_of
+from klora.webui.prompt_tag import NAME
+from klora.webui.ui import changed_defaults
+
+if TYPE_CHECKING:
+    from klora.cache import ScoreCache
+
+SECTION = (NAME, "K-LoRA")
+DEFAULTED = tuple(name for name in setting_options() if name not in ("share", "seed"))
+"""Settings whose first value in the accordion a user can choose; a tag does not heed it, so that it says it all."""
+
+CACHE_FOLDER, CACHE_MEGABYTES, SHOW_MAP = f"{NAME}_cache_folder", f"{NAME}_cache_megabytes", f"{NAME}_show_map"
+_MEGABYTES = 256
+
+
+def register_options() -> None:
+    """Add the page; called by the host when it builds its settings."""
+    import gradio as gr
+
+    shared = importlib.import_module("modules.shared")
+
+    def add(key: str, default: Any, label: str, info: str, *component: Any) -> Any:
+        made = shared.OptionInfo(default, label, *component, section=SECTION).info(info)
+        shared.opts.add_option(key, made)
+        return made
+
+    add(SHOW_MAP, False, "Always add the selection map to the gallery", "also for tags typed into the prompt")
+    where = "empty: cache/klora in the WebUI's data folder"
+    add(CACHE_FOLDER, "", "Folder that keeps the scores of LoRA files", where)
+    add(CACHE_MEGABYTES, _MEGABYTES, "Size of that folder, in MB", "what was not used longest goes", gr.Number)
+    for name in DEFAULTED:
+        option, default = setting_options()[name], text_of(getattr(Settings(), name))
+        component: tuple[Any, ...] = ()
+        if choices := choices_of(name, option):
+            component = (gr.Dropdown, {"choices": list(choices)})
+        elif not option.optional:
+            component = (gr.Slider, {"minimum": option.low, "maximum": option.high, "step": 0.05})
+        add(default_key(name), default, f"Default of {option.label}", option.help, *component).needs_reload_ui()
+
+
+def default_key(setting: str) -> str:
+    """Give the host's name of the option that holds a setting's default."""
+    return f"{NAME}_default_{setting}"
+
+
+def defaults() -> dict[str, Any]:
+    """Give the accordion's first values that the user chose."""
+    return changed_defaults(lambda name: _option(default_key(name), getattr(Settings(), name)), DEFAULTED)
+
+
+def map_always_wanted() -> bool:
+    """Tell whether every picture comes with its selection map."""
+    return bool(_option(SHOW_MAP, False))
 
 
 def score_cache() -> ScoreCache:
     """Give the cache of scores in the folder, and of the size, that the settings say."""
-    shared, paths = importlib.import_module("modules.shared"), importlib.import_module("modules.paths")
-    folder = getattr(shared.opts, "klora_cache_folder", "") or Path(paths.data_path) / "cache" / NAME
-    megabytes = getattr(shared.opts, "klora_cache_megabytes", 256)
-    return ScoreCache(folder, int(megabytes) * 2**20)
+    from klora.cache import ScoreCache
+
+    folder = str(_option(CACHE_FOLDER, "") or "").strip()
+    paths = importlib.import_module("modules.paths")
+    try:
+        size = max(0, int(float(_option(CACHE_MEGABYTES, _MEGABYTES)) * 2**20))
+    except (TypeError, ValueError, OverflowError):
+        size = _MEGABYTES * 2**20
+    return ScoreCache(folder or Path(paths.data_path) / "cache" / NAME, size)
 
 
-NAME = "klora"
+def _option(key: str, default: Any) -> Any:
+    return getattr(importlib.import_module("modules.shared").opts, key, default)

@@ -1,0 +1,73 @@
+"""What a pair would do, before any picture is made."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+from klora.errors import KloraError
+from klora.webui.args import Request
+from klora.webui.options import score_cache
+from klora.webui.prompt_tag import Tag
+
+if TYPE_CHECKING:
+    from PIL import Image as Images
+
+    from klora.fusion.plan import FusionPlan
+    from klora.pair import Pair
+
+
+def plan_of(request: Request) -> tuple[Pair, FusionPlan]:
+    """Open the two files, which the host must list, and decide; KloraError where that is impossible."""
+    from klora.hosts.webui import library
+    from klora.pair import Pair
+
+    names = library()
+    subject, style = names.find(request.subject), names.find(request.style)
+    pair = Pair.open(subject.path, style.path, score_cache())
+    return pair, pair.plan(request.settings)
+
+
+def analyse(request: Request) -> tuple[Images.Image, str]:
+    """Give the selection map and two lines about it."""
+    pair, plan = plan_of(request)
+    return draw(plan, f"{request.subject} × {request.style}"), "\n".join(two_lines(request, pair, plan))
+
+
+def two_lines(request: Request, pair: Pair, plan: FusionPlan) -> tuple[str, str]:
+    """Say what came of it, and by which rule."""
+    from klora.report.summary import describe_rule
+
+    coverage = pair.coverage
+    share = "nothing is contested" if plan.share is None else f"subject share {plan.share:.1%}"
+    parts = {"contested": plan.contested, "subject only": coverage.subject_only, "style only": coverage.style_only}
+    counts = [f"{len(modules)} {label}" for label, modules in parts.items()]
+    if coverage.unmatched:
+        counts.append(f"{len(coverage.unmatched)} keys not understood")
+    first = f"{request.subject} × {request.style}: {share}; modules: {', '.join(counts)}"
+    return first, " · ".join([describe_rule(plan), *plan.warnings])
+
+
+def draw(plan: FusionPlan, title: str) -> Images.Image:
+    """Draw the selection map; KloraError without matplotlib."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise KloraError("the selection map needs matplotlib; install it into the WebUI's environment")
+    from klora.report.picture import selection_map
+
+    return selection_map(plan, title)
+
+
+def gallery_map(plan: FusionPlan, tag: Tag | None) -> Images.Image:
+    """Draw the map of what a picture was made with."""
+    return draw(plan, _title(tag))
+
+
+def map_text(plan: FusionPlan, tag: Tag | None) -> str:
+    """Give the text that the gallery shows below the map."""
+    from klora.report.summary import describe_rule
+
+    return f"{_title(tag)}: {describe_rule(plan)}"
+
+
+def _title(tag: Tag | None) -> str:
+    return f"{tag.subject} × {tag.style}" if tag is not None else "K-LoRA"

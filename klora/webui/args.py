@@ -1,0 +1,162 @@
+"""What the accordion and the API hand over: one object, or values in an order that is only ever appended to."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from klora.errors import SettingsError
+from klora.fusion.policies import POLICIES, make_policy
+from klora.settings import Option, Settings, options
+from klora.webui.prompt_tag import Tag
+
+_FIRST = (
+    "enabled",
+    "subject",
+    "style",
+    "subject_strength",
+    "style_strength",
+    "balance",
+    "share",
+    "policy",
+    "variant",
+    "scale",
+    "alpha",
+    "beta",
+    "k",
+    "gamma",
+    "scope",
+    "other_layers",
+    "text_encoder",
+    "unpaired",
+    "progress",
+    "passes",
+    "engine",
+    "seed",
+    "show_map",
+)
+NOT_OURS = ("steps",)
+"""Settings that a WebUI decides by itself."""
+
+ARG_ORDER = (*_FIRST, *(name for name in options() if name not in (*_FIRST, *NOT_OURS)))
+"""The positional order of the arguments. Callers rely on it: a new setting comes last."""
+
+NONE = "None"
+"""What a menu of LoRAs says where none is chosen."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A pair of LoRA names and the settings of their fusion; `show_map`: the selection map is wanted too."""
+
+    subject: str
+    style: str
+    settings: Settings
+    show_map: bool = False
+
+    @property
+    def tag(self) -> Tag:
+        """The tag that asks for the same."""
+        return Tag(self.subject, self.style, self.settings)
+
+
+def setting_options() -> dict[str, Option]:
+    """Describe the settings that a WebUI's user can make, by name, in the order of the arguments."""
+    known = options()
+    return {name: known[name] for name in ARG_ORDER if name in known}
+
+
+def choices_of(name: str, option: Option) -> tuple[str, ...]:
+    """List what a setting may be, where it is one of few words."""
+    return tuple(POLICIES) if name == "policy" else option.choices
+
+
+def text_of(value: Any) -> Any:
+    """Give a setting's value as a control and JSON write it: what K-LoRA chooses is "auto"."""
+    return "auto" if value is None else value
+
+
+def read_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -> Request | None:
+    """Make a request of `args`, None where K-LoRA is not asked for.
+
+    `args` hold one object, or values in ARG_ORDER; what is missing or None has its default, but an object that holds
+    anything and does not say "enabled" is meant. `overrides` count more than `args`. Raises SettingsError.
+    """
+    values = named(args)
+    if overrides and {"subject", "style"} <= overrides.keys():
+        values["enabled"] = True
+    if not truth("enabled", values.pop("enabled", False)):
+        return None
+    return read_values(override(values, overrides or {}))
+
+
+def read_values(values: Mapping[str, Any]) -> Request:
+    """Make a request of values by name, "enabled" not among them; SettingsError for any that is unknown or bad."""
+    values = {check_name(name): value for name, value in values.items() if value is not None}
+    show_map = truth("show_map", values.pop("show_map", False))
+    subject, style = (lora_name(side, values.pop(side, None)) for side in ("subject", "style"))
+    settings = Settings.parse(values)
+    make_policy(settings.resolve(None))
+    return Request(subject, style, settings, show_map)
+
+
+def named(args: Sequence[Any]) -> dict[str, Any]:
+    """Give `args` by name, without those that are None; SettingsError for what is no argument."""
+    if args and isinstance(args[0], Mapping):
+        # The host fills up with the controls' defaults.
+        given = {check_name(name): value for name, value in args[0].items() if value is not None}
+        return {"enabled": bool(given), **given}
+    if len(args) > len(ARG_ORDER):
+        raise SettingsError("args", f"{len(args)} values are too many; the order is {', '.join(ARG_ORDER)}")
+    return {name: value for name, value in zip(ARG_ORDER, args, strict=False) if value is not None}
+
+
+def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """Put `overrides` over `values`; a balance is no balance where a share decides it."""
+    merged = {**values, **overrides}
+    if "balance" in overrides and "share" not in overrides:
+        merged.pop("share", None)
+    return merged
+
+
+def override_tag(tag: Tag, overrides: Mapping[str, Any]) -> Tag:
+    """Give the tag with `overrides`; SettingsError for a bad one."""
+    values = {name: value for name, value in tag.settings.to_dict().items() if name not in NOT_OURS}
+    return read_values(override({"subject": tag.subject, "style": tag.style, **values}, overrides)).tag
+
+
+def check_name(name: Any) -> str:
+    """Give an argument's name as ours, dashes or not; SettingsError for an unknown one."""
+    found = name.replace("-", "_") if isinstance(name, str) else ""
+    if found not in ARG_ORDER:
+        near = difflib.get_close_matches(found, ARG_ORDER, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(ARG_ORDER)}"
+        raise SettingsError(name if found.isidentifier() else repr(name), f"unknown setting; {hint}")
+    return found
+
+
+def truth(name: str, value: Any) -> bool:
+    """Read yes or no; SettingsError for anything else."""
+    text = value.strip().lower() if isinstance(value, str) else value
+    # 0 and 1 are equal to these.
+    for answer, spellings in (
+        (True, (True, "true", "yes", "on", "1")),
+        (False, (False, "false", "no", "off", "0", "")),
+    ):
+        if isinstance(text, (bool, int, float, str)) and text in spellings:
+            return answer
+    raise SettingsError(name, f"{value!r} is not true or false")
+
+
+def lora_name(side: str, value: Any) -> str:
+    """Read the name of a LoRA; SettingsError for none, and for one that cannot stand in a tag."""
+    name = value.strip() if isinstance(value, str) else value
+    if name in (None, "", NONE):
+        raise SettingsError(side, f"no {side} LoRA is chosen")
+    if not isinstance(name, str):
+        raise SettingsError(side, f"{value!r} is not the name of a LoRA")
+    if bad := sorted(set(name) & set(":<>=\r\n")):
+        raise SettingsError(side, f"the name {name!r} holds {' '.join(map(repr, bad))}, which a tag cannot; rename it")
+    return name

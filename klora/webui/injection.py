@@ -1,0 +1,82 @@
+"""The accordion's tag into the prompts, so that all that comes after sees one truth."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from klora.errors import KloraError
+from klora.webui.args import Request, override_tag, read_args
+from klora.webui.prompt_tag import NAME, Tag, find_tag
+
+OVERRIDES = "klora_overrides"
+"""Where a processing object keeps what an X/Y/Z axis has set."""
+
+# What the host takes for a tag.
+_ANY_TAG = re.compile(r"<(\w+):([^>]+)>")
+_TYPED = f"<{NAME}:"
+
+
+def apply_request(p: Any, args: Sequence[Any]) -> Request | None:
+    """Write into the prompts of `p` what `args` and the axes ask for; give the request if it is what counts.
+
+    A tag that the user typed wins over `args`, not over the axes. Raises SettingsError, and then nothing is changed.
+    """
+    overrides: Mapping[str, Any] = getattr(p, OVERRIDES, None) or {}
+    if any(_TYPED in prompt for prompt in p.all_prompts):
+        if overrides:
+            _change(p, lambda prompt: rewrite(prompt, overrides))
+        return None
+    request = read_args(args, overrides)
+    if request is None:
+        if overrides:
+            raise KloraError("an axis needs a pair: enable K-LoRA, or type a tag into the prompt")
+        return None
+    tag = str(request.tag)
+    _change(p, lambda prompt: rewrite(prompt, overrides) if _TYPED in prompt else add_tag(prompt, tag))
+    return request
+
+
+def _change(p: Any, change: Any) -> None:
+    """Replace, never edit: the lists may be those of the user's request, or of another cell of a grid."""
+    changed = {"all_prompts": [change(prompt) for prompt in p.all_prompts]}
+    if getattr(p, "enable_hr", False) and getattr(p, "all_hr_prompts", None):
+        changed["all_hr_prompts"] = [change(prompt) for prompt in p.all_hr_prompts]
+    # The grid's text is made of this one.
+    main = getattr(p, "main_prompt", None)
+    if isinstance(main, str):
+        changed["main_prompt"] = change(main)
+    for name, value in changed.items():
+        setattr(p, name, value)
+
+
+def add_tag(prompt: str, tag: str) -> str:
+    """Put a tag behind a prompt, or before it where the end would swallow it (a comment, an unclosed tag)."""
+    if not prompt.strip():
+        return tag
+    behind = f"{prompt} {tag}"
+    found = any(match.group(0) == tag for match in _ANY_TAG.finditer(behind))
+    if found and "#" not in prompt.rpartition("\n")[2]:
+        return behind
+    return f"{tag} {prompt}"
+
+
+def rewrite(prompt: str, overrides: Mapping[str, Any]) -> str:
+    """Change the first tag of a prompt, the one that counts; a bad one stays, to be complained of later."""
+    try:
+        tag = find_tag(prompt)
+    except KloraError:
+        return prompt
+    if tag is None or not overrides:
+        return prompt
+    changed = override_tag(tag, overrides)
+    return re.sub(rf"<{NAME}:[^>]+>", lambda _: str(changed), prompt, count=1)
+
+
+def pair_of(p: Any) -> Tag | None:
+    """Give the tag that `p` ran with, None where there is none or a bad one."""
+    try:
+        return find_tag(p.all_prompts[0]) if getattr(p, "all_prompts", None) else None
+    except KloraError:
+        return None

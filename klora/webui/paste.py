@@ -1,0 +1,49 @@
+"""Pasted texts, on the host's side: files that have another name here are found by their hash."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import time
+from typing import Any
+
+from klora.webui.infotext import rename_by_hash
+
+SECONDS = 20.0
+
+
+def on_pasted(_infotext: str, params: dict[str, Any]) -> None:
+    """Rename LoRAs in pasted klora tags; called by the host, which does so for its own tags only."""
+    rename_by_hash(params, name_here)
+
+
+def name_here(name: str, shorthash: str) -> str | None:
+    """Give the name here of the LoRA with that hash; None where there is none, or `name` is that very file."""
+    networks = importlib.import_module("networks")
+    same = networks.available_network_aliases.get(name)
+    if same is not None and same.shorthash == shorthash:
+        return None
+    found = networks.available_network_hash_lookup.get(shorthash)
+    if found is None and same is None:
+        found = _search(networks, shorthash)
+    return None if found is None else str(found.get_alias())
+
+
+def _search(networks: Any, shorthash: str) -> Any:
+    """Hash files that the host has not hashed yet, the latest renamed first, for a few seconds."""
+    unknown = [entry for entry in networks.available_networks.values() if not entry.hash]
+    until = time.monotonic() + SECONDS
+    for entry in sorted(unknown, key=_changed, reverse=True):
+        if time.monotonic() > until:
+            break
+        entry.read_hash()
+        if entry.shorthash == shorthash:
+            return entry
+    return None
+
+
+def _changed(entry: Any) -> float:
+    try:
+        return os.stat(entry.filename).st_ctime
+    except OSError:
+        return 0.0
