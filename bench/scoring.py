@@ -1,9 +1,10 @@
 """What scoring a file costs: `python -m bench.scoring`.
 
 Random SDXL files (fp16, kohya names; the 560 attention linears, or all 722 linears of the transformer blocks and their
-projections) are scored in two ways, module by module in turns: blockwise, which gives the sums for 17 values of K, L1
-and the Frobenius norm; and plainly, which forms ΔW = BA whole and takes `torch.topk` for the one K = rank² and the L1
-sum. Then the whole way of a file through the cache, cold and warm, and the peak of memory in a process of its own.
+projections) are scored in two ways, some modules at a time in turns: blockwise as klora does it, one module per core,
+for the sums of 17 values of K, L1 and the Frobenius norm; and plainly, one module after the other on all cores, forming
+ΔW = BA whole and taking `torch.topk` for the one K = rank² and the L1 sum. Then the whole way of a file through the
+cache, cold and warm, and the peak of memory in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from safetensors.torch import save_file
 
 from bench.machine import describe_machine
 from klora.cache import ScoreCache
-from klora.fusion.scores import STANDARD_KS, Workspace, score_delta, score_file
+from klora.fusion.scores import STANDARD_KS, score_deltas, score_file
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
 
@@ -36,6 +37,7 @@ TRANSFORMERS = (
     ("up_blocks.1", 3, 2, 640),
 )
 CONTEXT = 2048
+TURN = 40  # modules that one way scores before it is the other's turn
 QUICK_STEP = 9  # prime to the 8 attention (10 with feed-forward) linears of a layer, so that all kinds are among them
 
 
@@ -77,31 +79,32 @@ def plain_scores(delta: Delta, k: int) -> tuple[float, float]:
     return float(entries.topk(min(k, entries.numel())).values.sum(dtype=torch.float64)), float(entries.sum())
 
 
-def timed(function: Callable[[], object]) -> float:
+def timed(function: Callable[..., object], *arguments: object) -> float:
     """Seconds that a call takes."""
     start = time.perf_counter()
-    function()
+    function(*arguments)
     return time.perf_counter() - start
 
 
 def compare(deltas: list[Delta], rank: int, rounds: int) -> tuple[float, float]:
-    """(blockwise, plain) seconds for all `deltas`: sums over modules of the median over rounds, taken in turns."""
-    workspace, k = Workspace(), rank**2
-    blockwise = plain = 0.0
-    for delta in deltas:
-        score = score_delta(delta, {*STANDARD_KS, k}, workspace)
-        if not math.isclose(score.sums[k], plain_scores(delta, k)[0], rel_tol=1e-5):
-            raise AssertionError(f"blockwise and plain scores of {delta.key} differ")
-        seconds = [
-            (
-                timed(lambda: score_delta(delta, {*STANDARD_KS, k}, workspace)),  # noqa: B023
-                timed(lambda: plain_scores(delta, k)),  # noqa: B023
-            )
-            for _ in range(rounds)
-        ]
-        blockwise += statistics.median(one for one, _ in seconds)
-        plain += statistics.median(other for _, other in seconds)
-    return blockwise, plain
+    """(blockwise, plain) seconds for all `deltas`, some at a time in turns; of each turn the median over the rounds."""
+    k = rank**2
+
+    def blockwise(turn: list[Delta]) -> list[float]:
+        return [score.sums[k] for score in score_deltas({d.key: (d, {*STANDARD_KS, k}) for d in turn}).values()]
+
+    def plain(turn: list[Delta]) -> list[float]:
+        return [plain_scores(delta, k)[0] for delta in turn]
+
+    totals = [0.0, 0.0]
+    for start in range(0, len(deltas), TURN):
+        turn = deltas[start : start + TURN]
+        for one, other in zip(blockwise(turn), plain(turn), strict=True):  # also warms up
+            if not math.isclose(one, other, rel_tol=1e-5):
+                raise AssertionError(f"blockwise and plain scores differ: {one} and {other}")
+        times = [(timed(blockwise, turn), timed(plain, turn)) for _ in range(rounds)]
+        totals = [total + statistics.median(way) for total, way in zip(totals, zip(*times, strict=True), strict=True)]
+    return totals[0], totals[1]
 
 
 def through_the_cache(path: Path, folder: Path, rounds: int) -> dict[str, float]:
@@ -166,13 +169,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.scoring", description="What scoring a file costs.")
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--modules", choices=("attention", "linears"), nargs="+", default=["attention", "linears"])
-    parser.add_argument("--rounds", type=int, default=3, help="measurements of each module, of which the median counts")
+    parser.add_argument("--rounds", type=int, default=3, help="measurements, of which the median counts")
     parser.add_argument("--quick", action="store_true", help=f"compare every {QUICK_STEP}th module only")
     options = parser.parse_args()
     step = QUICK_STEP if options.quick else 1
     print(describe_machine())
     print(f"blockwise and plain topk in turns: {'every ' + str(step) + 'th' if step > 1 else 'every'} module,", end=" ")
-    print(f"median of {options.rounds}, summed over the file; K = rank²")
+    print(f"{TURN} at a time, median of {options.rounds}; K = rank²")
     print(
         f"{'':20} {'blockwise':>10} {'plain':>8} {'':7} {'cold':>8} {'cached: open+scores':>19} {'memory':>8}".rstrip()
     )

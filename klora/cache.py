@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from klora.errors import LoraFileError
-from klora.fusion.scores import SCORING_VERSION, STANDARD_KS, FileScores, ModuleScore, Workspace, score_delta
+from klora.fusion.scores import SCORING_VERSION, STANDARD_KS, FileScores, ModuleScore, score_deltas
 from klora.lora.file import LoraFile
 
 T = TypeVar("T")
@@ -93,9 +93,7 @@ class ScoreCache:
     def _save_scores(self, digest: str, file: LoraFile, scores: FileScores) -> None:
         # Another process may have added its own K in the meantime.
         others = self._load_scores(digest, file, quiet=True)
-        modules = {
-            name: vars(_limit(_merge(others[name], score) if others else score)) for name, score in scores.items()
-        }
+        modules = {name: vars(_limit(_merge(others.get(name), score))) for name, score in scores.items()}
         self._save(self._scores_entry(digest), {"version": SCORING_VERSION, "sha256": digest, "modules": modules})
 
     def _scores_entry(self, digest: str) -> Path:
@@ -213,22 +211,19 @@ def _parse_module(data: Any) -> ModuleScore:
 
 def _complete(file: LoraFile, stored: FileScores, wanted: Mapping[str, Collection[int]]) -> FileScores:
     """The scores of all modules, each with the standard K and its wanted ones; computed only where not stored."""
-    workspace = Workspace()
-    scores = {}
+    missing = {}
     for name, delta in file.modules.items():
-        known = stored.get(name)
-        missing = {*STANDARD_KS, *wanted.get(name, ())} - (known.sums.keys() if known else set())
-        if known is None:
-            scores[name] = score_delta(delta, missing, workspace)
-        elif missing:
-            scores[name] = _merge(known, score_delta(delta, missing, workspace))
-        else:
-            scores[name] = known
-    return scores
+        known = stored[name].sums.keys() if stored else set()
+        if ks := {*STANDARD_KS, *wanted.get(name, ())} - known:
+            missing[name] = delta, ks
+    new = score_deltas(missing)
+    return {name: _merge(stored.get(name), new[name]) if name in new else stored[name] for name in file.modules}
 
 
-def _merge(known: ModuleScore, score: ModuleScore) -> ModuleScore:
+def _merge(known: ModuleScore | None, score: ModuleScore) -> ModuleScore:
     """Both scores' sums in one."""
+    if known is None:
+        return score
     return replace(known, l1=max(known.l1, score.l1), sums=known.sums | score.sums)
 
 

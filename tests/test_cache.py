@@ -13,7 +13,8 @@ import pytest
 from klora import cache as cache_module
 from klora.cache import ScoreCache
 from klora.errors import LoraFileError, LoraValueError
-from klora.fusion.scores import STANDARD_KS, FileScores, ModuleScore, score_delta, score_file
+from klora.fusion.scores import STANDARD_KS, FileScores, score_delta, score_deltas, score_file
+from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
 from tests.support.lora_files import write_lora
 
@@ -37,11 +38,11 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     """The K of every module that is really computed."""
     calls: list[set[int]] = []
 
-    def counted(delta: object, ks: set[int], *rest: object) -> ModuleScore:
-        calls.append(set(ks))
-        return score_delta(delta, ks, *rest)  # type: ignore[arg-type]
+    def counted(wanted: dict[str, tuple[Delta, set[int]]]) -> FileScores:
+        calls.extend(ks for _, ks in wanted.values())
+        return score_deltas(wanted)
 
-    monkeypatch.setattr(cache_module, "score_delta", counted)
+    monkeypatch.setattr(cache_module, "score_deltas", counted)
     return calls
 
 
@@ -253,6 +254,7 @@ def test_two_processes_at_once_leave_a_sound_entry(file: LoraFile, folder: Path)
     program = """
 import sys, warnings
 from klora.cache import ScoreCache
+from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
 warnings.simplefilter("error")
 for k in range(int(sys.argv[3]), 120, 2):
@@ -326,7 +328,7 @@ def test_a_bad_value_is_reported_and_not_cached(file: LoraFile, folder: Path, mo
     def bad(*_: object) -> FileScores:
         raise LoraValueError(str(file.path), "holds NaN", "use another file", "key")
 
-    monkeypatch.setattr(cache_module, "score_delta", bad)
+    monkeypatch.setattr(cache_module, "score_deltas", bad)
     with pytest.raises(LoraValueError):
         ScoreCache(folder).scores(file, {})
     assert not entries(folder)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -24,7 +27,8 @@ SCORING_VERSION = 1
 STANDARD_KS = tuple(2**i for i in range(17))
 
 BLOCK_ENTRIES = 2**20
-SAMPLE_ENTRIES = 2**14
+SAMPLE_ENTRIES = 2**12
+MAX_WORKERS = 4  # some 10 MB each
 # The threshold aims at more than K survivors, the more so the less of the module the sample has seen; should there be
 # fewer after all, the module is read again with a lower threshold, at last with none.
 MARGINS = (1.1, 4.4, math.inf)
@@ -98,17 +102,54 @@ def score_delta(delta: Delta, ks: Iterable[int] = STANDARD_KS, workspace: Worksp
     return ModuleScore(tuple(delta.shape), delta.rank, float(delta.alpha), l1, fro2, sums)
 
 
+def score_deltas(wanted: Mapping[str, tuple[Delta, Collection[int]]]) -> FileScores:
+    """Score several modules, each (delta, K's) under its name, on all of torch's threads (at most `MAX_WORKERS`).
+
+    Raises `LoraValueError` for the first bad module.
+    """
+    if not wanted:
+        return {}
+    # One thread per module: each block stays in one core's cache, and no step waits for the other threads. Measured on
+    # 2 cores, this is 1.7 times as fast as letting torch share out every step, and a busy machine loses far less.
+    workspaces = threading.local()
+
+    def score(delta: Delta, ks: Collection[int]) -> ModuleScore:
+        if not hasattr(workspaces, "own"):
+            workspaces.own = Workspace()
+        return score_delta(delta, ks, workspaces.own)
+
+    with _single_threaded_pool(min(torch.get_num_threads(), len(wanted), MAX_WORKERS)) as pool:
+        return dict(zip(wanted, pool.map(score, *zip(*wanted.values(), strict=True)), strict=True))
+
+
 def score_file(file: LoraFile, wanted: Mapping[str, set[int]] | None = None) -> FileScores:
     """Score every diffusion-model module of `file` at the standard K and at those `wanted` of it.
 
     Returns scores by canonical name, in the order of the file. Raises `LoraValueError` as `score_delta` does.
     """
-    workspace = Workspace()
     wanted = wanted or {}
-    return {
-        name: score_delta(delta, {*STANDARD_KS, *wanted.get(name, ())}, workspace)
-        for name, delta in file.modules.items()
-    }
+    return score_deltas({name: (delta, {*STANDARD_KS, *wanted.get(name, ())}) for name, delta in file.modules.items()})
+
+
+@contextmanager
+def _single_threaded_pool(size: int) -> Iterator[ThreadPoolExecutor]:
+    """`size` Python threads in which torch computes with one thread, elsewhere with as many as before."""
+    pool, started, threads = ThreadPoolExecutor(size), threading.Barrier(size), torch.get_num_threads()
+
+    def start() -> None:
+        torch.set_num_threads(1)
+        torch.get_num_threads()  # makes the number this thread's own
+        started.wait()
+
+    try:
+        for worker in [pool.submit(start) for _ in range(size)]:
+            worker.result()
+        # Threads that are yet to come would inherit the 1.
+        torch.set_num_threads(threads)
+        yield pool
+    finally:
+        torch.set_num_threads(threads)
+        pool.shutdown(cancel_futures=True)
 
 
 def top_k_sums(values: Floats, ks: list[int]) -> list[float]:
@@ -121,14 +162,16 @@ def top_k_sums(values: Floats, ks: list[int]) -> list[float]:
         return [0.0] * len(ks)
     bucket = values.view(np.int32) >> 14
     bucket = bucket.max() - bucket
-    size = np.bincount(bucket)
+    # torch counts faster than numpy, and sums in the precision of the weights.
+    size = torch.bincount(torch.from_numpy(bucket)).numpy()
     count = np.cumsum(size)
-    total = np.cumsum(np.bincount(bucket, weights=values))
+    weights = torch.from_numpy(values).double()
+    total = torch.bincount(torch.from_numpy(bucket), weights=weights).numpy().cumsum()
     k = np.minimum(ks, values.size)
     at = np.searchsorted(count, k)
     split = np.zeros(len(size), dtype=bool)
     split[at] = True
-    ordered = np.sort(values[split[bucket]])[::-1]
+    ordered = np.sort(values[split.take(bucket)])[::-1]
     prefix = np.concatenate(([0.0], np.cumsum(ordered, dtype=np.float64)))
     start = np.cumsum(np.where(split, size, 0))[at] - size[at]
     inside = k - (count[at] - size[at])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from klora.errors import LoraValueError
 from klora.fusion import scores
-from klora.fusion.scores import STANDARD_KS, ModuleScore, Workspace, score_delta, score_file, top_k_sums
+from klora.fusion.scores import STANDARD_KS, ModuleScore, Workspace, score_delta, score_deltas, score_file, top_k_sums
 from klora.lora.file import LoraFile
 from tests.support.lora_files import write_lora
 
@@ -217,6 +218,30 @@ def test_runs_threads_and_used_buffers_change_no_bit(monkeypatch: pytest.MonkeyP
         assert score_delta(delta) == first
     finally:
         torch.set_num_threads(threads)
+
+
+def test_many_modules_are_scored_as_each_alone_and_torch_keeps_its_threads() -> None:
+    deltas = {str(seed): Matrix(make("low rank", 40, 70, seed)) for seed in range(20)}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        many = score_deltas({name: (delta, {5, 50}) for name, delta in deltas.items()})
+        here, later = torch.get_num_threads(), ThreadPoolExecutor(1).submit(torch.get_num_threads).result()
+    finally:
+        torch.set_num_threads(threads)
+    assert list(many.items()) == [(name, score_delta(delta, [5, 50])) for name, delta in deltas.items()]
+    assert (here, later) == (3, 3)
+
+
+def test_the_first_bad_module_of_a_file_is_the_one_reported() -> None:
+    deltas = {str(seed): Matrix(make("normal", 20, 30, seed)) for seed in range(30)}
+    for name in ("7", "21"):
+        deltas[name].values[3, 4] = math.nan
+        deltas[name].key = f"module {name}"
+    for _ in range(3):
+        with pytest.raises(LoraValueError) as error:
+            score_deltas({name: (delta, {5}) for name, delta in deltas.items()})
+        assert error.value.key == "module 7"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
