@@ -37,7 +37,7 @@ TRANSFORMERS = (
     ("up_blocks.1", 3, 2, 640),
 )
 CONTEXT = 2048
-TURN = 40  # modules that one way scores before it is the other's turn
+TURN = 80  # modules that one way scores before it is the other's turn
 QUICK_STEP = 9  # prime to the 8 attention (10 with feed-forward) linears of a layer, so that all kinds are among them
 
 

@@ -148,6 +148,7 @@ def _single_threaded_pool(size: int) -> Iterator[ThreadPoolExecutor]:
         torch.set_num_threads(threads)
         yield pool
     finally:
+        started.abort()  # nobody waits for a thread that could not be started
         torch.set_num_threads(threads)
         pool.shutdown(cancel_futures=True)
 
