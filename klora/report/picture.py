@@ -148,7 +148,8 @@ def _draw_profile(axes: Axes, plan: FusionPlan) -> None:
     axes.set_ylabel("ρ = S_c / (γ·S_s)", **_TEXT)
     axes.set_xlabel("module, in network order (shaded: the values that the scale takes)", **_TEXT)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
+    subs = (1, 1.5, 2, 3, 5, 7) if high / low < 20 else (1, 2, 5) if high / low < 1000 else (1,)
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
 
