@@ -73,7 +73,6 @@ def analysis(body: Any) -> dict[str, Any]:
     Raises SettingsError, UnknownLoraError, or KloraError for files that do not go together.
     """
     from klora.report.document import document
-    from klora.report.summary import notices
     from klora.webui.analysis import draw, plan_of
 
     if not isinstance(body, Mapping):
@@ -84,7 +83,6 @@ def analysis(body: Any) -> dict[str, Any]:
     _check_names(request)
     pair, plan = plan_of(request)
     found = document(pair, plan)
-    found["warnings"] = notices(pair, plan)
     if picture:
         buffer = io.BytesIO()
         draw(plan, f"{request.subject} × {request.style}").save(buffer, "PNG")

@@ -21,7 +21,13 @@ BASIC = ("balance", "share", "subject_strength", "style_strength")
 
 _IN_A_ROW = 3
 _STEPS = {"balance": 0.05, "share": 0.01}
-_HINTS = {"balance": "left: more of the subject, right: more of the style, 0: as in the paper"}
+_HINTS = {
+    "balance": "left: more of the subject, right: more of the style, 0: as in the paper",
+    "share": "wished fraction of the subject, 0 to 1; the balance then follows",
+    # Their labels say it.
+    "subject_strength": None,
+    "style_strength": None,
+}
 
 
 class Names(Protocol):
@@ -98,7 +104,7 @@ def menu(library: Callable[[], Names]) -> list[str]:
 
 def _add_basic(gr: Any, maker: _Maker, found: Accordion) -> None:
     found.args["balance"] = maker.control("balance")
-    with gr.Row():
+    with gr.Row(elem_classes=["klora-row"]):
         for name in BASIC[1:]:
             found.args[name] = maker.control(name)
 
@@ -106,7 +112,7 @@ def _add_basic(gr: Any, maker: _Maker, found: Accordion) -> None:
 def _add_advanced(gr: Any, maker: _Maker, found: Accordion) -> None:
     names = [name for name in setting_options() if name not in BASIC]
     for start in range(0, len(names), _IN_A_ROW):
-        with gr.Row():
+        with gr.Row(elem_classes=["klora-row"]):
             for name in names[start : start + _IN_A_ROW]:
                 found.args[name] = maker.control(name)
     follow = [name for name in setting_options() if name in ("balance", "share", "seed")]
@@ -127,7 +133,7 @@ def used_by(policy: str, name: str) -> bool:
 
 
 def _add_analysis(gr: Any, tab: str, found: Accordion, analyse: Analyse) -> None:
-    with gr.Row():
+    with gr.Row(elem_classes=["klora-analysis"]):
         button = gr.Button("Analyse pair", elem_id=f"{tab}_klora_analyse")
         found.args["show_map"] = gr.Checkbox(
             label="Show the selection map in the gallery", value=False, elem_id=f"{tab}_klora_show_map"

@@ -1,0 +1,106 @@
+"""The accordion in a bare Gradio app, used by a browser; each Gradio in a small environment of its own (`.ci/run`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+HERE = Path(__file__).parent
+START_S = 120
+
+
+@pytest.fixture(scope="module", params=["KLORA_GRADIO3_PYTHON", "KLORA_GRADIO4_PYTHON"])
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+    """What a browser saw in the app, once for each Gradio."""
+    python = os.environ.get(request.param)
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not chromium:
+        pytest.skip("no chromium on this machine")
+    if not python:
+        pytest.skip(f"{request.param} names no environment with Gradio and playwright")
+    port = free_port()
+    log = tmp_path_factory.mktemp("gradio") / "log"
+    with open(log, "w") as stream:
+        server = subprocess.Popen([python, str(HERE / "serve.py"), str(port)], stdout=stream, stderr=stream)
+    try:
+        wait_for(port, server, log)
+        run = subprocess.run(
+            [python, str(HERE / "drive.py"), f"http://127.0.0.1:{port}/", chromium],
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        assert run.returncode == 0, run.stderr[-3000:] + log.read_text()[-3000:]
+        yield {**json.loads(run.stdout), "log": log.read_text()}
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def wait_for(port: int, server: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + START_S
+    while time.monotonic() < end and server.poll() is None:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    pytest.fail(f"the app did not start: {log.read_text()[-3000:]}")
+
+
+def test_it_is_off_and_all_default_at_first(seen: dict[str, Any]) -> None:
+    from klora.webui.args import ARG_ORDER, read_args, read_values
+
+    before = seen["before"]
+    assert list(before) == list(ARG_ORDER)
+    assert before["enabled"] is False
+    assert before["subject"] == before["style"] == "None"
+    assert read_args(list(before.values())) is None
+    pair = {name: value for name, value in before.items() if name != "enabled"} | {"subject": "a", "style": "b"}
+    assert not read_values(pair).settings.changed()
+
+
+def test_the_title_tells_the_active_pair(seen: dict[str, Any]) -> None:
+    assert seen["title"] == "K-LoRA"
+    assert seen["active title"] == "K-LoRA · dog × ink"
+
+
+def test_analysing_shows_two_lines_and_the_map(seen: dict[str, Any]) -> None:
+    assert seen["summary"].splitlines() == ["dog × ink", "subject share 50.0%"]
+
+
+def test_analysing_shows_an_error_as_text_and_no_map(seen: dict[str, Any]) -> None:
+    assert seen["error"] == "there is no LoRA named <b>dog</b>; did you mean cat?"
+    assert seen["map after error"] == 0
+
+
+def test_what_is_set_reaches_the_script_and_refreshed_names_can_be_chosen(seen: dict[str, Any]) -> None:
+    from klora.webui.args import read_args
+
+    request = read_args(list(seen["after"].values()))
+    assert request is not None
+    assert (request.subject, request.style) == ("dog", "new")
+    assert request.settings.changed() == {"balance": -0.5, "beta": 0.6, "policy": "random"}
+
+
+def test_the_seed_shows_only_with_the_random_policy(seen: dict[str, Any]) -> None:
+    assert seen["seed at first"] is False
+
+
+def test_the_page_has_no_errors_and_needs_no_torch(seen: dict[str, Any]) -> None:
+    assert seen["page errors"] == []
+    assert seen["log"].startswith("no torch")
