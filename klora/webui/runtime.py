@@ -29,6 +29,9 @@ logger = logging.getLogger("klora")
 # Where a processing object keeps its Generation, and what Script.postprocess finds the plans under.
 STATE, PLANS = "klora_generation", "klora_plans"
 
+# Sessions whose hooks are on: at most one, unless a host ends a picture in a way that is not known here.
+_attached: list[Session] = []
+
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
@@ -103,7 +106,7 @@ class Generation:
     def begin(self, fusion: Fusion | None) -> None:
         """Take what the prompt of the coming pass asks for."""
         self.fusion = fusion
-        if fusion is not None and not self._wrapped:
+        if not self._wrapped:
             self._wrap("setup_conds", self._encoding)
             self._wrap("calculate_hr_conds", self._encoding)
             self._wrap("sample", self._sampling)
@@ -123,6 +126,8 @@ class Generation:
             self._bind(fusion, denoiser, host, hires)
             self._bound_to = bound_to
         if self._session is not None:
+            # A picture made inside this one (by another extension) may have taken the hooks off.
+            _attach(self._session)
             self._session.at_level(level)
 
     def stop(self, reason: str) -> None:
@@ -143,7 +148,6 @@ class Generation:
         else:
             # The model has changed within a pass: a refiner.
             session.follow(sampling)
-        session.attach()
         self._session = session
         self._report(session)
 
@@ -176,7 +180,7 @@ class Generation:
 
     def _release(self) -> None:
         if self._session is not None:
-            self._session.detach()
+            _detach(self._session)
         self._session = None
         self._bound_to = None
 
@@ -224,6 +228,18 @@ class Generation:
         return webui_host(shared.sd_model).text_encoder_with(parts)
 
 
+def _attach(session: Session) -> None:
+    if session not in _attached:
+        session.attach()
+        _attached.append(session)
+
+
+def _detach(session: Session) -> None:
+    session.detach()
+    if session in _attached:
+        _attached.remove(session)
+
+
 def make_extra_network() -> Any:
     """Make the host's handler of `<klora:…>` tags."""
     extra_networks: Any = importlib.import_module("modules.extra_networks")
@@ -237,9 +253,12 @@ def make_extra_network() -> Any:
 
         def activate(self, p: Any, params_list: list[Any]) -> None:
             """Take the tags of a prompt; called for every prompt, mostly with none."""
+            # Whatever the end of an earlier picture has left on; a pass that is under way puts its own on again.
+            for session in list(_attached):
+                _detach(session)
             generation = getattr(p, STATE, None)
             if generation is None:
-                if not params_list:
+                if not params_list and not _in_hires_prompt(p):
                     return
                 generation = Generation(p)
                 setattr(p, STATE, generation)
@@ -272,6 +291,11 @@ def make_extra_network() -> Any:
             p.extra_generation_params.update(to_infotext(plan.settings, fusion.tag.settings, plan.share))
 
     return ExtraNetworkKlora()
+
+
+def _in_hires_prompt(p: Any) -> bool:
+    # Activated inside p.sample, where it is too late to wrap that.
+    return bool((getattr(p, "hr_extra_network_data", None) or {}).get(NAME))
 
 
 @contextmanager
