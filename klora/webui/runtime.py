@@ -19,6 +19,7 @@ from klora.engine.session import Session
 from klora.errors import KloraError
 from klora.fusion.plan import FusionPlan
 from klora.hosts.webui import Library, ListedLora, TextPart, WebuiHost, library, schedule_of, webui_host
+from klora.lora.file import check_model
 from klora.pair import Pair
 from klora.webui.infotext import to_infotext
 from klora.webui.options import score_cache
@@ -134,7 +135,7 @@ class Generation:
         """Go on without K-LoRA and say why."""
         self.fusion = None
         self._release()
-        comment(self.p, reason)
+        fail(self.p, reason, "stopped")
 
     def _bind(self, fusion: Fusion, denoiser: Any, host: WebuiHost, hires: bool) -> None:
         same_pass = self._bound_to is not None and self._bound_to[1] is denoiser and self._session is not None
@@ -281,13 +282,18 @@ def make_extra_network() -> Any:
                 pair = self.pairs.open(subject.path, style.path, score_cache())
             fusion = Fusion(tag, subject, style, pair)
             with _named_by(subject, style):
-                self._describe(p, fusion)
+                self._check(p, fusion)
             yield_to(p, params_list, fusion, names)
             return fusion
 
-        def _describe(self, p: Any, fusion: Fusion) -> None:
+        def _check(self, p: Any, fusion: Fusion) -> None:
             shared = importlib.import_module("modules.shared")
-            plan = fusion.plan(webui_host(shared.sd_model)).with_steps(p.steps)
+            host = webui_host(shared.sd_model)
+            # Here, and not at the first evaluation, so that the text encoder is left alone too.
+            shapes = {name: site.shape for name, site in host.sites().items()}
+            for file in (fusion.pair.subject, fusion.pair.style):
+                check_model(file, shapes, host.model_name)
+            plan = fusion.plan(host).with_steps(p.steps)
             p.extra_generation_params.update(to_infotext(plan.settings, fusion.tag.settings, plan.share))
 
     return ExtraNetworkKlora()
@@ -323,7 +329,7 @@ def on_evaluation(params: Any) -> None:
     except Exception as error:
         # The host swallows what a callback raises; a picture must not be made by half a fusion in silence.
         logger.exception("K-LoRA stopped")
-        generation.stop(f"stopped by an unexpected {type(error).__name__}: {error}")
+        generation.stop(f"an unexpected {type(error).__name__}: {error}")
 
 
 def yield_to(p: Any, params_list: list[Any], fusion: Fusion, names: Library) -> None:
@@ -377,7 +383,7 @@ def comment(p: Any, text: str) -> None:
     p.comment(text)
 
 
-def fail(p: Any, reason: str) -> None:
-    """Say under the image, in the console and in the image's text why K-LoRA did not run."""
-    comment(p, f"not applied: {reason}")
+def fail(p: Any, reason: str, outcome: str = "not applied") -> None:
+    """Say under the image, in the console and in the image's text why K-LoRA did not run, or not to the end."""
+    comment(p, f"{outcome}: {reason}")
     p.extra_generation_params["K-LoRA error"] = reason.replace("\n", " ")
