@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from klora.webui.prompt_tag import NAME
@@ -14,13 +16,29 @@ def register() -> None:
     Reload UI clears all callbacks and executes only the entry script again, so nothing may be registered at import.
     """
     callbacks = importlib.import_module("modules.script_callbacks")
-    callbacks.on_before_ui(_register_tag)
-    callbacks.on_before_ui(_add_axes)
-    callbacks.on_ui_settings(_register_options)
-    callbacks.on_app_started(_add_routes)
-    callbacks.on_infotext_pasted(_on_pasted)
-    callbacks.on_cfg_denoiser(_on_evaluation)
-    callbacks.on_script_unloaded(_unregister_tag)
+    for event, function in (
+        ("before_ui", _register_tag),
+        ("before_ui", _add_axes),
+        ("ui_settings", _register_options),
+        ("app_started", _add_routes),
+        ("infotext_pasted", _on_pasted),
+        ("cfg_denoiser", _on_evaluation),
+        ("script_unloaded", _unregister_tag),
+    ):
+        _on(callbacks, event, function)
+
+
+def _on(callbacks: Any, event: str, function: Callable[..., None]) -> None:
+    """Register one callback, telling the host whose it is where it can be told.
+
+    It would find out by the call stack, which takes it some 50 ms each time and would be most of our start-up time.
+    """
+    add, listed = getattr(callbacks, "add_callback", None), getattr(callbacks, "callback_map", {})
+    key = f"callbacks_{event}"
+    if add is not None and key in listed and {"category", "filename"} <= inspect.signature(add).parameters.keys():
+        add(listed[key], function, category=event, filename=__file__)
+    else:
+        getattr(callbacks, f"on_{event}")(function)
 
 
 def _register_tag() -> None:
