@@ -1,0 +1,46 @@
+"""One server per host, and after every test a look whether anything was left behind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.hosts_real.server import Picture, Server, find_server
+
+HOSTS = ("a1111", "forge")
+
+
+@pytest.fixture(scope="session", params=HOSTS)
+def server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A running host; the test is skipped where there is none."""
+    found = find_server(request.param, tmp_path_factory.mktemp(request.param))
+    if isinstance(found, str):
+        pytest.skip(found)
+    try:
+        found.start()
+        yield found
+    finally:
+        found.stop()
+
+
+@pytest.fixture(scope="session")
+def plain(server: Server) -> Picture:
+    """The picture without any tag, made before anything else."""
+    return server.txt2img()
+
+
+@pytest.fixture(scope="session")
+def untouched(server: Server, plain: Picture) -> dict[str, object]:
+    """What the model is like before anything else."""
+    return server.state()
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(server: Server, plain: Picture, untouched: dict[str, object]) -> Iterator[None]:
+    """After every test: no hook, then a plain picture that is the same as ever, and every parameter as it was."""
+    yield
+    hooks = {name: part["hooks"] for name, part in server.state().items() if name != "loaded"}
+    assert hooks == {name: part["hooks"] for name, part in untouched.items() if name != "loaded"}  # type: ignore[index]
+    assert server.txt2img().same(plain)
+    assert server.state() == untouched

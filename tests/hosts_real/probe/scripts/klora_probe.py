@@ -1,0 +1,123 @@
+"""A test's eyes and hands inside a running host: what its model is like now, and faults on demand. For tests only."""
+
+import hashlib
+import importlib
+import sys
+
+import torch
+from modules import script_callbacks, scripts, shared
+
+PREFIX = "/klora-probe"
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+levels, said = [], []
+
+
+def parts():
+    model = shared.sd_model
+    if hasattr(model, "forge_objects"):
+        objects = model.forge_objects
+        return {"unet": objects.unet.model.diffusion_model, "text": objects.clip.cond_stage_model}
+    return {"unet": model.model.diffusion_model, "text": model.cond_stage_model}
+
+
+def digest(module):
+    found = hashlib.sha256()
+    for name, tensor in sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items()):
+        found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return found.hexdigest()
+
+
+def state():
+    """Describe the loaded model: hooks, instance attributes that shadow methods, and the hash of all parameters."""
+    found = {}
+    for name, module in parts().items():
+        modules = list(module.modules())
+        found[name] = {
+            "hooks": sum(len(getattr(one, kind)) for one in modules for kind in HOOKS),
+            "shadowed": sorted({key for one in modules for key in vars(one) if hasattr(type(one), key)} - {"training"}),
+            "sha256": digest(module),
+        }
+    networks = sys.modules.get("networks")
+    found["loaded"] = [net.name for net in getattr(networks, "loaded_networks", [])]
+    return found
+
+
+def fault(kind: str, after: int = 2):
+    """Make the UNet's evaluation number `after` raise, or end the job there; once."""
+    unet = parts()["unet"]
+    count = 0
+
+    def hook(module, args):
+        nonlocal count
+        count += 1
+        if count < after:
+            return
+        handle.remove()
+        if kind == "interrupt":
+            shared.state.interrupt()
+        elif kind == "skip":
+            shared.state.skip()
+        elif kind == "oom":
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (a test's)")
+        else:
+            raise RuntimeError("a test's fault in the UNet")
+
+    handle = unet.register_forward_pre_hook(hook)
+    return {}
+
+
+def record():
+    """Begin to note the noise level and τ of every evaluation that K-LoRA follows."""
+    session = importlib.import_module("klora.engine.session").Session
+    levels.clear()
+    if not hasattr(session, "probed"):
+        original = session.probed = session.at_level
+
+        def at_level(self, level):
+            original(self, level)
+            levels.append((level, self.tau))
+
+        session.at_level = at_level
+    return {}
+
+
+def recorded():
+    """End it and give the notes."""
+    session = importlib.import_module("klora.engine.session").Session
+    if hasattr(session, "probed"):
+        session.at_level = session.probed
+        del session.probed
+    return levels
+
+
+class Listener(scripts.Script):
+    """Hears the comments under the images, which the API does not tell."""
+
+    def title(self):
+        return "K-LoRA probe"
+
+    def show(self, is_img2img):
+        return scripts.AlwaysVisible
+
+    def postprocess(self, p, processed, *args):
+        said[:] = [processed.comments]
+
+
+def comments():
+    """Give what stood under the last image."""
+    return said
+
+
+def reload():
+    """Press "Reload UI"."""
+    shared.state.request_restart()
+    return {}
+
+
+def add_routes(_, app):
+    for route in (state, fault, record, recorded, comments, reload):
+        app.add_api_route(f"{PREFIX}/{route.__name__}", route, methods=["GET"])
+
+
+script_callbacks.on_app_started(add_routes)

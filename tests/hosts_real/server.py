@@ -1,0 +1,269 @@
+"""A real WebUI as a subprocess, with this extension and the probe in a data folder of its own."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from tests.hosts_real.checkpoints import Checkpoint, read_checkpoint, write_loras
+
+REPOSITORY = Path(__file__).parents[2]
+FLAGS = (
+    "--api --skip-prepare-environment --skip-torch-cuda-test --skip-version-check --skip-python-version-check"
+    " --skip-install --do-not-download-clip --no-download-sd-model --loglevel INFO"
+)
+CPU_FLAGS = {
+    "a1111": "--use-cpu all --no-half --no-half-vae --precision full",
+    "forge": "--always-cpu --skip-google-blockly",
+}
+SMALL = {
+    "a1111": {"width": 64, "height": 64, "steps": 6},
+    "forge": {"width": 64, "height": 64, "steps": 4},
+}
+PROMPT = "a photo of a dog in the snow"
+
+
+class ApiError(Exception):
+    """An answer of the host that is no success."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(f"{status}: {text}")
+        self.status = status
+        self.text = text
+
+
+@dataclass
+class Picture:
+    """What a generation gave: the pictures' pixels, (height, width, 3), and the host's own account."""
+
+    all: list[np.ndarray[Any, Any]]
+    encoded: list[str]
+    info: dict[str, Any]
+    comments: str
+
+    @property
+    def pixels(self) -> np.ndarray[Any, Any]:
+        return self.all[0]
+
+    @property
+    def infotext(self) -> str:
+        return self.info["infotexts"][0]
+
+    def same(self, other: Picture) -> bool:
+        """True where every picture has the very same pixels."""
+        return len(self.all) == len(other.all) and all(map(np.array_equal, self.all, other.all))
+
+    def distance(self, other: Picture) -> int:
+        """The largest difference of any two pixels, of 255."""
+        assert len(self.all) == len(other.all)
+        return max(int(abs(a.astype(int) - b).max()) for a, b in zip(self.all, other.all, strict=True))
+
+
+@dataclass
+class Server:
+    """One running host. `kind` is a1111 or forge."""
+
+    kind: str
+    root: Path
+    python: Path
+    data: Path
+    model: Checkpoint
+    other_model: Checkpoint | None
+    sdxl_model: Checkpoint | None
+    extra_flags: str = ""
+    port: int = 0
+    defaults: dict[str, Any] = field(default_factory=dict)
+    _process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def log(self) -> str:
+        return (self.data / "host.log").read_text(errors="replace")
+
+    def start(self, timeout: float = 600) -> None:
+        """Start the host and wait until it serves."""
+        extensions, loras = self.data / "extensions", self.data / "models" / "Lora"
+        for folder in (extensions, loras):
+            folder.mkdir(parents=True)
+        (extensions / "klora").symlink_to(REPOSITORY)
+        (extensions / "klora-probe").symlink_to(Path(__file__).with_name("probe"))
+        write_loras(loras, self.model)
+        (self.data / "config.json").write_text(
+            # Other previews and the samples folder would download or write something.
+            json.dumps({"sd_model_checkpoint": self.model.path.name, "show_progress_type": "Approx cheap"})
+        )
+        self.port = _free_port()
+        command = [str(self.python), "launch.py", *FLAGS.split(), *CPU_FLAGS[self.kind].split()]
+        command += ["--port", str(self.port), "--server-name", "127.0.0.1", *self.extra_flags.split()]
+        command += ["--data-dir", str(self.data), "--ckpt-dir", str(self.model.path.parent)]
+        with (self.data / "host.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                command,
+                cwd=self.root,
+                env=_environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.wait_started(1, timeout)
+        self.defaults = {
+            "prompt": PROMPT,
+            "negative_prompt": "blurry",
+            "seed": 1,
+            "cfg_scale": 5,
+            "sampler_name": "Euler",
+            "scheduler": "Automatic",
+            **SMALL[self.kind],
+        }
+
+    def wait_started(self, times: int, timeout: float = 600) -> None:
+        """Wait until the host has logged that it has started so many times; it dies on a request before that."""
+        end = time.monotonic() + timeout
+        while self.log.count("Startup time") < times:
+            assert self._process is not None
+            if self._process.poll() is not None or time.monotonic() > end:
+                raise RuntimeError(f"{self.kind} did not start:\n{self.log[-3000:]}")
+            time.sleep(0.3)
+
+    def stop(self) -> None:
+        """End the host and everything it started."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGTERM)
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.wait()
+
+    def call(self, path: str, body: Any = None, **query: Any) -> Any:
+        """GET, or POST where there is a body; ApiError for any answer but a success."""
+        url = f"http://127.0.0.1:{self.port}{path}"
+        if query:
+            url += "?" + urllib.parse.urlencode(query)
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+        try:
+            with _opener.open(request, timeout=600) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise ApiError(error.code, error.read().decode(errors="replace")) from None
+
+    def txt2img(self, tags: str = "", **changes: Any) -> Picture:
+        """Make a picture of the small prompt, with `tags` behind it."""
+        return self._generate("txt2img", tags, changes)
+
+    def img2img(self, source: Picture, tags: str = "", **changes: Any) -> Picture:
+        """The same from a picture."""
+        changes = {"init_images": source.encoded[:1], "denoising_strength": 0.6, **changes}
+        return self._generate("img2img", tags, changes)
+
+    def hires(self, tags: str = "", **changes: Any) -> Picture:
+        """The same with a second, larger pass."""
+        hires = {
+            "enable_hr": True,
+            "hr_scale": 1.5,
+            "hr_upscaler": "Latent",
+            "hr_second_pass_steps": 4,
+            "denoising_strength": 0.6,
+            # Forge fails without these two.
+            "hr_additional_modules": ["Use same choices"],
+            "hr_cfg": 5,
+        }
+        return self.txt2img(tags, **{**hires, **changes})
+
+    def _generate(self, path: str, tags: str, changes: dict[str, Any]) -> Picture:
+        body = {**self.defaults, **changes}
+        body["prompt"] = f"{body['prompt']} {tags}".strip()
+        answer = self.call(f"/sdapi/v1/{path}", body)
+        pictures = [
+            np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")) for text in answer["images"]
+        ]
+        comments = "".join(self.call("/klora-probe/comments"))
+        return Picture(pictures, answer["images"], json.loads(answer["info"]), comments)
+
+    def options(self, **values: Any) -> None:
+        """Change the host's settings."""
+        self.call("/sdapi/v1/options", values)
+
+    def state(self) -> dict[str, Any]:
+        """What the loaded model is like now."""
+        return self.call("/klora-probe/state")
+
+    def fault(self, kind: str, after: int = 2) -> None:
+        """Make a later evaluation of the UNet fail, or end the job there."""
+        self.call("/klora-probe/fault", kind=kind, after=after)
+
+    def taus(self, generate: Any) -> list[float]:
+        """The τ of every evaluation of a generation."""
+        return [tau for _, tau in self.levels(generate)]
+
+    def levels(self, generate: Any) -> list[tuple[float, float]]:
+        """The noise level and τ of every evaluation of a generation."""
+        self.call("/klora-probe/record")
+        generate()
+        return [(level, tau) for level, tau in self.call("/klora-probe/recorded")]
+
+    def reload_ui(self) -> None:
+        """Press "Reload UI" and wait until the host serves again."""
+        times = self.log.count("Startup time")
+        self.call("/klora-probe/reload")
+        self.wait_started(times + 1)
+
+
+# Whatever proxy the machine has, the host is here.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def find_server(kind: str, data: Path) -> Server | str:
+    """Give the server that the environment names, or say why there is none."""
+    named = os.environ.get(f"KLORA_{kind.upper()}_ROOT")
+    if not named:
+        return f"KLORA_{kind.upper()}_ROOT names no checkout"
+    root = Path(named)
+    python = Path(os.environ.get(f"KLORA_{kind.upper()}_PYTHON") or root / "venv" / "bin" / "python")
+    if not (root / "launch.py").is_file() or not python.is_file():
+        return f"{kind} is not installed: no launch.py or no {python.name} where it is looked for"
+    found = [read_checkpoint(path) for path in sorted((root / "models" / "Stable-diffusion").glob("*.safetensors"))]
+    sd1 = [one for one in found if one.is_sd1]
+    if not sd1:
+        return f"{kind} has no SD 1 checkpoint"
+    sdxl = next((one for one in found if one.is_sdxl), None)
+    return Server(kind, root, python, data, sd1[0], sd1[1] if len(sd1) > 1 else None, sdxl)
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _environment() -> dict[str, str]:
+    # What pytest's own run sets for the tests is not the host's: it has its caches where it always has them.
+    environment = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "XDG_CACHE_HOME")}
+    return environment | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "PYTHONUNBUFFERED": "1",
+        "COMMANDLINE_ARGS": "",
+        "no_proxy": "127.0.0.1,localhost",
+        "NO_PROXY": "127.0.0.1,localhost",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
