@@ -94,7 +94,9 @@ class _Follower:
         """Give the schedule as the denoiser will see it, rounded to the type in which pipelines pass timesteps."""
         scheduler = self.pipe.scheduler
         levels = scheduler.timesteps
-        if scheduler.num_inference_steps and len(levels) == 2 * scheduler.num_inference_steps - 1:
+        # Flow schedulers of older diffusers keep no count, and list no midpoints.
+        steps = getattr(scheduler, "num_inference_steps", None)
+        if steps and len(levels) == 2 * steps - 1:
             # Second-order schedulers list the level of every call: of these, every other one is a step's.
             levels = levels[::2]
         return (levels.to(dtype) / self.divisor).tolist()
