@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import inspect
-import io
 import json
 import re
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +18,9 @@ from klora import __version__
 from klora.api import fuse
 from klora.engine.session import Session
 from klora.errors import KloraError
+from klora.hosts.diffusers import DiffusersHost
 from klora.pair import Pair
-from klora.report.files import OutputFile, output_folder
+from klora.report.files import OutputFile, output_folder, png_bytes
 from klora.report.summary import notices
 from klora.settings import AUTO, Settings
 
@@ -50,30 +51,82 @@ class Request:
     map: bool = False
 
 
+@dataclass(frozen=True)
+class Painted:
+    """One picture: all that made it, how long the pipeline took, and how often the denoiser ran for each step."""
+
+    image: Image
+    facts: dict[str, Any]
+    seconds: float
+    forwards: float
+    session: Session
+
+
 def generate_pictures(request: Request, warn: Callable[[str], None]) -> Iterator[Path]:
     """Make the pictures one after the other and give the path of each file as it is written.
 
     Raises KloraError for a model, a file or a setting that does not do, before anything is sampled.
     """
     # The files first: they are checked in an instant, and a model may take minutes.
-    pair = Pair.open(request.subject, request.style)
-    device = choose_device(request.device)
-    pipe = load_pipeline(request.model, choose_dtype(request.dtype, device, request.model))
-    call = _call(pipe, request)
+    Pair.open(request.subject, request.style)
+    pipe = open_pipeline(request)
+    call_arguments(pipe, request)
     folder = output_folder(request.out)
-    with (
-        _memory_errors(),
-        fuse(pipe.to(device), request.subject, request.style, **request.settings.to_dict()) as session,
-    ):
-        for notice in [*notices(pair, session.plan), *_missing(session)]:
+
+    def announce(number: int, session: Session) -> None:
+        for notice in session_notices(session) if number == 1 else ():
             warn(notice)
-        for i in range(request.images):
-            pipe.set_progress_bar_config(desc=f"picture {i + 1} of {request.images}")
+        pipe.set_progress_bar_config(desc=f"picture {number} of {request.images}")
+
+    for painted in paint(pipe, request, range(request.seed, request.seed + request.images), announce):
+        yield from _save(painted, folder, request.map)
+
+
+def open_pipeline(request: Request) -> Any:
+    """Load the model of a request and put it on its device; KloraError saying what is wrong with either."""
+    device = choose_device(request.device)
+    return load_pipeline(request.model, choose_dtype(request.dtype, device, request.model)).to(device)
+
+
+def paint(
+    pipe: Any, request: Request, seeds: Sequence[int], announce: Callable[[int, Session], None]
+) -> Iterator[Painted]:
+    """Fuse the pair of a request in `pipe` and paint one picture for each seed.
+
+    `announce` hears the number of each picture, from 1, before it is begun. Raises KloraError for a pair or a setting
+    that does not do, and where memory does not suffice. Closing the generator leaves the pipeline as it was.
+    """
+    call = call_arguments(pipe, request)
+    with memory_errors(), fuse(pipe, request.subject, request.style, **request.settings.to_dict()) as session:
+        for number, seed in enumerate(seeds, 1):
+            announce(number, session)
             # On the CPU whatever the device, so that a seed means the same noise everywhere.
-            generator = torch.Generator("cpu").manual_seed(request.seed + i)
-            image = pipe(**call, generator=generator).images[0]
-            facts = _facts(request, pipe, session, image, request.seed + i)
-            yield from _save(image, facts, folder, session if request.map else None)
+            generator = torch.Generator("cpu").manual_seed(seed)
+            with _counted(DiffusersHost(pipe).denoiser) as calls:
+                start = time.perf_counter()
+                image = pipe(**call, generator=generator).images[0]
+                seconds = time.perf_counter() - start
+            facts = _facts(request, pipe, session, image, seed)
+            yield Painted(image, facts, seconds, len(calls) / session.plan.steps, session)
+
+
+@contextmanager
+def _counted(denoiser: torch.nn.Module) -> Iterator[list[None]]:
+    """Count the runs of a denoiser at its first layer, where no way of calling it goes unseen."""
+    calls: list[None] = []
+    first = getattr(denoiser, "conv_in", None) or getattr(denoiser, "x_embedder", denoiser)
+    hook = first.register_forward_pre_hook(lambda *_: calls.append(None))
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def session_notices(session: Session) -> list[str]:
+    """Give what a person should know of a fusion: about the pair, and about what the model lacks."""
+    missing = session.missing
+    lacking = [f"the model lacks {len(missing)} modules of the files, such as {missing[0]}"] if missing else []
+    return [*notices(session.pair, session.plan), *lacking]
 
 
 def choose_device(name: str) -> str:
@@ -83,7 +136,7 @@ def choose_device(name: str) -> str:
     try:
         torch.zeros(1, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise KloraError(f"--device {name}: {_first_line(error)}; use another, such as cpu") from None
+        raise KloraError(f"--device {name}: {first_line(error)}; use another, such as cpu") from None
     return name
 
 
@@ -108,7 +161,7 @@ def load_pipeline(model: str, dtype: torch.dtype) -> Any:
     if not local and not _HUB_ID.fullmatch(model):
         raise KloraError(f"{model}: there is no such folder, and it is no hub id (owner/name) either")
     try:
-        with _quiet_libraries():
+        with quiet_libraries():
             from diffusers import DiffusionPipeline
 
             pipe = DiffusionPipeline.from_pretrained(
@@ -118,7 +171,7 @@ def load_pipeline(model: str, dtype: torch.dtype) -> Any:
             return pipe if pipe.dtype == dtype else pipe.to(dtype=dtype)
     # What is wrong with a model reaches us as errors of any kind, from four libraries.
     except Exception as error:
-        detail = f"{type(error).__name__}: {_first_line(error)}"
+        detail = f"{type(error).__name__}: {first_line(error)}"
         if local:
             raise KloraError(f"{model}: cannot be loaded ({detail})") from error
         cure = "check the name and the connection, or give a folder"
@@ -126,7 +179,7 @@ def load_pipeline(model: str, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Keep what the libraries say while they load off the terminal; what they say while sampling is worth hearing."""
     from transformers.utils import logging as transformers_logging
 
@@ -152,7 +205,7 @@ def _pipeline_class(model: str) -> str:
         return model
 
 
-def _call(pipe: Any, request: Request) -> dict[str, Any]:
+def call_arguments(pipe: Any, request: Request) -> dict[str, Any]:
     """Give the arguments of the pipeline's call; KloraError for one that this kind of pipeline does not take."""
     width, height = request.size or (None, None)
     wanted = {
@@ -171,13 +224,8 @@ def _call(pipe: Any, request: Request) -> dict[str, Any]:
     return given
 
 
-def _missing(session: Session) -> list[str]:
-    missing = session.missing
-    return [f"the model lacks {len(missing)} modules of the files, such as {missing[0]}"] if missing else []
-
-
 @contextmanager
-def _memory_errors() -> Iterator[None]:
+def memory_errors() -> Iterator[None]:
     """Turn the many errors of a full memory into one line."""
     try:
         yield
@@ -238,34 +286,31 @@ def _quoted(value: Any) -> str:
     return json.dumps(text, ensure_ascii=False) if re.search(r'[,:"\n]', text) else text
 
 
-def _save(image: Image, facts: dict[str, Any], folder: Path, session: Session | None) -> Iterator[Path]:
-    stem = f"{_next_number(folder):05d}-{facts['seed']}"
-    yield _write(image, folder / f"{stem}.png", facts)
-    if session is not None:
+def _save(painted: Painted, folder: Path, with_map: bool) -> Iterator[Path]:
+    facts, session = painted.facts, painted.session
+    stem = f"{next_number(folder):05d}-{facts['seed']}"
+    yield write_picture(painted.image, folder / f"{stem}.png", facts)
+    if with_map:
         from klora.report.picture import selection_map
 
         title = f"{session.pair.subject.name} × {session.pair.style.name}"
-        yield _write(selection_map(session.plan, title), folder / f"{stem}-map.png", facts)
+        yield write_picture(selection_map(session.plan, title), folder / f"{stem}-map.png", facts)
 
 
-def _next_number(folder: Path) -> int:
+def next_number(folder: Path) -> int:
     """Give the number after the highest in use, so that no picture is ever overwritten."""
     taken = [int(match[1]) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
     return max(taken, default=-1) + 1
 
 
-def _write(image: Image, path: Path, facts: dict[str, Any]) -> Path:
-    from PIL.PngImagePlugin import PngInfo
-
-    info = PngInfo()
-    info.add_text("parameters", parameters(facts))
-    info.add_text("klora", json.dumps(facts))
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG", pnginfo=info)
-    OutputFile.check(path).write(buffer.getvalue())
+def write_picture(image: Image, path: Path, facts: dict[str, Any]) -> Path:
+    """Write a PNG that carries its facts, for people and for programs; KloraError where that fails."""
+    texts = {"parameters": parameters(facts), "klora": json.dumps(facts)}
+    OutputFile.check(path).write(png_bytes(image, texts))
     return path
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Give the first line of an error's text, which is enough for one of ours."""
     line = next(iter(str(error).strip().splitlines()), "no further message")
     return line if len(line) <= 200 else f"{line[:199]}…"

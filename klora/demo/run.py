@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from klora.api import fuse
 from klora.errors import KloraError
 from klora.generate import load_pipeline
-from klora.report.files import OutputFile
+from klora.report.files import OutputFile, png_bytes
 from klora.report.picture import selection_map
 from klora.report.sheet import contact_sheet
 
@@ -69,16 +68,22 @@ def read_catalogue(home: Path) -> dict[str, Any]:
 
 def demo_pairs(catalogue: Mapping[str, Any], home: Path) -> list[DemoPair]:
     """Pair the subjects and styles of the catalogue in their order."""
-    pairs = []
-    for (subject, a), (style, b) in zip(catalogue["subjects"].items(), catalogue["styles"].items(), strict=False):
-        family = a["family"]
-        prompts = {
-            "subject": a["prompt"].format(family=family),
-            "style": b["prompt"].format(family=family),
-            "both": catalogue["prompt"].format(family=family),
-        }
-        pairs.append(DemoPair(subject, style, (home / a["file"], home / b["file"]), prompts))
-    return pairs
+    names = zip(catalogue["subjects"], catalogue["styles"], strict=False)
+    return [demo_pair(catalogue, home, subject, style) for subject, style in names]
+
+
+def demo_pair(catalogue: Mapping[str, Any], home: Path, subject: str, style: str) -> DemoPair:
+    """Give the pair of a subject and a style of the catalogue, by name; KloraError for a name that is not there."""
+    for given, known in ((subject, catalogue["subjects"]), (style, catalogue["styles"])):
+        if given not in known:
+            raise KloraError(f"{given}: is not in the demo; choose {', '.join(known)}")
+    a, b = catalogue["subjects"][subject], catalogue["styles"][style]
+    prompts = {
+        "subject": a["prompt"].format(family=a["family"]),
+        "style": b["prompt"].format(family=a["family"]),
+        "both": catalogue["prompt"].format(family=a["family"]),
+    }
+    return DemoPair(subject, style, (home / a["file"], home / b["file"]), prompts)
 
 
 def run_demo(folder: Path, home: Path | None = None) -> Iterator[str]:
@@ -96,7 +101,7 @@ def run_demo(folder: Path, home: Path | None = None) -> Iterator[str]:
     groups: list[list[list[Image]]] = []
     maps: list[tuple[str, FusionPlan]] = []
     total = len(pairs) * len(METHODS)
-    with _one_thread(), tqdm(total=total, desc="painting", unit="cell", leave=False) as bar:
+    with one_thread(), tqdm(total=total, desc="painting", unit="cell", leave=False) as bar:
         for pair in pairs:
             groups.append([])
             for method in METHODS:
@@ -111,12 +116,12 @@ def run_demo(folder: Path, home: Path | None = None) -> Iterator[str]:
     for (name, target), image in zip(
         targets.items(), (contact_sheet(groups, columns, rows), selection_map(plan, title)), strict=True
     ):
-        target.write(_png(image))
+        target.write(png_bytes(image))
         yield f"{name.replace('-', ' ')}: {target.path}"
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Let torch use one thread: for matrices this small, several are slower, and far slower on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -140,9 +145,3 @@ def _asked(method: Method, pairs: list[DemoPair]) -> str:
     """Give the prompt of a column, which differs from row to row in what it names."""
     prompts = {pair.prompts[method.prompt] for pair in pairs}
     return f"“{prompts.pop()}”" if len(prompts) == 1 else f"“{pairs[0].prompts[method.prompt]}” …"
-
-
-def _png(image: Image) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()

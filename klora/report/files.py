@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import os
 import secrets
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from klora.errors import KloraError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,18 @@ def output_folder(given: str | Path) -> Path:
         raise _unwritable(folder, error) from None
     _probe(folder, folder)
     return folder
+
+
+def png_bytes(image: Image, texts: Mapping[str, str] | None = None) -> bytes:
+    """Give a picture as the bytes of a PNG with `texts` in it, by keyword."""
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for keyword, text in (texts or {}).items():
+        info.add_text(keyword, text)
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", pnginfo=info)
+    return buffer.getvalue()
 
 
 def _probe(folder: Path, given: Path) -> None:
