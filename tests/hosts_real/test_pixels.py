@@ -6,12 +6,13 @@ import pytest
 
 from tests.hosts_real.server import Picture, Server
 
+TAG = "<klora:subj:style>"
 SUBJECT_ONLY, STYLE_ONLY = "alpha=0:beta=0", "alpha=0:beta=1000000"
 
 
 def test_a_second_run_gives_the_same_pixels(server: Server, plain: Picture) -> None:
-    first = server.txt2img("<klora:subj:style>")
-    assert server.txt2img("<klora:subj:style>").same(first)
+    first = server.txt2img(TAG)
+    assert server.txt2img(TAG).same(first)
     assert first.distance(plain) > 20
 
 
@@ -51,7 +52,7 @@ def test_a_peft_pair_is_its_kohya_twin(server: Server, plain: Picture, kind: str
 
 
 def test_every_setting_reaches_the_picture(server: Server) -> None:
-    default = server.txt2img("<klora:subj:style>")
+    default = server.txt2img(TAG)
     for setting in ("balance=1", "scale=s*", "alpha=0.5", "beta=1", "k=8", "gamma=0.7", "policy=fixed"):
         assert not server.txt2img(f"<klora:subj:style:{setting}>").same(default), setting
     named = server.txt2img("<klora:subj:style:scale=s:alpha=1.5:beta=0.5:scope=all:progress=absolute>")
@@ -67,7 +68,7 @@ def test_other_loras_stay_as_they_are(server: Server) -> None:
 def test_the_same_file_in_a_plain_tag_is_silenced(server: Server, order: str) -> None:
     picture = server.txt2img(order)
     assert "subj is in a <lora:…> tag too" in picture.comments
-    assert picture.distance(server.txt2img("<klora:subj:style>")) <= 1
+    assert picture.distance(server.txt2img(TAG)) <= 1
 
 
 @pytest.mark.parametrize(
@@ -98,11 +99,14 @@ def test_a_bad_tag_is_named_and_the_picture_is_made_without(
 def test_of_two_tags_the_first_counts(server: Server) -> None:
     picture = server.txt2img("<klora:subj:style><klora:style:subj>")
     assert "only the first" in picture.comments
-    assert picture.same(server.txt2img("<klora:subj:style>"))
+    assert picture.same(server.txt2img(TAG))
 
 
-def test_the_negative_prompt_s_tags_are_ignored(server: Server, plain: Picture) -> None:
-    assert server.txt2img(negative_prompt="blurry <klora:subj:style>").same(plain)
+def test_the_negative_prompt_s_tags_are_words(server: Server) -> None:
+    made = []
+    taus = server.taus(lambda: made.append(server.txt2img(negative_prompt=f"blurry {TAG}")))
+    assert taus == []
+    assert "K-LoRA" not in made[0].infotext
 
 
 def test_no_tag_no_trace(server: Server, plain: Picture) -> None:

@@ -1,0 +1,621 @@
+"""A WebUI in small, for tests: it calls an extension in the order, and with the faults, of A1111 and of Forge.
+
+    with installed("a1111", tmp_path) as host:
+        picture = host.txt2img("a dog <klora:dog:ink>")
+
+What is told here of the hosts was observed on running ones. Left out is all that no extension of this kind can notice.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from tests.support.lora_files import unet_ldm
+from tests.support.pairs import ATTENTION, FEED_FORWARD, TEXT
+
+SIZE = 32
+TEXT_LAYER = "text_model_encoder_layers_0_self_attn_q_proj"
+_TAG = re.compile(r"<(\w+):([^>]+)>")
+
+
+class ExtraNetworkParams:
+    """One tag, in pieces."""
+
+    def __init__(self, items: list[str]) -> None:
+        self.items = items
+        self.positional = [item for item in items if "=" not in item]
+        self.named = dict(item.split("=", 1) for item in items if "=" in item)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ExtraNetworkParams) and self.items == other.items
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+Data = dict[str, list[ExtraNetworkParams]]
+
+
+def parse_prompts(prompts: list[str]) -> tuple[list[str], Data]:
+    """Take the tags out; those of the first prompt count."""
+    data: Data = {}
+    for kind, pieces in _TAG.findall(prompts[0]):
+        data.setdefault(kind, []).append(ExtraNetworkParams(pieces.split(":")))
+    return [_TAG.sub("", prompt) for prompt in prompts], data
+
+
+class HostLinear(nn.Linear):
+    """A layer of a host: A1111 looks at every forward whether it has to merge other LoRAs than last time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        networks = sys.modules["networks"]
+        if hasattr(networks, "apply_weights"):
+            networks.apply_weights(self)
+        return super().forward(x)
+
+
+class DiffusionModel(nn.Module):
+    """A UNet with LDM names: a few layers, one after another."""
+
+    def __init__(self, names: list[str], seed: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        self.layers: dict[str, HostLinear] = {}
+        for name in names:
+            *path, leaf = unet_ldm(name, 4).split(".")
+            parent: nn.Module = self
+            for part in path:
+                if part not in parent._modules:
+                    parent.add_module(part, nn.Module())
+                parent = getattr(parent, part)
+            layer = HostLinear(SIZE, SIZE, bias=False)
+            with torch.no_grad():
+                layer.weight.copy_(torch.randn(SIZE, SIZE, generator=generator) / SIZE**0.5)
+            parent.add_module(leaf, layer)
+            self.layers[name] = layer
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        """Predict the noise."""
+        for layer in self.layers.values():
+            x = x + 0.1 * layer(x + condition)
+        return x
+
+
+class Clip:
+    """Forge's text encoder with the patches that are to act when it encodes."""
+
+    def __init__(self, layer: nn.Linear, patches: tuple[Any, ...] = ()) -> None:
+        self.cond_stage_model = layer
+        self.patches = patches
+
+    def clone(self) -> Clip:
+        """A copy that shares the weights."""
+        return Clip(self.cond_stage_model, self.patches)
+
+    def add_patches(self, *, filename: str, patches: Mapping[str, Any], strength_patch: float) -> None:
+        """Have a LoRA act."""
+        self.patches += tuple((filename, key, delta, strength_patch) for key, delta in patches.items())
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Encode with what is patched in."""
+        weight = self.cond_stage_model.weight
+        for _, _, delta, strength in self.patches:
+            weight = weight + strength * delta
+        return x @ weight.T
+
+
+class Checkpoint:
+    """A loaded model."""
+
+    def __init__(self, family: str, name: str, seed: int, architecture: str = "SD1", names: list[str] | None = None):
+        self.diffusion = DiffusionModel(names or [*ATTENTION, *FEED_FORWARD], seed)
+        self.text = HostLinear(SIZE, SIZE, bias=False)
+        self.is_sd1, self.is_sd2, self.is_sdxl = (architecture == one for one in ("SD1", "SD2", "SDXL"))
+        self.sd_checkpoint_info = types.SimpleNamespace(name=name)
+        with torch.no_grad():
+            self.text.weight.copy_(torch.eye(SIZE))
+        if family == "forge":
+            unet = types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=self.diffusion))
+            self.forge_objects = types.SimpleNamespace(unet=unet, clip=Clip(self.text))
+            self.merged: list[Any] = []
+            self.wanted: list[Any] = []
+        else:
+            self.model = types.SimpleNamespace(diffusion_model=self.diffusion)
+            self.network_layer_mapping = {f"transformer_{TEXT_LAYER}": self.text}
+            for name, layer in self.diffusion.layers.items():
+                self.network_layer_mapping[f"diffusion_model_{unet_ldm(name, 4).replace('.', '_')}"] = layer
+            for name, layer in self.network_layer_mapping.items():
+                layer.network_layer_name = name  # type: ignore[assignment]
+
+    def encode(self, prompt: str) -> Tensor:
+        """Encode a prompt without its tags."""
+        generator = torch.Generator().manual_seed(sum(map(ord, prompt.strip())))
+        x = torch.randn(1, SIZE, generator=generator)
+        return self.forge_objects.clip.encode(x) if hasattr(self, "forge_objects") else self.text(x)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Copies of all weights."""
+        return {name: layer.weight.detach().clone() for name, layer in self.diffusion.layers.items()} | {
+            "text": self.text.weight.detach().clone()
+        }
+
+    def hooks(self) -> int:
+        """How many hooks there are."""
+        modules = [*self.diffusion.modules(), self.text]
+        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
+
+
+class Interrupted(BaseException):
+    """How a sampler stops when a user asks for it."""
+
+
+class Sampler:
+    """Euler or Heun, with the noise levels of a Karras-like schedule."""
+
+    def __init__(self, host: FakeHost, p: Processing, order: int) -> None:
+        self.host = host
+        self.order = order
+        self.denoiser = types.SimpleNamespace(p=p, sampler=self, step=0, total_steps=0)
+
+    def get_sigmas(self, p: Processing, steps: int) -> Tensor:
+        """σ of every step, and 0."""
+        return torch.cat([torch.linspace(10, 0.1, steps) ** 1.5, torch.zeros(1)])
+
+    def sample(self, p: Processing, x: Tensor) -> Tensor:
+        """From noise to picture."""
+        return self._launch(p, x, self.get_sigmas(p, p.steps))
+
+    def sample_img2img(self, p: Processing, x: Tensor, steps: int | None = None) -> Tensor:
+        """The end of a schedule."""
+        steps, t_enc = setup_img2img_steps(p, steps)
+        return self._launch(p, x, self.get_sigmas(p, steps)[steps - t_enc - 1 :])
+
+    def _launch(self, p: Processing, x: Tensor, sigmas: Tensor) -> Tensor:
+        self.denoiser.total_steps = (len(sigmas) - 1) * self.order
+        self.denoiser.step = 0
+        if hasattr(self.host.sd_model, "forge_objects"):
+            self.host.sampling_prepare()
+        last = x
+        try:
+            for i in range(len(sigmas) - 1):
+                last = x
+                x = x - 0.05 * self._evaluate(p, x, sigmas[i])
+                if self.order == 2 and sigmas[i + 1] > 0:
+                    x = x - 0.01 * self._evaluate(p, x, sigmas[i + 1])
+        except Interrupted:
+            return last
+        return x
+
+    def _evaluate(self, p: Processing, x: Tensor, sigma: Tensor) -> Tensor:
+        if self.host.interrupted:
+            raise Interrupted
+        self.host.before_evaluation(p, self.denoiser)
+        params = types.SimpleNamespace(denoiser=self.denoiser, sigma=sigma.reshape(1).expand(2), x=x)
+        self.host.callbacks.call("cfg_denoiser", params)
+        self.host.evaluations += 1
+        self.host.in_unet(self.host.evaluations)
+        noise = self.host.sd_model.diffusion(x, p.hr_c if p.is_hr_pass else p.c)
+        self.denoiser.step += 1
+        return noise
+
+
+def setup_img2img_steps(p: Processing, steps: int | None = None) -> tuple[int, int]:
+    """How many steps a schedule has, and how many of its end are made."""
+    if steps is not None:
+        return (int(steps / min(p.denoising_strength, 0.999)) if p.denoising_strength > 0 else 0), steps - 1
+    return p.steps, int(min(p.denoising_strength, 0.999) * p.steps)
+
+
+class Processing:
+    """A job: one picture or more, from a prompt or from another picture."""
+
+    cached_c: Any = None
+    cached_hr_c: Any = None
+
+    def __init__(self, host: FakeHost, prompt: str, hr_prompt: str | None = None, **values: Any) -> None:
+        self.host = host
+        self.steps, self.n_iter, self.denoising_strength = 6, 1, 0.6
+        self.hr_second_pass_steps = 0
+        self.order = 1
+        self.all_prompts = [prompt]
+        self.enable_hr = hr_prompt is not None
+        self.all_hr_prompts = [prompt if hr_prompt in (None, "") else hr_prompt]
+        self.is_hr_pass = False
+        self.init_images: Any = None
+        self.extra_generation_params: dict[str, Any] = {}
+        self.comments: list[str] = []
+        self.c = self.hr_c = None
+        self.prompts: Any = None
+        vars(self).update(values)
+
+    def comment(self, text: str) -> None:
+        """Say something under the image."""
+        self.comments.append(text)
+
+    def close(self) -> None:
+        """The last thing that is called, whatever happened."""
+
+    def parse(self) -> None:
+        """Take the tags out of the prompts."""
+        self.prompts, self.extra_network_data = parse_prompts(self.all_prompts)
+        if self.enable_hr:
+            self.hr_prompts, self.hr_extra_network_data = parse_prompts(self.all_hr_prompts)
+
+    def _cached(self, name: str, prompt: str, data: Data) -> Tensor:
+        # Keyed on what the user wrote, not on what the text encoder has merged.
+        key = (prompt, {kind: [one.items for one in found] for kind, found in data.items()}, self.host.sd_model)
+        cached = getattr(type(self), name)
+        if cached is None or cached[0] != key:
+            cached = (key, self.host.sd_model.encode(prompt))
+            setattr(type(self), name, cached)
+        return cached[1]
+
+    def setup_conds(self) -> None:
+        """Run the text encoder, unless it has run on the same."""
+        self.c = self._cached("cached_c", self.prompts[0], self.extra_network_data)
+        if self.enable_hr and self.host.family == "forge":
+            self.host.activate(self, self.hr_extra_network_data)
+            self.calculate_hr_conds()
+            self.host.activate(self, self.extra_network_data)
+
+    def calculate_hr_conds(self) -> None:
+        """The same for the second pass."""
+        if self.hr_c is None:
+            self.hr_c = self._cached("cached_hr_c", self.hr_prompts[0], self.hr_extra_network_data)
+
+    def sample(self) -> Tensor:
+        """One batch, both passes."""
+        sampler = self.sampler = Sampler(self.host, self, self.order)
+        if self.init_images is not None:
+            return sampler.sample_img2img(self, self.init_images + torch.full((1, SIZE), 0.5))
+        generator = torch.Generator().manual_seed(1)
+        x = sampler.sample(self, torch.randn(1, SIZE, generator=generator))
+        if not self.enable_hr:
+            return x
+        self.is_hr_pass = True
+        self.sampler = Sampler(self.host, self, self.order)
+        self.host.activate(self, self.hr_extra_network_data)
+        self.calculate_hr_conds()
+        x = self.sampler.sample_img2img(self, 2 * x, steps=self.hr_second_pass_steps or self.steps)
+        self.is_hr_pass = False
+        return x
+
+
+class Callbacks(types.ModuleType):
+    """modules.script_callbacks; what a callback raises is swallowed."""
+
+    def __init__(self) -> None:
+        super().__init__("modules.script_callbacks")
+        self.known: dict[str, list[Callable[..., None]]] = {}
+        self.swallowed: list[Exception] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if not name.startswith("on_"):
+            raise AttributeError(name)
+        return self.known.setdefault(name.removeprefix("on_"), []).append
+
+    def call(self, event: str, *args: Any) -> None:
+        """Call all that is registered."""
+        for callback in self.known.get(event, []):
+            try:
+                callback(*args)
+            except Exception as error:
+                self.swallowed.append(error)
+
+
+class ExtraNetwork:
+    """The base of a handler of tags."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+
+class ExtraNetworkLora(ExtraNetwork):
+    """The host's own: lists the networks that layers have to merge."""
+
+    def __init__(self, host: FakeHost) -> None:
+        super().__init__("lora")
+        self.host = host
+
+    def activate(self, p: Any, params_list: list[ExtraNetworkParams]) -> None:
+        """Load what the tags ask for, and nothing else; forgets the hashes of others."""
+        if p is not None:
+            p.lora_hashes = {}
+        wanted = []
+        for params in params_list:
+            numbers = [float(number) for number in params.positional[1:]] or [1.0]
+            te = float(params.named.get("te", numbers[0]))
+            wanted.append(
+                (params.positional[0], te, float(params.named.get("unet", numbers[1] if numbers[1:] else te)))
+            )
+        self.host.load_networks(wanted)
+
+    def deactivate(self, p: Any) -> None:
+        """Nothing."""
+
+
+class OnDisk:
+    """A LoRA file that the host lists."""
+
+    def __init__(self, path: Path) -> None:
+        self.name, self.filename, self.shorthash = path.stem, str(path), ""
+
+    def read_hash(self) -> None:
+        """Find out the hash."""
+        self.shorthash = f"{sum(map(ord, self.name)):08x}"
+
+
+class FakeHost:
+    """One running WebUI, of `family` a1111 or forge, with the LoRA files of a folder."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        self.family = family
+        self.folder = folder
+        self.sd_model = Checkpoint(family, "base", 1)
+        self.opts = types.SimpleNamespace(lora_add_hashes_to_infotext=True)
+        self.callbacks = Callbacks()
+        self.registry: dict[str, Any] = {"lora": ExtraNetworkLora(self)}
+        self.loaded: list[Any] = []
+        self.evaluations = 0
+        self.interrupted = False
+        self.in_unet: Callable[[int], None] = lambda number: None
+        self.before_evaluation: Callable[[Processing, Any], None] = lambda p, denoiser: None
+
+    def start(self, register: Callable[[], None]) -> None:
+        """Execute the entry script, then build the page."""
+        register()
+        self.callbacks.call("before_ui")
+
+    def reload_ui(self, register: Callable[[], None]) -> None:
+        """All callbacks go; packages stay imported; the entry script is executed again."""
+        self.callbacks.call("script_unloaded")
+        self.callbacks.known.clear()
+        self.start(register)
+
+    def txt2img(self, prompt: str, **values: Any) -> Picture:
+        """Make a picture."""
+        return self.process(Processing(self, prompt, **values))
+
+    def process(self, p: Processing) -> Picture:
+        """Run a job; what the UNet raises ends it without a word to any script."""
+        self.evaluations = 0
+        self.interrupted = False
+        pictures = []
+        try:
+            for _ in range(p.n_iter):
+                p.parse()
+                p.hr_c = None
+                self.activate(p, p.extra_network_data)
+                p.setup_conds()
+                pictures.append(p.sample())
+            if p.extra_network_data:
+                self._each(p.extra_network_data, lambda network, params: network.deactivate(p))
+        finally:
+            p.close()
+        return Picture(torch.cat(pictures), p)
+
+    def activate(self, p: Any, data: Data) -> None:
+        """Tell the handlers: first those that are named, in the order of the prompt, then all others, of no tags."""
+        self._each(data, lambda network, params: network.activate(p, params))
+        others = {name: [] for name in self.registry if name not in data}
+        self._each(others, lambda network, params: network.activate(p, params))
+
+    def _each(self, data: Mapping[str, Any], call: Callable[[Any, Any], None]) -> None:
+        for name, params in data.items():
+            if name in self.registry:
+                try:
+                    call(self.registry[name], params)
+                except Exception as error:
+                    self.callbacks.swallowed.append(error)
+
+    def load_networks(self, wanted: list[tuple[str, float, float]]) -> None:
+        """Remember what is wanted; it is merged later, when it is needed."""
+        self.loaded.clear()
+        for name, te, unet in wanted:
+            found = sys.modules["networks"].available_network_aliases.get(name)  # type: ignore[attr-defined]
+            if found is not None:
+                self.loaded.append(self._network(found, te, unet))
+        if self.family == "forge":
+            self.sd_model.wanted = list(self.loaded)
+            clip = Clip(self.sd_model.text)
+            for net in self.loaded:
+                text = {name: module.delta for name, module in net.modules.items() if name.startswith("transformer_")}
+                clip.add_patches(filename=net.name, patches=text, strength_patch=net.te_multiplier)
+            self.sd_model.forge_objects.clip = clip
+
+    def _network(self, found: OnDisk, te: float, unet: float) -> Any:
+        net = Network(found.name, found)
+        net.te_multiplier, net.unet_multiplier = te, unet
+        # The host knows one spelling only.
+        names = {
+            f"lora_unet_{name.replace('.', '_')}": f"diffusion_model_{unet_ldm(name, 4).replace('.', '_')}"
+            for name in self.sd_model.diffusion.layers
+        } | {f"lora_te_{TEXT_LAYER}": f"transformer_{TEXT_LAYER}"}
+        tensors = load_file(found.filename)
+        for key, name in names.items():
+            if f"{key}.lora_up.weight" in tensors:
+                weights = {end: tensors[f"{key}.{end}"] for end in ("lora_up.weight", "lora_down.weight")}
+                alpha = tensors.get(f"{key}.alpha", torch.tensor(float(len(weights["lora_down.weight"]))))
+                net.modules[name] = NetworkModule({**weights, "alpha": alpha})
+        return net
+
+    def sampling_prepare(self) -> None:
+        """Forge: merge now, and only where something has changed since last time."""
+        model = self.sd_model
+        if [vars(net) for net in model.merged] == [vars(net) for net in model.wanted]:
+            return
+        layers = {unet_ldm(name, 4).replace(".", "_"): layer for name, layer in model.diffusion.layers.items()}
+        with torch.no_grad():
+            for sign, nets in ((-1, model.merged), (1, model.wanted)):
+                for net in nets:
+                    for name, module in net.modules.items():
+                        layer = layers.get(name.removeprefix("diffusion_model_"))
+                        if layer is not None:
+                            _restore(layer) if sign < 0 else _merge(layer, net.unet_multiplier * module.delta)
+        model.merged = list(model.wanted)
+
+
+class Network:
+    """A loaded LoRA; the host tells two apart by name and strengths."""
+
+    def __init__(self, name: str, on_disk: Any) -> None:
+        self.name, self.network_on_disk = name, on_disk
+        self.te_multiplier = self.unet_multiplier = 1.0
+        self.dyn_dim: int | None = None
+        self.modules: dict[str, NetworkModule] = {}
+
+
+class NetworkModule:
+    """One module of a loaded LoRA."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        up, down = tensors["lora_up.weight"], tensors["lora_down.weight"]
+        self.delta = up @ down * (float(tensors["alpha"]) / len(down))
+
+
+class Picture:
+    """What came of a job."""
+
+    def __init__(self, pixels: Tensor, p: Processing) -> None:
+        self.pixels, self.p = pixels, p
+
+    @property
+    def comments(self) -> str:
+        return "\n".join(self.p.comments)
+
+    def same(self, other: Picture) -> bool:
+        """True for the very same pixels."""
+        return torch.equal(self.pixels, other.pixels)
+
+    def close_to(self, other: Picture) -> bool:
+        """True but for rounding."""
+        return torch.allclose(self.pixels, other.pixels, rtol=1e-4, atol=1e-5)
+
+
+def _merge(layer: nn.Module, delta: Tensor) -> None:
+    if not hasattr(layer, "backup"):
+        layer.backup = layer.weight.detach().clone()  # type: ignore[assignment, operator]
+    layer.weight.add_(delta)  # type: ignore[operator]
+
+
+def _restore(layer: nn.Module) -> None:
+    if hasattr(layer, "backup"):
+        layer.weight.copy_(layer.backup)  # type: ignore[operator, arg-type]
+        del layer.backup
+
+
+def _apply_weights(host: FakeHost) -> Callable[[nn.Module], None]:
+    def apply_weights(layer: nn.Module) -> None:
+        wanted = tuple((net.name, net.te_multiplier, net.unet_multiplier, net.dyn_dim) for net in host.loaded)
+        if getattr(layer, "network_current_names", ()) == wanted:
+            return
+        name: str = layer.network_layer_name  # type: ignore[assignment]
+        with torch.no_grad():
+            _restore(layer)
+            for net in host.loaded:
+                if name in net.modules:
+                    strength = net.te_multiplier if name.startswith("transformer_") else net.unet_multiplier
+                    _merge(layer, strength * net.modules[name].delta)
+        layer.network_current_names = wanted  # type: ignore[assignment]
+
+    return apply_weights
+
+
+@contextmanager
+def installed(family: str, folder: Path) -> Iterator[FakeHost]:
+    """Put a host's modules in place; `folder` holds its LoRA files."""
+    host = FakeHost(family, folder)
+    fakes = {module.__name__: module for module in _modules(host)}
+    before = {name: sys.modules.get(name) for name in fakes}
+    sys.modules.update(fakes)
+    Processing.cached_c = Processing.cached_hr_c = None
+    try:
+        fakes["networks"].list_available_networks()  # type: ignore[attr-defined]
+        yield host
+    finally:
+        for name, module in before.items():
+            if module is None:
+                del sys.modules[name]
+            else:
+                sys.modules[name] = module
+
+
+def _modules(host: FakeHost) -> Iterator[types.ModuleType]:
+    def module(name: str, **contents: Any) -> types.ModuleType:
+        made = types.ModuleType(name)
+        vars(made).update(contents)
+        return made
+
+    shared = types.ModuleType("modules.shared")
+    shared.__class__ = type("Shared", (types.ModuleType,), {"sd_model": property(lambda _: host.sd_model)})
+    shared.opts = host.opts  # type: ignore[attr-defined]
+    yield module("modules", __path__=[])
+    yield shared
+    yield module("modules.paths", data_path=str(host.folder))
+    yield host.callbacks
+    yield module("modules.sd_samplers_common", setup_img2img_steps=setup_img2img_steps)
+    yield module(
+        "modules.extra_networks",
+        ExtraNetwork=ExtraNetwork,
+        extra_network_registry=host.registry,
+        register_extra_network=lambda network: host.registry.__setitem__(network.name, network),
+    )
+    networks = module(
+        "networks",
+        loaded_networks=host.loaded,
+        available_networks={},
+        available_network_aliases={},
+        forbidden_network_aliases={},
+    )
+
+    def list_available_networks() -> None:
+        networks.available_networks.clear()
+        networks.available_network_aliases.clear()
+        for path in sorted(host.folder.glob("*.safetensors")):
+            networks.available_networks[path.stem] = networks.available_network_aliases[path.stem] = OnDisk(path)
+
+    networks.list_available_networks = list_available_networks  # type: ignore[attr-defined]
+    if host.family == "a1111":
+        networks.apply_weights = _apply_weights(host)  # type: ignore[attr-defined]
+        networks.convert_diffusers_name_to_compvis = lambda key, is_sd2: key.replace("lora_te_", "transformer_")  # type: ignore[attr-defined]
+        kind = types.SimpleNamespace(create_module=lambda net, weights: NetworkModule(weights.w))
+        networks.module_types = [kind]  # type: ignore[attr-defined]
+        yield module("network", Network=Network, NetworkWeights=_network_weights)
+    else:
+        yield module("backend", __path__=[])
+        yield module("backend.patcher", __path__=[])
+        yield module("backend.patcher.lora", load_lora=_load_lora, model_lora_keys_clip=_clip_keys)
+    yield networks
+
+
+def _network_weights(network_key: str, sd_key: str, w: dict[str, Tensor], sd_module: nn.Module) -> Any:
+    return types.SimpleNamespace(network_key=network_key, sd_key=sd_key, w=w, sd_module=sd_module)
+
+
+def _clip_keys(model: nn.Module, key_map: dict[str, str]) -> dict[str, str]:
+    return {**key_map, f"lora_te1_{TEXT_LAYER}": "clip_l.weight"}
+
+
+def _load_lora(tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    found, rest = {}, dict(tensors)
+    for key, target in keys.items():
+        mine = {
+            end: rest.pop(f"{key}.{end}")
+            for end in ("lora_up.weight", "lora_down.weight", "alpha")
+            if f"{key}.{end}" in rest
+        }
+        if mine:
+            found[target] = NetworkModule(mine).delta
+    return found, rest
+
+
+assert TEXT.replace(".", "_").endswith(TEXT_LAYER)
