@@ -25,7 +25,8 @@ class Option:
     """What a person may enter for one setting, and how it is explained.
 
     `kind` is the type of a value; with `optional`, None (written "auto") means "let K-LoRA choose".
-    `low` and `high` are inclusive; `above` is an exclusive lower bound.
+    `low` and `high` are inclusive; `above` is an exclusive lower bound. `policies` names the policies that heed the
+    setting, none meaning all: interfaces show it only when one of them is chosen.
     """
 
     kind: type
@@ -36,6 +37,7 @@ class Option:
     high: float | None = None
     above: float | None = None
     optional: bool = False
+    policies: tuple[str, ...] = ()
 
     def read(self, name: str, value: Any) -> Any:
         """Turn `value` (typed, or the text of it) into the setting's type; raise SettingsError for anything else."""
@@ -169,7 +171,7 @@ class Settings:
     text_encoder: str = _setting(
         AUTO,
         "Text encoder",
-        "whose text-encoder part acts; auto: both (none in the official variant)",
+        "whose text-encoder part acts; auto: both (none in the official variant and in b-lora)",
         choices=_ROLES,
     )
     unpaired: str = _setting(
@@ -193,9 +195,56 @@ class Settings:
     engine: str = _setting(
         AUTO, "Engine", "how a decision is applied; bypass adds the active LoRA's output", choices=(AUTO, "bypass")
     )
-    seed: int = _setting(0, "Selection seed", "seed of the random policy", low=0)
+    seed: int = _setting(
+        0, "Selection seed", "seed of what a policy draws at random", low=0, policies=("random", "lego")
+    )
     steps: int = _setting(
         30, "Steps", "steps of an analysis; while sampling, the sampler's own number counts", low=1, high=10_000
+    )
+    preset: str = _setting(
+        "1,1",
+        "Preset",
+        "weights of subject and style, beside the strengths",
+        choices=("1,1", "0.5,0.5", "1/3,2/3"),
+        policies=("direct",),
+    )
+    period: int = _setting(
+        5, "Period", "steps until the other LoRA's turn comes", low=1, high=10_000, policies=("switch", "cm-lora")
+    )
+    gamma_power: int = _setting(
+        1,
+        "Power of γ",
+        "1: γ as in K-LoRA; 2: γ², in keeping with squared norms",
+        low=1,
+        high=2,
+        policies=("est",),
+    )
+    mu: float = _setting(
+        0.5,
+        "μ",
+        "the subject's part inside the style's row space is divided by 1 + μ",
+        low=0.0,
+        high=1000.0,
+        policies=("np-lora",),
+    )
+    distance: str = _setting(
+        "kl",
+        "Distance",
+        "how far a LoRA moves a layer's output: Kullback-Leibler, Euclidean, inner product or cosine",
+        choices=("kl", "l2", "dot", "cos"),
+        policies=("dynamic",),
+    )
+    tokens: int = _setting(
+        256, "Tokens", "tokens of a layer's output that are compared", low=1, high=65536, policies=("dynamic",)
+    )
+    reuse: int = _setting(1, "Reuse", "steps for which a decision holds", low=1, high=10_000, policies=("dynamic",))
+    refresh: int = _setting(
+        3,
+        "Refresh",
+        "steps for which the other LoRA's prediction is kept",
+        low=1,
+        high=10_000,
+        policies=("cm-lora",),
     )
 
     def __post_init__(self) -> None:
@@ -227,6 +276,8 @@ class Settings:
         What comes back holds no "auto" but for `share`, `k`, `gamma` and `engine`, where it stands for a rule.
         """
         official = self.variant == "official"
+        # B-LoRA is two blocks and nothing else.
+        no_text = official or self.policy == "b-lora"
         scale = self.scale
         if scale == AUTO:
             # "Fixed" is defined on S (paper, section 4.3), whatever the model.
@@ -240,7 +291,7 @@ class Settings:
             beta=default_beta if self.beta is None else self.beta,
             scope=_given(self.scope, "attention" if official else "all"),
             other_layers=_given(self.other_layers, "none" if official else "both"),
-            text_encoder=_given(self.text_encoder, "none" if official else "both"),
+            text_encoder=_given(self.text_encoder, "none" if no_text else "both"),
         )
 
     def to_dict(self) -> dict[str, Any]:

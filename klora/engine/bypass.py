@@ -72,14 +72,14 @@ class Operand:
         self.delta = delta
         self.site = site
         self.factored = delta.factors() is not None
-        self._is_conv = hasattr(site.module, "kernel_size")
+        self.is_conv = hasattr(site.module, "kernel_size")
         self._chains: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     def chain(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Give the weights, from the cache when they were asked for before."""
         if (device, dtype) not in self._chains:
             weights = tuple(weight.to(device=device, dtype=dtype) for weight in self._weights())
-            if self._is_conv:
+            if self.is_conv:
                 weights = tuple(weight[:, :, None, None] if weight.ndim == 2 else weight for weight in weights)
             self._chains[device, dtype] = weights
         return self._chains[device, dtype]
@@ -95,11 +95,37 @@ class Operand:
         x = x.to(y.dtype)
         if self.factored:
             strength *= self.delta.scale
-        if self._is_conv:
+        if self.is_conv:
             return self._add_conv(x, y, chain, strength)
         for weight in chain[:-1]:
             x = F.linear(x, weight)
         return self._add_linear(x, y, chain[-1], strength)
+
+    def at_tokens(self, x: Tensor, y: Tensor, take: Tensor, strength: float) -> Tensor:
+        """Give strength·ΔW·x at the tokens `take` (T,) of y alone: fp32 (T, out of this site).
+
+        A token is a row of a linear layer's flattened input, or a position of a convolution's output. A kernel larger
+        than 1×1 is applied everywhere, at the LoRA's rank; what follows it, which costs most, at the tokens alone.
+        """
+        *before, last = self.chain(y.device, y.dtype)
+        x = x.to(y.dtype)
+        if self.factored:
+            strength *= self.delta.scale
+        if not self.is_conv:
+            x = x.reshape(-1, x.shape[-1])[take]
+            for weight in before:
+                x = F.linear(x, weight)
+            return F.linear(x, last).float() * strength
+        spatial = len(before) // 2
+        for index, weight in enumerate((*before, last) if spatial == len(before) else before):
+            x = self.site.module._conv_forward(x, weight, None) if index == spatial else F.conv2d(x, weight)
+        x = tokens_of(x, take, is_conv=True)
+        return (x if spatial == len(before) else F.linear(x, last.flatten(1))).float() * strength
+
+    def base_tokens(self, y: Tensor, take: Tensor) -> Tensor:
+        """Give the tokens `take` (T,) of this site's rows of y: fp32 (T, out)."""
+        tokens = tokens_of(y, take, self.is_conv).float()
+        return tokens[:, slice(*self.site.rows)] if self.site.rows else tokens
 
     def _weights(self) -> Iterator[Tensor]:
         factors = self.delta.factors()
@@ -134,6 +160,14 @@ class Operand:
         return y + x * strength if _watched(x, y) else y.add_(x, alpha=strength)
 
 
+def tokens_of(y: Tensor, take: Tensor, is_conv: bool) -> Tensor:
+    """Give the tokens `take` (T,) of y (…, C), or of the output y (B, C, H, W) of a convolution: (T, C)."""
+    if not is_conv:
+        return y.reshape(-1, y.shape[-1])[take]
+    size = y.shape[2] * y.shape[3]
+    return y.flatten(2)[take // size, :, take % size]
+
+
 def _watched(x: Tensor, y: Tensor) -> bool:
     """Tell whether autograd records what happens to y, so that it must not be changed in place."""
     return torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
@@ -154,6 +188,17 @@ class Part:
             if operand is not None and not strength:
                 operand.release()
         self.strengths = strengths
+
+    def apply(self, x: Tensor, y: Tensor) -> Tensor:
+        """Give y with what acts added, in place where possible."""
+        for operand in self.operands:
+            # Also what is not active: its becoming active then allocates nothing.
+            if operand is not None and operand.factored:
+                operand.chain(y.device, y.dtype)
+        for operand, strength in zip(self.operands, self.strengths, strict=True):
+            if operand is not None and strength:
+                y = operand.add(x, y, strength)
+        return y
 
 
 @dataclass
@@ -178,11 +223,5 @@ class BypassLayer:
     def _hook(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor:
         x = args[0] if args else kwargs["input"]
         for part in self.parts:
-            for operand in part.operands:
-                # Also what is not active: its becoming active then allocates nothing.
-                if operand is not None and operand.factored:
-                    operand.chain(output.device, output.dtype)
-            for operand, strength in zip(part.operands, part.strengths, strict=True):
-                if operand is not None and strength:
-                    output = operand.add(x, output, strength)
+            output = part.apply(x, output)
         return output

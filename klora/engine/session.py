@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from klora.engine.bypass import BypassLayer, Operand, Part, Site
+from klora.engine.dynamic import Chooser, MeasuredPart, Rows
 from klora.engine.progress import SamplingPass
 from klora.errors import MismatchError
 from klora.fusion.plan import FusionPlan
-from klora.fusion.policies.base import Weights
+from klora.fusion.policies.base import BOTH, Moment, Weights
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile, check_model
 from klora.pair import Pair
+
+ConditionalRows = Callable[[tuple[Any, ...], dict[str, Any]], "Rows | None"]
+"""From the arguments of a denoiser's forward to the rows of its batch that follow the prompt; None for all."""
 
 
 class Session:
@@ -29,10 +38,14 @@ class Session:
         sites: Mapping[str, Site],
         text_sites: Mapping[str, Site] | None = None,
         model: str = "the model",
+        denoiser: nn.Module | None = None,
+        conditional: ConditionalRows | None = None,
     ) -> None:
         """Bind the pair's modules to `sites` and `text_sites` (by canonical name).
 
-        Raises MismatchError where a file does not fit the model, LoraValueError for NaN or infinity.
+        A policy that measures looks at the rows that `conditional` gives of the batch of `denoiser`, at all of them
+        where these are left out. Raises MismatchError where a file does not fit the model, LoraValueError for NaN or
+        infinity, SettingsError where the policy can do nothing with this model.
         """
         self.pair = pair
         self.plan = plan
@@ -41,10 +54,16 @@ class Session:
         self.sampling: SamplingPass | None = None
         self._layers: dict[int, BypassLayer] = {}
         self._parts: dict[str, Part] = {}
+        self._folded: set[str] = set()
+        self._chooser = Chooser.of(plan.settings) if plan.policy.measured else None
+        self._denoiser = denoiser if self._chooser and conditional else None
+        self._conditional = conditional
+        self._watch: RemovableHandle | None = None
         shapes = {name: site.shape for name, site in sites.items()}
         for file in (pair.subject, pair.style):
             check_model(file, shapes, model)
-        self._bind(sites, pair.subject.modules, pair.style.modules, self._parts)
+        self._bind(sites, self._deltas, self._parts)
+        plan.policy.check_model(self._parts)
         self._bind_text(text_sites or {})
         self.set_tau(0.0)
 
@@ -54,13 +73,36 @@ class Session:
         files = (self.pair.subject, self.pair.style)
         return tuple(dict.fromkeys(name for file in files for name in file.modules if name not in self._parts))
 
+    @property
+    def decisions(self) -> dict[str, list[tuple[float, str]]]:
+        """What was decided while sampling: per measured module (τ, letter), in order; empty for other policies."""
+        return self._chooser.decisions if self._chooser else {}
+
+    @property
+    def observed(self) -> FusionPlan:
+        """The plan with what was decided while sampling in the place of what could not be planned."""
+        if not self.decisions:
+            return self.plan
+        record = {name: selection_of(found, self.plan.steps) for name, found in self.decisions.items()}
+        return dataclasses.replace(self.plan, record=record)
+
+    @property
+    def moment(self) -> Moment:
+        """The point of sampling that was told last."""
+        return Moment(self.tau or 0.0, self.plan.steps, self.plan.balance)
+
     def attach(self) -> None:
         """Put the hooks on."""
+        if self._denoiser is not None and self._watch is None:
+            self._watch = self._denoiser.register_forward_pre_hook(self._look_at, with_kwargs=True)
         for layer in self._layers.values():
             layer.attach()
 
     def detach(self) -> None:
         """Take every hook off."""
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
         for layer in self._layers.values():
             layer.detach()
 
@@ -85,6 +127,8 @@ class Session:
         self.sampling = sampling
         self.plan = self.plan.with_steps(sampling.progress.steps)
         self.tau = None
+        if self._chooser:
+            self._chooser.begin()
 
     def at_level(self, level: float) -> None:
         """Make what the plan decides for this noise level active; needs `start_pass` first."""
@@ -94,28 +138,57 @@ class Session:
 
     def set_tau(self, tau: float) -> None:
         """Make what the plan decides for position `tau` active."""
-        if tau == self.tau:
-            return
-        self.tau = tau
+        if tau != self.tau:
+            self.tau = tau
+            if self._chooser:
+                self._chooser.at(tau, self.moment.step)
+            self.set_acting(BOTH)
+
+    def set_acting(self, acting: Weights) -> None:
+        """Make what the plan decides for the position told last active, of those LoRAs alone that are `acting`."""
+        if self.tau is None:
+            raise RuntimeError("set_acting before set_tau")
         for name, part in self._parts.items():
-            part.set(self._strengths(self.plan.decide(name, tau)))
+            weights = self.plan.decide(name, self.tau).times(acting)
+            part.set(weights if name in self._folded else self._strengths(weights))
 
     def _strengths(self, weights: Weights) -> tuple[float, float]:
         settings = self.plan.settings
         return weights.subject * settings.subject_strength, weights.style * settings.style_strength
 
+    def _look_at(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._chooser and self._conditional:
+            self._chooser.rows = self._conditional(args, kwargs)
+
+    def _deltas(self, name: str) -> tuple[Delta | None, Delta | None]:
+        """Give what acts in a module of the diffusion model for each LoRA."""
+        subject, style = self.pair.subject.modules.get(name), self.pair.style.modules.get(name)
+        if subject is None or style is None or not self.plan.by_name[name].contested:
+            return subject, style
+        for delta in (subject, style):
+            delta.check_finite()
+        if self.plan.policy.folds_strengths:
+            self._folded.add(name)
+        return self.plan.policy.combine(subject, style)
+
+    def _part(self, name: str, operands: tuple[Operand | None, Operand | None]) -> Part:
+        subject, style = operands
+        module = self.plan.by_name.get(name)
+        if self._chooser and subject and style and module and module.rho is not None:
+            return MeasuredPart(operands, chooser=self._chooser, name=name)
+        return Part(operands)
+
     def _bind(
         self,
         sites: Mapping[str, Site],
-        subject: Mapping[str, Delta],
-        style: Mapping[str, Delta],
+        deltas: Callable[[str], tuple[Delta | None, Delta | None]],
         parts: dict[str, Part],
     ) -> None:
         for name, site in sites.items():
-            operands = (_operand(subject.get(name), site), _operand(style.get(name), site))
-            if operands == (None, None):
+            subject, style = deltas(name)
+            if subject is None and style is None:
                 continue
-            parts[name] = Part(operands)
+            parts[name] = self._part(name, (_operand(subject, site), _operand(style, site)))
             layer = self._layers.setdefault(id(site.module), BypassLayer(site.module))
             layer.parts.append(parts[name])
 
@@ -125,7 +198,8 @@ class Session:
         for file in (self.pair.subject, self.pair.style):
             _check_text_encoder(file, sites)
         parts: dict[str, Part] = {}
-        self._bind({name: site for name, site in sites.items() if any(weights.get(name, ()))}, subject, style, parts)
+        acting = {name: site for name, site in sites.items() if any(weights.get(name, ()))}
+        self._bind(acting, lambda name: (subject.get(name), style.get(name)), parts)
         for name, part in parts.items():
             part.set(self._strengths(weights[name]))
 
@@ -141,3 +215,13 @@ def _check_text_encoder(file: LoraFile, sites: Mapping[str, Site]) -> None:
                 f"{file.path}: {delta.key}: its shape {delta.shape} does not fit the text encoder's"
                 f" {sites[name].shape}; use a LoRA made for this model"
             )
+
+
+def selection_of(decisions: Iterable[tuple[float, str]], steps: int) -> str:
+    """Write decisions (τ, letter) as one letter per step: the last one at or before it, at first the first one."""
+    letters = ""
+    for tau, letter in sorted(decisions):
+        step = Moment(tau, steps, 0.0).step
+        # Of calls at one step, the last decides; before the first call, what it found is taken to hold.
+        letters = (letters[:step] + (letters[-1] if letters else letter) * (step - len(letters)) + letter)[:steps]
+    return letters + letters[-1] * (steps - len(letters))

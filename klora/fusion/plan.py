@@ -9,7 +9,7 @@ import bisect
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -43,8 +43,8 @@ class Candidate:
 class PlanModule:
     """One module of the plan.
 
-    A module with a `rho` follows the policy; any other has `fixed` weights at every step. `contested`: both files
-    have it and it is in scope. `rho` is inf where S_s = 0 < S_c.
+    A module with a `rho` follows the policy; any other has `fixed` weights, as far as the policy has it act.
+    `contested`: both files have it and it is in scope. `rho` is inf where S_s = 0 < S_c.
     """
 
     name: str
@@ -64,7 +64,8 @@ class FusionPlan:
     """What acts where and when.
 
     `settings` are resolved; `steps` is the N of the reports (τ = i/N); `balance` is the b in force, found from the
-    share target if there is one; `gamma` is None where nothing is contested or one side is zero everywhere.
+    share target if there is one; `gamma` is None where nothing is contested or one side is zero everywhere. `record`
+    holds the selections of modules that were decided while sampling, once they are known.
     """
 
     settings: Settings
@@ -72,6 +73,7 @@ class FusionPlan:
     gamma: float | None
     steps: int
     warnings: tuple[str, ...] = ()
+    record: Mapping[str, str] | None = None
 
     @cached_property
     def policy(self) -> Policy:
@@ -105,19 +107,22 @@ class FusionPlan:
 
     def with_steps(self, steps: int) -> FusionPlan:
         """Give the same plan for a schedule of `steps` steps."""
-        return self if steps == self.steps else dataclasses.replace(self, steps=steps)
+        return self if steps == self.steps else dataclasses.replace(self, steps=steps, record=None)
 
     def decide(self, name: str, tau: float) -> Weights:
         """Say what acts on module `name` at position `tau` of the schedule; KeyError for a module of neither file."""
         return self._weights(self.by_name[name], tau)
 
     def _weights(self, module: PlanModule, tau: float) -> Weights:
+        moment = Moment(tau, self.steps, self.balance)
         if module.rho is None:
-            return module.fixed or NEITHER
-        return self.policy.weights(module.name, module.rho, Moment(tau, self.steps, self.balance))
+            return self.policy.outside(module.name, module.fixed or NEITHER, moment)
+        return self.policy.weights(module.name, module.rho, moment)
 
     def selection(self, name: str) -> str:
         """Write one letter per step i at τ = i/N: c subject, s style, b both, - neither."""
+        if self.record and name in self.record:
+            return self.record[name]
         module = self.by_name[name]
         return "".join(self._weights(module, i / self.steps).letter for i in range(self.steps))
 
@@ -129,6 +134,8 @@ class FusionPlan:
     def switch_steps(self, name: str) -> tuple[int, ...]:
         """List the steps at which module `name` goes over to the other LoRA."""
         module = self.by_name[name]
+        if not self.policy.balanced:
+            return tuple(i for i, (a, b) in enumerate(itertools.pairwise(self.selection(name)), 1) if a != b)
         if module.rho is None:
             return ()
         return switch_steps(lambda tau: self._weights(module, tau) == SUBJECT, self.policy.schedule, self.steps)
@@ -163,7 +170,10 @@ def make_plan(candidates: Iterable[Candidate], settings: Settings) -> FusionPlan
     natural = policy.gamma(list(contests.values()))
     gamma = natural if natural is None or settings.gamma is None else settings.gamma
     modules = tuple(_plan_module(c, contests.get(c.name), policy, gamma, settings) for c in candidates)
-    return FusionPlan(settings, modules, gamma, settings.steps, tuple(_warnings(contests, gamma)))
+    subject = [c.name for c in candidates if c.subject_name is not None]
+    style = [c.name for c in candidates if c.style_name is not None]
+    warnings = (*_warnings(contests, gamma), *policy.notices(subject, style))
+    return FusionPlan(settings, modules, gamma, settings.steps, warnings)
 
 
 def _contest(candidate: Candidate, settings: Settings) -> Contest | None:

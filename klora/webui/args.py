@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from klora.errors import SettingsError
-from klora.fusion.policies import POLICIES, make_policy
+from klora.fusion.policies import make_policy, policies_on
+from klora.fusion.policies.base import WEBUI
 from klora.settings import Option, Settings, options
 from klora.webui.prompt_tag import Tag
 
@@ -69,8 +70,8 @@ def setting_options() -> dict[str, Option]:
 
 
 def choices_of(name: str, option: Option) -> tuple[str, ...]:
-    """List what a setting may be, where it is one of few words."""
-    return tuple(POLICIES) if name == "policy" else option.choices
+    """List what a setting may be here, where it is one of few words."""
+    return policies_on(WEBUI) if name == "policy" else option.choices
 
 
 def text_of(value: Any) -> Any:
@@ -98,7 +99,7 @@ def read_values(values: Mapping[str, Any]) -> Request:
     show_map = truth("show_map", values.pop("show_map", False))
     subject, style = (lora_name(side, values.pop(side, None)) for side in ("subject", "style"))
     settings = Settings.parse(values)
-    make_policy(settings.resolve(None))
+    make_policy(settings.resolve(None), WEBUI)
     return Request(subject, style, settings, show_map)
 
 

@@ -18,6 +18,8 @@ from klora.cache import ScoreCache
 from klora.engine.session import Session
 from klora.errors import KloraError
 from klora.fusion.plan import FusionPlan
+from klora.fusion.policies import make_policy
+from klora.fusion.policies.base import WEBUI
 from klora.hosts.webui import Library, ListedLora, TextPart, WebuiHost, library, schedule_of, webui_host
 from klora.lora.file import check_model
 from klora.pair import Pair
@@ -61,7 +63,7 @@ class Fusion:
         """Decide for one pass; the pass that `passes` leaves out applies the pair as two plain LoRAs."""
         settings = self.tag.settings
         if settings.passes not in ("both", "hires" if hires else "first"):
-            settings = dataclasses.replace(settings, policy="direct")
+            settings = dataclasses.replace(settings, policy="direct", preset="1,1", share=None)
         return self.pair.plan(settings, host.architecture)
 
 
@@ -274,6 +276,7 @@ def make_extra_network() -> Any:
 
         def _fusion(self, p: Any, params_list: list[Any]) -> Fusion:
             tag = Tag.parse([str(item) for item in params_list[0].items])
+            make_policy(tag.settings.resolve(None), WEBUI)
             if len(params_list) > 1:
                 comment(p, f"the prompt holds {len(params_list)} <{NAME}:…> tags; only the first, {tag}, counts")
             names = library()

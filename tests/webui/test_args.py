@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klora.errors import KloraError, SettingsError
-from klora.fusion.policies import POLICIES
+from klora.fusion.policies import policies_on
+from klora.fusion.policies.base import WEBUI
 from klora.settings import Settings, options
 from klora.webui.args import ARG_ORDER, NONE, Request, choices_of, override_tag, read_args, read_values, text_of
 from klora.webui.injection import add_tag, apply_request, rewrite
@@ -35,7 +36,7 @@ def settings_of_a_user(draw: st.DrawFn) -> dict[str, Any]:
         if choices := choices_of(name, option):
             values[name] = draw(st.sampled_from(choices))
         elif option.kind is int:
-            values[name] = draw(st.integers(int(option.low or 0), 2**40))
+            values[name] = draw(st.integers(int(option.low or 0), int(option.high or 2**40)))
         else:
             low, high = option.low if option.low is not None else 0.0, option.high if option.high is not None else 1e6
             values[name] = draw(st.floats(low, high, exclude_min=option.above is not None))
@@ -228,7 +229,7 @@ def test_the_schema_describes_every_argument_in_order() -> None:
     schema = json_schema()
     assert list(schema["properties"]) == list(ARG_ORDER)
     assert schema["additionalProperties"] is False
-    assert schema["properties"]["policy"]["enum"] == list(POLICIES)
+    assert schema["properties"]["policy"]["enum"] == list(policies_on(WEBUI))
     assert schema["properties"]["balance"] == {
         "type": "number",
         "title": "Subject ↔ Style",

@@ -3,23 +3,58 @@
 from __future__ import annotations
 
 from klora.errors import SettingsError
+from klora.fusion.policies.b_lora import BLora
 from klora.fusion.policies.base import Policy
+from klora.fusion.policies.cm_lora import CmLora
+from klora.fusion.policies.composite import Composite
 from klora.fusion.policies.direct import Direct
+from klora.fusion.policies.dynamic import Dynamic
+from klora.fusion.policies.est import Est
 from klora.fusion.policies.fixed import Fixed
 from klora.fusion.policies.k_lora import KLora, NoGamma, TopKOnly
+from klora.fusion.policies.lego import Lego
+from klora.fusion.policies.np_lora import NpLora
 from klora.fusion.policies.random import Random
+from klora.fusion.policies.switch import Switch
 from klora.settings import Settings
 
 POLICIES: dict[str, type[Policy]] = {
-    policy.name: policy for policy in (KLora, Direct, Fixed, Random, TopKOnly, NoGamma)
+    policy.name: policy
+    for policy in (
+        KLora,
+        Dynamic,
+        Direct,
+        Switch,
+        Composite,
+        CmLora,
+        BLora,
+        Est,
+        NpLora,
+        Lego,
+        Fixed,
+        Random,
+        TopKOnly,
+        NoGamma,
+    )
 }
 
 
-def make_policy(settings: Settings) -> Policy:
-    """Make the policy that `settings` (resolved) name; raise SettingsError where they do not fit together."""
+def policies_on(host: str) -> tuple[str, ...]:
+    """List the policies that run on a kind of host, `base.DIFFUSERS` or `base.WEBUI`."""
+    return tuple(name for name, policy in POLICIES.items() if host in policy.hosts)
+
+
+def make_policy(settings: Settings, host: str | None = None) -> Policy:
+    """Make the policy that `settings` (resolved) name.
+
+    Raises SettingsError where they do not fit together, or where the policy does not run on that kind of host.
+    """
     if settings.policy not in POLICIES:
         raise SettingsError("policy", f"{settings.policy!r} is not one of {', '.join(POLICIES)}")
     policy = POLICIES[settings.policy]
+    if host is not None and host not in policy.hosts:
+        reason = f"{policy.name} takes {policy.forwards} forwards of the model per evaluation"
+        raise SettingsError("policy", f"{reason}, which runs with diffusers only; use {', '.join(policies_on(host))}")
     if not policy.balanced and settings.share is not None:
         raise SettingsError("share", f"the policy {policy.name} takes no share target; leave it at auto")
     return policy(settings)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -12,6 +13,10 @@ from klora.settings import Settings
 if TYPE_CHECKING:
     # The names of the policies are needed where torch need not be imported: in the command line's help, for one.
     from klora.fusion.scores import ModuleScore
+    from klora.lora.deltas import Delta
+
+DIFFUSERS, WEBUI = "diffusers", "webui"
+"""The kinds of host; A1111 and the Forge family are WebUIs."""
 
 
 class Weights(NamedTuple):
@@ -24,6 +29,10 @@ class Weights(NamedTuple):
     def letter(self) -> str:
         """One letter for reports: c subject, s style, b both, - neither."""
         return "-csb"[bool(self.subject) + 2 * bool(self.style)]
+
+    def times(self, other: Weights) -> Weights:
+        """Weigh each LoRA by what `other` says of it too."""
+        return Weights(self.subject * other.subject, self.style * other.style)
 
 
 SUBJECT = Weights(1.0, 0.0)
@@ -50,17 +59,37 @@ class Moment:
     steps: int
     balance: float
 
+    @property
+    def step(self) -> int:
+        """The step under way, floor(τ·N); i/N times N can fall just short of i in floating point."""
+        return math.floor(self.tau * self.steps + 1e-9)
+
+
+class Forward(NamedTuple):
+    """One forward of the denoiser: the LoRAs that act in it, its weight in the mean, the steps it may be reused for."""
+
+    acting: Weights
+    weight: float
+    reuse: int = 1
+
 
 class Policy:
     """K-LoRA's frame: a ratio ρ per module, constant while sampling, is compared with a scale of τ.
 
-    A subclass overrides what differs. `balanced` tells whether balance and share target have a meaning.
+    A subclass overrides what differs. `balanced` tells whether balance and share target have a meaning, `hosts` on
+    which kinds of host the policy runs, `forwards` how many forwards of the denoiser one evaluation takes at most.
+    `measured`: the engine decides contested modules by their outputs, among the LoRAs that `weights` gives.
+    `folds_strengths`: what `combine` gives has the user's strengths in it.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     source: ClassVar[str]
     balanced: ClassVar[bool] = True
+    hosts: ClassVar[frozenset[str]] = frozenset({DIFFUSERS, WEBUI})
+    forwards: ClassVar[int] = 1
+    measured: ClassVar[bool] = False
+    folds_strengths: ClassVar[bool] = False
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -92,3 +121,22 @@ class Policy:
         """Decide for one contested module at one moment."""
         scale = self.schedule(moment.tau)
         return SUBJECT if subject_wins(self.standing(rho), scale, moment.balance, self.strict) else STYLE
+
+    def outside(self, module: str, allowed: Weights, moment: Moment) -> Weights:
+        """Decide for a module that is not weighed against its twin, where the settings have `allowed` act."""
+        return allowed
+
+    def notices(self, subject: Sequence[str], style: Sequence[str]) -> Iterable[str]:
+        """Say what a user should know, given the modules of each file."""
+        return ()
+
+    def check_model(self, modules: Iterable[str]) -> None:
+        """Raise SettingsError where the policy can do nothing with those of the files' modules that a model has."""
+
+    def combine(self, subject: Delta, style: Delta) -> tuple[Delta | None, Delta | None]:
+        """Give what acts in place of a contested module's two deltas; MismatchError for a family that will not do."""
+        return subject, style
+
+    def predictions(self, moment: Moment) -> tuple[Forward, ...]:
+        """List the forwards whose weighted mean is the model's prediction; empty where one forward as decided does."""
+        return ()

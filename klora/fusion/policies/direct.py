@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from klora.fusion.policies.base import BOTH, Moment, Weights
+from fractions import Fraction
+
+from klora.fusion.policies.base import Moment, Weights
 from klora.fusion.policies.k_lora import KLora
 
 
 class Direct(KLora):
-    """w_c·ΔW_c + w_s·ΔW_s at every step; the user's strengths are w_c and w_s.
+    """w_c·ΔW_c + w_s·ΔW_s at every step and in every module; w is the preset times the user's strength.
 
     With one strength at 0 the other LoRA acts alone, as if it were the only one loaded.
     """
@@ -17,5 +19,14 @@ class Direct(KLora):
     source = "plain sum of two LoRAs"
     balanced = False
 
+    @property
+    def preset(self) -> Weights:
+        """The weights that the preset names."""
+        subject, style = (float(Fraction(part)) for part in self.settings.preset.split(","))
+        return Weights(subject, style)
+
     def weights(self, module: str, rho: float, moment: Moment) -> Weights:
-        return BOTH
+        return self.preset
+
+    def outside(self, module: str, allowed: Weights, moment: Moment) -> Weights:
+        return allowed.times(self.preset)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 
 from klora.fusion.policies.base import STYLE, SUBJECT, Moment, Weights
 from klora.fusion.policies.k_lora import KLora
@@ -22,8 +21,6 @@ class Random(KLora):
     balanced = False
 
     def weights(self, module: str, rho: float, moment: Moment) -> Weights:
-        # i/N times N can fall just short of i in floating point.
-        step = math.floor(moment.tau * moment.steps + 1e-9)
-        digest = hashlib.sha256(f"{self.settings.seed}:{module}:{step}".encode()).digest()
+        digest = hashlib.sha256(f"{self.settings.seed}:{module}:{moment.step}".encode()).digest()
         draw = int.from_bytes(digest[:8], "big") / 2**64
         return SUBJECT if draw < SUBJECT_PROBABILITY else STYLE

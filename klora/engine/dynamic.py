@@ -1,0 +1,183 @@
+"""Selection by what the LoRAs do to a layer's output, after Dynamic Training-Free Fusion (arXiv 2602.15539).
+
+The normalisation behind the published divergence is not known; this is an interpretation of it:
+y = W0·x + b; y_c = y + s_c·ΔW_c·x; y_s likewise; D = distance(y, y_lora), the mean over tokens; the subject is active
+iff D_c ≥ D_s. For KL, p = softmax over the output channels of each token, in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from klora.engine.bypass import Operand, Part
+from klora.settings import Settings
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""From features of the base and of one LoRA, both fp32 (tokens, channels), to the divergence of each token."""
+
+
+def kl(y: Tensor, y_lora: Tensor) -> Tensor:
+    """KL(p_base ‖ p_lora), p = softmax over the channels."""
+    log_p, log_q = F.log_softmax(y, dim=-1), F.log_softmax(y_lora, dim=-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def l2(y: Tensor, y_lora: Tensor) -> Tensor:
+    """‖y_lora − y‖₂."""
+    return torch.linalg.vector_norm(y_lora - y, dim=-1)
+
+
+def dot(y: Tensor, y_lora: Tensor) -> Tensor:
+    """−⟨y, y_lora⟩: the less alike, the more."""
+    return -(y * y_lora).sum(-1)
+
+
+def cos(y: Tensor, y_lora: Tensor) -> Tensor:
+    """1 − cos(y, y_lora)."""
+    return 1 - F.cosine_similarity(y, y_lora, dim=-1)
+
+
+DISTANCES: dict[str, Distance] = {"kl": kl, "l2": l2, "dot": dot, "cos": cos}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows [start, stop) of a batch of `of` that follow the prompt; none of them where start = stop."""
+
+    start: int
+    stop: int
+    of: int
+
+    def __bool__(self) -> bool:
+        return self.stop > self.start
+
+    def within(self, length: int) -> slice:
+        """Give the rows in a tensor of `length` rows: of a multiple of the batch, else all."""
+        if not self or length % self.of:
+            return slice(0, length)
+        return slice(self.start * length // self.of, self.stop * length // self.of)
+
+
+def subsample(count: int, limit: int, device: torch.device | None = None) -> Tensor:
+    """Give min(count, limit) indices below `count`, evenly spread, always the same."""
+    picked = min(count, limit)
+    return torch.arange(picked, device=device) * count // max(1, picked)
+
+
+@dataclass
+class Chooser:
+    """What all measured modules of a session share: the rule, where sampling is, and what was decided.
+
+    `rows` are the conditional ones of the call under way, None where all are. `decisions` holds (τ, letter) by module.
+    """
+
+    distance: Distance
+    tokens: int
+    reuse: int
+    tau: float = 0.0
+    step: int = 0
+    rows: Rows | None = None
+    decisions: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
+    sampling: int = 0
+
+    @classmethod
+    def of(cls, settings: Settings) -> Chooser:
+        """Take the settings `distance`, `tokens` and `reuse`."""
+        return cls(DISTANCES[settings.distance], settings.tokens, settings.reuse)
+
+    def begin(self) -> None:
+        """Forget what an earlier sampling pass decided."""
+        self.sampling += 1
+        self.decisions = {}
+
+    def at(self, tau: float, step: int) -> None:
+        """Take the position in the schedule."""
+        self.tau, self.step = tau, step
+
+    @property
+    def sees_condition(self) -> bool:
+        """Tell whether the call under way has rows that follow the prompt."""
+        return self.rows is None or bool(self.rows)
+
+    @torch.no_grad()
+    def subject_diverges_more(
+        self, x: Tensor, y: Tensor, operands: tuple[Operand, Operand], strengths: tuple[float, float]
+    ) -> bool:
+        """Compare D_c ≥ D_s for a layer's input x and base output y."""
+        if self.rows:
+            x, y = x[self.rows.within(len(x))], y[self.rows.within(len(y))]
+        positions = y.numel() // y.shape[1 if operands[0].is_conv else -1]
+        take = subsample(positions, self.tokens, y.device)
+        base = operands[0].base_tokens(y, take)
+        D_c, D_s = (
+            self.distance(base, base + operand.at_tokens(x, y, take, strength)).mean()
+            for operand, strength in zip(operands, strengths, strict=True)
+        )
+        return bool(D_c >= D_s)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One module's decision: at which step of which sampling pass, and whether conditional rows were looked at."""
+
+    sampling: int
+    step: int
+    conditional: bool
+    subject: bool
+
+    @property
+    def letter(self) -> str:
+        """As in reports: c subject, s style."""
+        return "c" if self.subject else "s"
+
+
+@dataclass
+class MeasuredPart(Part):
+    """What may act at one site, of which the hook itself takes one, by what both would do.
+
+    `strengths` is what each would act with. A decision holds for all calls of its step and for `reuse` steps; one made
+    without conditional rows, until there are some.
+    """
+
+    chooser: Chooser = field(kw_only=True)
+    name: str = field(kw_only=True)
+    _choice: Choice | None = None
+
+    def apply(self, x: Tensor, y: Tensor) -> Tensor:
+        """Give y with the output of the LoRA that diverges more added."""
+        subject, style = self.operands
+        if subject is None or style is None:
+            raise ValueError("a choice needs two LoRAs")
+        chooser, choice = self.chooser, self._choice
+        if choice is None or self._is_over(choice):
+            diverges = chooser.subject_diverges_more(x, y, (subject, style), self.strengths)
+            choice = Choice(chooser.sampling, chooser.step, chooser.sees_condition, diverges)
+            self._choice = choice
+        self._note(choice)
+        winner, loser = (subject, style) if choice.subject else (style, subject)
+        strength = self.strengths[0 if choice.subject else 1]
+        loser.release()
+        return winner.add(x, y, strength) if strength else y
+
+    def _is_over(self, choice: Choice) -> bool:
+        chooser = self.chooser
+        if choice.sampling != chooser.sampling:
+            return True
+        if not chooser.sees_condition:
+            return False
+        return not choice.conditional or not 0 <= chooser.step - choice.step < chooser.reuse
+
+    def _note(self, choice: Choice) -> None:
+        noted = self.chooser.decisions.setdefault(self.name, [])
+        entry = (self.chooser.tau, choice.letter)
+        if noted and noted[-1][0] == entry[0]:
+            # What acts on the conditional rows is what counts.
+            if self.chooser.sees_condition:
+                noted[-1] = entry
+        else:
+            noted.append(entry)

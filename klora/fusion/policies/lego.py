@@ -1,0 +1,38 @@
+"""LoRA-LEGO (Zhao et al., Merging LoRAs like Playing LEGO, ICLR 2025, arXiv 2409.16167)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from klora.fusion.policies.base import BOTH, Moment, Weights
+from klora.fusion.policies.k_lora import KLora
+
+if TYPE_CHECKING:
+    from klora.lora.deltas import Delta
+
+
+class Lego(KLora):
+    """One LoRA of rank max(r_c, r_s), of clusters of both LoRAs' rank-wise units; strengths scale the units."""
+
+    name = "lego"
+    title = "LoRA-LEGO"
+    source = "Zhao et al., Merging LoRAs like Playing LEGO, ICLR 2025, arXiv 2409.16167"
+    balanced = False
+    folds_strengths = True
+
+    def weights(self, module: str, rho: float, moment: Moment) -> Weights:
+        return BOTH
+
+    def combine(self, subject: Delta, style: Delta) -> tuple[Delta | None, Delta | None]:
+        from klora.fusion.clusters import merge_units
+
+        strengths = (self.settings.subject_strength, self.settings.style_strength)
+        merged = merge_units((subject, style), strengths, self.settings.seed)
+        # Beside a style that is zero, or a subject, what is not zero acts: in its own place, where the plan expects it.
+        return (merged, None) if subject_acts(subject) else (None, merged)
+
+
+def subject_acts(subject: Delta) -> bool:
+    """Tell whether the subject's delta is more than zeros."""
+    factors = subject.factors()
+    return factors is None or all(bool(factor.any()) for factor in (factors.up, factors.down))
