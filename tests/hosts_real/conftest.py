@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -31,16 +32,16 @@ def plain(server: Server) -> Picture:
 
 
 @pytest.fixture(scope="session")
-def untouched(server: Server, plain: Picture) -> dict[str, object]:
+def untouched(server: Server, plain: Picture) -> dict[str, Any]:
     """What the model is like before anything else."""
     return server.state()
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(server: Server, plain: Picture, untouched: dict[str, object]) -> Iterator[None]:
+def nothing_left(server: Server, plain: Picture, untouched: dict[str, Any]) -> Iterator[None]:
     """After every test: no hook, then a plain picture that is the same as ever, and every parameter as it was."""
     yield
     hooks = {name: part["hooks"] for name, part in server.state().items() if name != "loaded"}
-    assert hooks == {name: part["hooks"] for name, part in untouched.items() if name != "loaded"}  # type: ignore[index]
+    assert hooks == {name: part["hooks"] for name, part in untouched.items() if name != "loaded"}
     assert server.txt2img().same(plain)
     assert server.state() == untouched

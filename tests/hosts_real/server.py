@@ -243,7 +243,8 @@ def find_server(kind: str, data: Path) -> Server | str:
     if not sd1:
         return f"{kind} has no SD 1 checkpoint"
     sdxl = next((one for one in found if one.is_sdxl), None)
-    return Server(kind, root, python, data, sd1[0], sd1[1] if len(sd1) > 1 else None, sdxl)
+    flags = os.environ.get(f"KLORA_{kind.upper()}_FLAGS", "")
+    return Server(kind, root, python, data, sd1[0], sd1[1] if len(sd1) > 1 else None, sdxl, flags)
 
 
 def _free_port() -> int:
