@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from klora.cache import ScoreCache
 
 SECTION = (NAME, "K-LoRA")
-DEFAULTED = tuple(name for name in setting_options() if name not in ("share", "seed"))
+DEFAULTED = tuple(name for name, option in setting_options().items() if name != "share" and not option.policies)
 """Settings whose first value in the accordion a user can choose; a tag does not heed it, so that it says it all."""
 
 CACHE_FOLDER, CACHE_MEGABYTES, SHOW_MAP = f"{NAME}_cache_folder", f"{NAME}_cache_megabytes", f"{NAME}_show_map"

@@ -87,7 +87,9 @@ def _add_pair(gr: Any, tab: str, found: Accordion, library: Callable[[], Names])
                 allow_custom_value=True,
                 elem_id=f"{tab}_klora_{side}",
             )
-        button = gr.Button("\U0001f504", elem_id=f"{tab}_klora_refresh", elem_classes=["tool"], scale=0, min_width=42)
+        button = gr.Button(
+            "\U0001f504", elem_id=f"{tab}_klora_refresh_names", elem_classes=["tool"], scale=0, min_width=42
+        )
 
     def refresh() -> list[Any]:
         with _shown(gr):
@@ -104,18 +106,19 @@ def menu(library: Callable[[], Names]) -> list[str]:
 
 def _add_basic(gr: Any, maker: _Maker, found: Accordion) -> None:
     found.args["balance"] = maker.control("balance")
-    with gr.Row(elem_classes=["klora-row"]):
-        for name in BASIC[1:]:
-            found.args[name] = maker.control(name)
+    _add_row(gr, maker, found, BASIC[1:])
 
 
 def _add_advanced(gr: Any, maker: _Maker, found: Accordion) -> None:
-    names = [name for name in setting_options() if name not in BASIC]
-    for start in range(0, len(names), _IN_A_ROW):
-        with gr.Row(elem_classes=["klora-row"]):
-            for name in names[start : start + _IN_A_ROW]:
-                found.args[name] = maker.control(name)
-    follow = [name for name in setting_options() if name in ("balance", "share", "seed")]
+    known = setting_options()
+    names = [name for name in known if name not in BASIC]
+    shared = [name for name in names if not known[name].policies]
+    _add_row(gr, maker, found, shared[:_IN_A_ROW])
+    # Of these, only those show that the policy above heeds.
+    _add_row(gr, maker, found, [name for name in names if known[name].policies])
+    for start in range(_IN_A_ROW, len(shared), _IN_A_ROW):
+        _add_row(gr, maker, found, shared[start : start + _IN_A_ROW])
+    follow = [name for name in known if known[name].policies or name in ("balance", "share")]
 
     def show(policy: str) -> list[Any]:
         return [gr.update(visible=used_by(policy, name)) for name in follow]
@@ -125,11 +128,18 @@ def _add_advanced(gr: Any, maker: _Maker, found: Accordion) -> None:
     )
 
 
+def _add_row(gr: Any, maker: _Maker, found: Accordion, names: Sequence[str]) -> None:
+    with gr.Row(elem_classes=["klora-row"]):
+        for name in names:
+            found.args[name] = maker.control(name)
+
+
 def used_by(policy: str, name: str) -> bool:
     """Tell whether a setting has a meaning under a policy."""
     if name in ("balance", "share"):
         return policy not in POLICIES or POLICIES[policy].balanced
-    return name != "seed" or policy == "random"
+    heeded_by = setting_options()[name].policies
+    return not heeded_by or policy in heeded_by
 
 
 def _add_analysis(gr: Any, tab: str, found: Accordion, analyse: Analyse) -> None:

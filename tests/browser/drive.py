@@ -27,7 +27,7 @@ def use(page: Page) -> dict[str, Any]:
     seen["summary"] = analyse(page, "×")
     page.wait_for_selector("#txt2img_klora_map img", timeout=WAIT)
     seen["active title"] = title(page)
-    page.click("#txt2img_klora_refresh")
+    page.click("#txt2img_klora_refresh_names")
     choose(page, "style", "new")
     page.click("#txt2img_klora_advanced > .label-wrap")
     page.fill("#txt2img_klora_beta textarea, #txt2img_klora_beta input", "0.6")
