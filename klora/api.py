@@ -37,7 +37,9 @@ def fuse(
     host = DiffusersHost(pipe)
     pair = Pair.open(subject, style, cache)
     plan = pair.plan(Settings.parse(settings), host.architecture)
-    session = Session(pair, plan, host.sites(), host.text_sites(), host.model_name)
+    session = Session(
+        pair, plan, host.sites(), host.text_sites(), host.model_name, host.denoiser, host.conditional_rows
+    )
     follower = host.follow(session)
     try:
         with session:

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from klora.engine.bypass import Site
+from klora.engine.dynamic import Rows
 from klora.hosts.webui import TextPart, host_tensors, kohya_text_key, ldm_sites
 
 _PROJECTION = re.compile(r"_[qkv]_proj$")
@@ -58,6 +59,18 @@ class A1111Host:
             yield
         finally:
             networks.loaded_networks[:] = [net for net in networks.loaded_networks if net not in added]
+
+    def conditional_rows(self, evaluation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
+        """The host batches [conditional …, unconditional]; where it makes several calls, a conditional one comes first.
+
+        None where the call is not the whole evaluation: then the first call decides.
+        """
+        whole, batch = evaluation.x.shape[0], args[0].shape[0]
+        unconditional = evaluation.text_uncond
+        if isinstance(unconditional, Mapping):
+            unconditional = unconditional["crossattn"]
+        conditional = whole - len(unconditional)
+        return Rows(0, conditional, whole) if batch == whole and conditional > 0 else None
 
     def _network(self, networks: Any, part: TextPart) -> Any:
         network = importlib.import_module("network")

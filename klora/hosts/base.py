@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 from klora.engine.bypass import Site
+from klora.engine.dynamic import Rows
 
 
 class Host(Protocol):
@@ -24,3 +25,6 @@ class Host(Protocol):
 
     def text_sites(self) -> Mapping[str, Site]:
         """Give the text encoders' modules by canonical name."""
+
+    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
+        """Give the rows that follow the prompt in a call of the denoiser; None for all of them."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from klora.engine.bypass import Site, module_shape
+from klora.engine.dynamic import Rows
+from klora.engine.ensemble import Ensemble
 from klora.engine.session import Session
 from klora.errors import KloraError
 
@@ -65,34 +67,87 @@ class DiffusersHost:
             for name, site in _sites(encoder)
         }
 
-    def follow(self, session: Session) -> torch.utils.hooks.RemovableHandle:
-        """Tell `session` the noise level at every call of the denoiser; the handle's `remove` ends that."""
-        return self.denoiser.register_forward_pre_hook(_Follower(self.pipe, self.denoiser, session), with_kwargs=True)
+    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
+        """Give the rows that follow the prompt in a call of the denoiser: pipelines batch [unconditional, conditional].
+
+        None, for all, without guidance, and where guidance takes two calls, of which the conditional one comes first.
+        """
+        batch = self._argument(self.inputs[0], args, kwargs).shape[0]
+        # A FLUX pipeline makes two calls; a pipeline without this property, or before its first call, has no guidance.
+        guided = "Flux" not in type(self.denoiser).__name__ and getattr(self.pipe, "do_classifier_free_guidance", False)
+        return Rows(batch // 2, batch, batch) if guided and batch % 2 == 0 else None
+
+    def follow(self, session: Session) -> Handles:
+        """Tell `session` the noise level at every call of the denoiser; the handles' `remove` ends that.
+
+        Where its policy asks for several forwards per call, they are made and averaged.
+        """
+        ensemble = Ensemble(session, partial(self._argument, "encoder_hidden_states"))
+        several = session.plan.policy.forwards > 1
+        follower = _Follower(self, session, ensemble.begin if several else None)
+        handles = Handles([self.denoiser.register_forward_pre_hook(follower, with_kwargs=True)])
+        if several:
+            handles.add(self.denoiser.register_forward_hook(ensemble.finish, with_kwargs=True, prepend=True))
+        return handles
+
+    @cached_property
+    def inputs(self) -> list[str]:
+        """The names of the denoiser's arguments, in order."""
+        return list(inspect.signature(type(self.denoiser).forward).parameters)[1:]
+
+    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give an argument of a call of the denoiser, however it was passed; None where it was not."""
+        if name in kwargs:
+            return kwargs[name]
+        position = self.inputs.index(name)
+        return args[position] if position < len(args) else None
+
+    def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Give the timesteps that the denoiser is called with."""
+        return torch.as_tensor(self._argument("timestep", args, kwargs))
+
+
+class Handles:
+    """Hooks that are taken off together."""
+
+    def __init__(self, handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+        self._handles = handles
+
+    def add(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+        """Take one more."""
+        self._handles.append(handle)
+
+    def remove(self) -> None:
+        """Take all of them off; does nothing when they are off."""
+        while self._handles:
+            self._handles.pop().remove()
 
 
 class _Follower:
     """The pre-hook that reads the timestep a denoiser is called with."""
 
-    def __init__(self, pipe: Any, denoiser: nn.Module, session: Session) -> None:
-        self.pipe = pipe
+    def __init__(self, host: DiffusersHost, session: Session, then: Callable[[], None] | None = None) -> None:
+        self.host = host
         self.session = session
-        self.position = list(inspect.signature(type(denoiser).forward).parameters).index("timestep") - 1
+        self.then = then
         # FLUX pipelines hand their transformer t/1000.
-        self.divisor = 1000.0 if "Flux" in type(denoiser).__name__ else 1.0
+        self.divisor = 1000.0 if "Flux" in type(host.denoiser).__name__ else 1.0
         self.schedule: Tensor | None = None
 
     def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = torch.as_tensor(kwargs["timestep"] if "timestep" in kwargs else args[self.position])
-        scheduler = self.pipe.scheduler
+        timestep = self.host.timestep(args, kwargs)
+        scheduler = self.host.pipe.scheduler
         # set_timesteps makes a new tensor: a new image, batch or pass.
         if scheduler.timesteps is not self.schedule:
             self.schedule = scheduler.timesteps
             self.session.start_pass(self._levels(timestep.dtype))
         self.session.at_level(timestep.flatten()[0].item())
+        if self.then is not None:
+            self.then()
 
     def _levels(self, dtype: torch.dtype) -> list[float]:
         """Give the schedule as the denoiser will see it, rounded to the type in which pipelines pass timesteps."""
-        scheduler = self.pipe.scheduler
+        scheduler = self.host.pipe.scheduler
         levels = scheduler.timesteps
         # Flow schedulers of older diffusers keep no count, and list no midpoints.
         steps = getattr(scheduler, "num_inference_steps", None)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from klora.engine.bypass import Site
+from klora.engine.dynamic import Rows
 from klora.hosts.webui import TextPart, host_tensors, kohya_text_key, ldm_sites
 
 
@@ -68,3 +69,16 @@ class ForgeHost:
         finally:
             if objects.clip is clip:
                 objects.clip = before
+
+    def conditional_rows(self, evaluation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
+        """The host says of each equal part of the batch whether it is conditional (0) or not (1), in its own order.
+
+        A call that is unconditional alone may come first.
+        """
+        parts = list(kwargs.get("transformer_options", {}).get("cond_or_uncond", ()))
+        if not parts or len(args[0]) % len(parts):
+            return None
+        size, conditional = len(args[0]) // len(parts), [i for i, part in enumerate(parts) if part == 0]
+        if not conditional:
+            return Rows(0, 0, len(args[0]))
+        return Rows(conditional[0] * size, (conditional[-1] + 1) * size, len(args[0]))

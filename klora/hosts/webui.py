@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from klora.engine.bypass import Site, module_shape
+from klora.engine.dynamic import Rows
 from klora.errors import KloraError, MismatchError
 from klora.lora.deltas import Delta
 from klora.lora.deltas.dora import DoraDelta
@@ -43,6 +44,12 @@ class WebuiHost(Protocol):
 
     def text_encoder_with(self, parts: list[TextPart]) -> AbstractContextManager[None]:
         """Have the host's own LoRA code apply `parts` to what is encoded inside the block, and to nothing else."""
+
+    def conditional_rows(self, evaluation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
+        """Give the rows that follow the prompt in a call of the diffusion model; None for all of them.
+
+        `evaluation` is what the host's callback was told of the evaluation that the call is part of.
+        """
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,8 @@ class Generation:
     def __init__(self, p: Any) -> None:
         self.p = p
         self.fusion: Fusion | None = None
+        self.evaluation: Any = None
+        """What the host's callback was told of the evaluation that is under way."""
         self._session: Session | None = None
         self._bound_to: tuple[Any, ...] | None = None
         self._wrapped: list[tuple[str, Any, bool]] = []
@@ -145,7 +147,14 @@ class Generation:
         self._release()
         with _named_by(fusion.subject, fusion.style):
             plan = fusion.plan(host, hires)
-            session = Session(fusion.pair, plan, host.sites(), model=host.model_name)
+            session = Session(
+                fusion.pair,
+                plan,
+                host.sites(),
+                model=host.model_name,
+                denoiser=host.diffusion_model,
+                conditional=lambda args, kwargs: host.conditional_rows(self.evaluation, args, kwargs),
+            )
         if sampling is None:
             session.start_pass(schedule_of(denoiser))
         else:
@@ -181,9 +190,16 @@ class Generation:
             if left_out:
                 comment(self.p, f"{len(left_out)} of the LoRAs' {what}, such as {left_out[0]}; they do nothing")
 
+    def _note_decisions(self, session: Session) -> None:
+        """Put what was decided while sampling in the place of the plan that could not know it."""
+        plans = getattr(self.p, PLANS, [])
+        if session.decisions:
+            plans[:] = [session.observed if plan is session.plan else plan for plan in plans]
+
     def _release(self) -> None:
         if self._session is not None:
             _detach(self._session)
+            self._note_decisions(self._session)
         self._session = None
         self._bound_to = None
 
@@ -325,6 +341,7 @@ def on_evaluation(params: Any) -> None:
     generation = getattr(getattr(denoiser, "p", None), STATE, None)
     if generation is None:
         return
+    generation.evaluation = params
     try:
         generation.evaluate(denoiser, float(params.sigma.flatten()[0]))
     except KloraError as error:

@@ -1,0 +1,94 @@
+"""Prediction by several forwards of the denoiser, each with other LoRAs active: LoRA Composite and CMLoRA.
+
+Everything is on the instance: the host calls `begin` before a forward of the denoiser; `finish` is its forward hook.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from klora.engine.session import Session
+from klora.fusion.policies.base import BOTH, Forward, Weights
+
+KEPT = 8
+"""How many predictions are kept at most: one per LoRA and conditioning is needed."""
+
+
+class Kept(NamedTuple):
+    """A prediction that may be used again: what it was made for, in which sampling pass, at which step."""
+
+    condition: Any
+    acting: Weights
+    sampling: Any
+    step: int
+    output: Any
+
+
+class Ensemble:
+    """The weighted mean of the forwards that a session's policy asks for.
+
+    `condition` gives, of a forward's arguments, the conditioning; calls with the same object predict the same thing.
+    """
+
+    def __init__(self, session: Session, condition: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        self.session = session
+        self._condition = condition
+        self._kept: list[Kept] = []
+        self._busy = False
+
+    @property
+    def _forwards(self) -> tuple[Forward, ...]:
+        return self.session.plan.policy.predictions(self.session.moment)
+
+    def begin(self) -> None:
+        """Have the forward that is about to run be the first of those asked for."""
+        if not self._busy:
+            self.session.set_acting(self._forwards[0].acting)
+
+    def finish(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Make the other forwards, or take them from an earlier step, and give the mean in the output's own form."""
+        if self._busy:
+            return None
+        self._busy = True
+        try:
+            first, *others = self._forwards
+            outputs = [output, *(self._predict(forward, denoiser, args, kwargs) for forward in others)]
+            return weighted_mean(outputs, [first.weight, *(forward.weight for forward in others)])
+        finally:
+            self._busy = False
+            self.session.set_acting(BOTH)
+
+    def _predict(self, forward: Forward, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        condition = self._condition(args, kwargs)
+        session, step = self.session, self.session.moment.step
+        for kept in self._kept:
+            same = kept.condition is condition and kept.acting == forward.acting and kept.sampling is session.sampling
+            if same and 0 <= step - kept.step < forward.reuse:
+                return kept.output
+        session.set_acting(forward.acting)
+        # Hooks of others on the denoiser see one forward: pre-hooks have run, hooks will get the mean.
+        output = denoiser.forward(*args, **kwargs)
+        if forward.reuse > 1:
+            self._kept = [
+                kept for kept in self._kept if kept.condition is not condition or kept.acting != forward.acting
+            ][-KEPT + 1 :]
+            self._kept.append(Kept(condition, forward.acting, session.sampling, step, output))
+        return output
+
+
+def weighted_mean(outputs: Sequence[Any], weights: Sequence[float]) -> Any:
+    """Give Σ w·ε of tensors, or of the first tensors of tuples or model outputs, in the form of the first output."""
+    first = outputs[0]
+    if isinstance(first, Tensor):
+        mean = first * weights[0]
+        for output, weight in zip(outputs[1:], weights[1:], strict=True):
+            mean = mean.add_(output, alpha=weight)
+        return mean
+    if isinstance(first, tuple):
+        return (weighted_mean([output[0] for output in outputs], weights), *first[1:])
+    # A model output: a dictionary with a class of its own.
+    name = next(iter(first.keys()))
+    return type(first)(**{**first, name: weighted_mean([output[name] for output in outputs], weights)})
