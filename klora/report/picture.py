@@ -10,7 +10,7 @@ import numpy as np
 
 from klora.fusion.plan import FusionPlan
 from klora.lora.names import block_of
-from klora.report.summary import describe_rule
+from klora.report.summary import WHO, describe_rule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # Told apart by colour-blind people (Okabe & Ito's blue and orange) and, by their lightness, in print without colours.
 COLOURS = {"c": "#0072B2", "s": "#E69F00", "b": "#2B2B2B", "-": "#E4E4E4"}
-MEANINGS = {"c": "subject", "s": "style", "b": "both", "-": "neither"}
 
 DPI = 100
 WIDTH, LEFT, RIGHT, SIDE = 1500, 84, 44, 120
@@ -90,7 +89,7 @@ def _draw_heading(figure: Figure, plan: FusionPlan, title: str | None) -> None:
     figure.text(left, 1 - 14 / HEIGHT, heading, va="top", fontsize=14, fontweight="bold", color="#222222")
     figure.text(left, 1 - 46 / HEIGHT, describe_rule(plan), va="top", fontsize=10, color="#555555")
     used = set("".join(plan.selections.values()))
-    patches = [Patch(color=colour, label=MEANINGS[x]) for x, colour in COLOURS.items() if x in used or x in "cs"]
+    patches = [Patch(color=colour, label=WHO[x]) for x, colour in COLOURS.items() if x in used or x in "cs"]
     figure.legend(
         handles=patches,
         loc="upper right",

@@ -11,6 +11,7 @@ from klora.lora.file import LoraFile
 from klora.lora.names import block_of
 from klora.pair import Pair
 
+WHO = {"c": "subject", "s": "style", "b": "both", "-": "neither"}
 _BARS = "▁▂▃▄▅▆▇█"
 _PER_ROW = 10
 
@@ -26,10 +27,8 @@ def summarise(pair: Pair, plan: FusionPlan) -> str:
         ("share", _describe_share(plan)),
     ]
     lines = [f"{label:<9} {text}" for label, text in rows]
-    if plan.share is not None:
-        lines += ["", *_share_table(plan)]
-    if plan.contested:
-        lines += ["", *_block_table(plan)]
+    if not plan.policy.measured and {"c", "s"} & set(_letters(plan)):
+        lines += ["", *_share_table(plan), "", *_block_table(plan)]
     return "\n".join(lines)
 
 
@@ -43,11 +42,11 @@ def notices(pair: Pair, plan: FusionPlan) -> list[str]:
 
 def describe_rule(plan: FusionPlan) -> str:
     """Write the rule in force with its numbers, on one line."""
-    settings = plan.settings
-    parts = [plan.policy.title, f"{settings.variant} variant", f"scope {settings.scope}", describe_scale(plan)]
-    parts.append("γ undefined" if plan.gamma is None else f"γ = {plan.gamma:.4g}")
+    parts = [plan.policy.title, f"{plan.settings.variant} variant", f"scope {plan.settings.scope}"]
+    # Other policies weigh nothing against a scale.
     if plan.policy.balanced:
-        parts.append(f"balance {plan.balance:+.3g}")
+        gamma = "γ undefined" if plan.gamma is None else f"γ = {plan.gamma:.4g}"
+        parts += [describe_scale(plan), gamma, f"balance {plan.balance:+.3g}"]
     return " · ".join(parts)
 
 
@@ -88,11 +87,19 @@ def _describe_coverage(pair: Pair) -> str:
 
 
 def _describe_share(plan: FusionPlan) -> str:
-    if plan.share is None:
+    if not plan.contested:
         return "nothing is contested"
+    if plan.policy.measured:
+        return f"of {len(plan.contested)} modules: decided while sampling"
+    letters = _letters(plan)
+    shares = [f"{who} {letters.count(x) / len(letters):.1%}" for x, who in WHO.items() if x in letters or x in "cs"]
     beyond = len([m for m in plan.modules if m.subject_name and m.style_name]) - len(plan.contested)
     aside = f"; {beyond} modules of both files lie outside the scope" if beyond else ""
-    return f"subject {plan.share:.1%} of {len(plan.contested)} modules × {plan.steps} steps{aside}"
+    return f"{', '.join(shares)} of {len(plan.contested)} modules × {plan.steps} steps{aside}"
+
+
+def _letters(plan: FusionPlan) -> str:
+    return "".join(plan.selections[module.name] for module in plan.contested)
 
 
 def _share_table(plan: FusionPlan) -> list[str]:

@@ -26,7 +26,7 @@ def test_it_names_files_ranks_coverage_rule_and_share(pair: Pair) -> None:
     assert f"γ = {plan.gamma:.4g}" in text
     assert "S(τ) = 1.5·τ + 0.5" in text
     assert "balance +0.25" in text
-    assert f"{plan.share:.1%} of 24 modules × 25 steps" in text
+    assert f"subject {plan.share:.1%}, style {1 - plan.share:.1%} of 24 modules × 25 steps" in text
 
 
 def test_it_lists_every_step_and_every_contested_block(pair: Pair) -> None:
@@ -46,7 +46,15 @@ def test_a_share_target_shows_the_balance_and_share_it_found(pair: Pair) -> None
 
 def test_other_policies_are_named(pair: Pair) -> None:
     assert "no scale" in summarise(pair, pair.plan(Settings(policy="top-k")))
-    assert "balance" not in summarise(pair, pair.plan(Settings(policy="direct")))
+    direct = summarise(pair, pair.plan(Settings(policy="direct")))
+    assert "both 100.0% of 24 modules" in direct
+    assert "balance" not in direct
+
+
+def test_what_is_decided_while_sampling_is_not_told_beforehand(pair: Pair) -> None:
+    text = summarise(pair, pair.plan(Settings(policy="dynamic")))
+    assert "decided while sampling" in text
+    assert "per step" not in text
 
 
 def test_modules_outside_the_scope_are_counted(tmp_path: Path) -> None:
