@@ -10,7 +10,7 @@ import dataclasses
 import importlib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,7 @@ class Generation:
         self._session: Session | None = None
         self._bound_to: tuple[Any, ...] | None = None
         self._wrapped: list[tuple[str, Any, bool]] = []
+        self._encoder = ExitStack()
 
     def begin(self, fusion: Fusion | None) -> None:
         """Take what the prompt of the coming pass asks for."""
@@ -233,8 +234,13 @@ class Generation:
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:
-        with self._text_encoder():
+        # A host may encode the hires prompt inside the encoding of the first: then what acted so far has ended.
+        self._encoder.close()
+        self._encoder.enter_context(self._text_encoder())
+        try:
             yield
+        finally:
+            self._encoder.close()
 
     def _text_encoder(self) -> AbstractContextManager[None]:
         if self.fusion is None:

@@ -126,6 +126,7 @@ class Checkpoint:
         if family == "forge":
             unet = types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=self.diffusion))
             self.forge_objects = types.SimpleNamespace(unet=unet, clip=Clip(self.text))
+            self.current_lora_hash = str([])
             self.merged: list[Any] = []
             self.wanted: list[Any] = []
         else:
@@ -262,7 +263,9 @@ class Processing:
     def setup_conds(self) -> None:
         """Run the text encoder, unless it has run on the same."""
         self.c = self._cached("cached_c", self.prompts[0], self.extra_network_data)
-        if self.enable_hr and self.host.family == "forge":
+        if self.enable_hr and self.host.opts.hires_fix_use_firstpass_conds:
+            self.calculate_hr_conds()
+        elif self.enable_hr and self.host.family == "forge":
             self.host.activate(self, self.hr_extra_network_data)
             self.calculate_hr_conds()
             self.host.activate(self, self.extra_network_data)
@@ -361,7 +364,7 @@ class FakeHost:
         self.family = family
         self.folder = folder
         self.sd_model = Checkpoint(family, "base", 1)
-        self.opts = types.SimpleNamespace(lora_add_hashes_to_infotext=True)
+        self.opts = types.SimpleNamespace(lora_add_hashes_to_infotext=True, hires_fix_use_firstpass_conds=False)
         self.callbacks = Callbacks()
         self.registry: dict[str, Any] = {"lora": ExtraNetworkLora(self)}
         self.loaded: list[Any] = []
@@ -419,6 +422,11 @@ class FakeHost:
 
     def load_networks(self, wanted: list[tuple[str, float, float]]) -> None:
         """Remember what is wanted; it is merged later, when it is needed."""
+        if self.family == "forge":
+            if str(wanted) == self.sd_model.current_lora_hash:
+                # Also what somebody else has made of the text encoder stays.
+                return
+            self.sd_model.current_lora_hash = str(wanted)
         self.loaded.clear()
         for name, te, unet in wanted:
             found = sys.modules["networks"].available_network_aliases.get(name)  # type: ignore[attr-defined]

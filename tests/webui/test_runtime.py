@@ -313,6 +313,15 @@ def test_the_text_encoder_s_part(host: FakeHost) -> None:
     assert style.close_to(host.txt2img("a dog <lora:dog_te:1:te=0:unet=1><lora:ink_te:0.5>"))
 
 
+@pytest.mark.parametrize("firstpass", [False, True])
+def test_the_text_encoder_s_part_acts_once_in_either_pass(host: FakeHost, firstpass: bool) -> None:
+    # A host may encode the hires prompt inside the encoding of the first.
+    host.opts.hires_fix_use_firstpass_conds = firstpass
+    tag, loras = "<klora:dog_te:ink_te:policy=direct>", "<lora:dog_te:1><lora:ink_te:1>"
+    fused = host.txt2img(f"a dog {tag}", hr_prompt=f"a dog, sharp {tag}")
+    assert fused.close_to(host.txt2img(f"a dog {loras}", hr_prompt=f"a dog, sharp {loras}"))
+
+
 def test_conditionings_are_cached_by_the_whole_tag(host: FakeHost, plain: Picture) -> None:
     tags = ("", ":0.5", ":1:0.5", ":text_encoder=none", ":text_encoder=subject")
     pictures = [host.txt2img(f"a dog <klora:dog_te:ink_te{rest}>") for rest in tags]
