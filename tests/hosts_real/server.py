@@ -204,6 +204,11 @@ class Server:
         """What the loaded model is like now."""
         return self.call("/klora-probe/state")
 
+    def hooks(self) -> dict[str, int]:
+        """How many hooks there are on the UNet and on the text encoder."""
+        found = self.call("/klora-probe/state", hashes=False)
+        return {name: found[name]["hooks"] for name in ("unet", "text")}
+
     def fault(self, kind: str, after: int = 2) -> None:
         """Make a later evaluation of the UNet fail, or end the job there."""
         self.call("/klora-probe/fault", kind=kind, after=after)

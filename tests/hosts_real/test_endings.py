@@ -28,7 +28,7 @@ def test_an_exception_in_the_unet(server: Server, plain: Picture, untouched: dic
     with pytest.raises(ApiError) as failed:
         server.txt2img(TAG)
     assert failed.value.status == 500
-    assert server.state()["unet"]["hooks"] == untouched["unet"]["hooks"]
+    assert server.hooks()["unet"] == untouched["unet"]["hooks"]
     assert server.txt2img().same(plain)
     assert server.txt2img(TAG).same(whole)
 
@@ -37,7 +37,7 @@ def test_an_exception_in_the_hires_pass(server: Server, plain: Picture, untouche
     server.fault("error", after=server.defaults["steps"] + 2)
     with pytest.raises(ApiError):
         server.hires(TAG)
-    assert server.state()["unet"]["hooks"] == untouched["unet"]["hooks"]
+    assert server.hooks()["unet"] == untouched["unet"]["hooks"]
     assert server.txt2img().same(plain)
 
 

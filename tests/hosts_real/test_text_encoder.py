@@ -53,9 +53,9 @@ def test_hires_conditionings(server: Server) -> None:
 
 
 def test_the_unet_is_not_merged(server: Server) -> None:
-    before = server.state()["unet"]["sha256"]
+    before = server.state()["unet"]["hash"]
     server.txt2img("<klora:subj_te:style_te>")
-    assert server.state()["unet"]["sha256"] == before
+    assert server.state()["unet"]["hash"] == before
     assert server.state()["loaded"] == []
 
 
