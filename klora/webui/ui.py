@@ -146,7 +146,7 @@ def _add_analysis(gr: Any, tab: str, found: Accordion, analyse: Analyse) -> None
     with gr.Row(elem_classes=["klora-analysis"]):
         button = gr.Button("Analyse pair", elem_id=f"{tab}_klora_analyse")
         found.args["show_map"] = gr.Checkbox(
-            label="Show the selection map in the gallery", value=False, elem_id=f"{tab}_klora_show_map"
+            label="Selection map in gallery", value=False, elem_id=f"{tab}_klora_show_map"
         )
     summary = gr.Textbox(
         show_label=False, container=False, lines=2, interactive=False, visible=False, elem_id=f"{tab}_klora_summary"
