@@ -48,7 +48,9 @@ def _register_tag() -> None:
 
 
 def _unregister_tag() -> None:
-    importlib.import_module("modules.extra_networks").extra_network_registry.pop(NAME, None)
+    network = importlib.import_module("modules.extra_networks").extra_network_registry.pop(NAME, None)
+    if network is not None:
+        network.attached.detach_all()
 
 
 def _on_evaluation(params: object) -> None:

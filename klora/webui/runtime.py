@@ -32,9 +32,6 @@ logger = logging.getLogger("klora")
 # Where a processing object keeps its Generation, and what Script.postprocess finds the plans under.
 STATE, PLANS = "klora_generation", "klora_plans"
 
-# Sessions whose hooks are on: at most one, unless a host ends a picture in a way that is not known here.
-_attached: list[Session] = []
-
 
 @dataclasses.dataclass(frozen=True)
 class Fusion:
@@ -92,6 +89,30 @@ def _identity(path: Path) -> tuple[str, int, int]:
     return str(path), status.st_mtime_ns, status.st_size
 
 
+class Attached:
+    """The sessions whose hooks are on: at most one, unless a host ends a picture in a way that is not known here."""
+
+    def __init__(self) -> None:
+        self._sessions: list[Session] = []
+
+    def attach(self, session: Session) -> None:
+        """Put a session's hooks on; does nothing when they are on."""
+        if session not in self._sessions:
+            self._sessions.append(session)
+            session.attach()
+
+    def detach(self, session: Session) -> None:
+        """Take a session's hooks off; does nothing when they are off."""
+        session.detach()
+        if session in self._sessions:
+            self._sessions.remove(session)
+
+    def detach_all(self) -> None:
+        """Take every hook off."""
+        for session in list(self._sessions):
+            self.detach(session)
+
+
 class Generation:
     """What one processing object has of K-LoRA: the fusion its prompt asks for, and the session of the current pass.
 
@@ -99,8 +120,9 @@ class Generation:
     whose end, however it comes, takes every hook off and the wrappers too.
     """
 
-    def __init__(self, p: Any) -> None:
+    def __init__(self, p: Any, attached: Attached) -> None:
         self.p = p
+        self._attached = attached
         self.fusion: Fusion | None = None
         self.evaluation: Any = None
         """What the host's callback was told of the evaluation that is under way."""
@@ -133,7 +155,7 @@ class Generation:
             self._bound_to = bound_to
         if self._session is not None:
             # A picture made inside this one (by another extension) may have taken the hooks off.
-            _attach(self._session)
+            self._attached.attach(self._session)
             self._session.at_level(level)
 
     def stop(self, reason: str) -> None:
@@ -199,7 +221,7 @@ class Generation:
 
     def _release(self) -> None:
         if self._session is not None:
-            _detach(self._session)
+            self._attached.detach(self._session)
             self._note_decisions(self._session)
         self._session = None
         self._bound_to = None
@@ -253,18 +275,6 @@ class Generation:
         return webui_host(shared.sd_model).text_encoder_with(parts)
 
 
-def _attach(session: Session) -> None:
-    if session not in _attached:
-        session.attach()
-        _attached.append(session)
-
-
-def _detach(session: Session) -> None:
-    session.detach()
-    if session in _attached:
-        _attached.remove(session)
-
-
 def make_extra_network() -> Any:
     """Make the host's handler of `<klora:…>` tags."""
     extra_networks: Any = importlib.import_module("modules.extra_networks")
@@ -275,17 +285,17 @@ def make_extra_network() -> Any:
         def __init__(self) -> None:
             super().__init__(NAME)
             self.pairs = Pairs()
+            self.attached = Attached()
 
         def activate(self, p: Any, params_list: list[Any]) -> None:
             """Take the tags of a prompt; called for every prompt, mostly with none."""
             # Whatever the end of an earlier picture has left on; a pass that is under way puts its own on again.
-            for session in list(_attached):
-                _detach(session)
+            self.attached.detach_all()
             generation = getattr(p, STATE, None)
             if generation is None:
                 if not params_list and not _in_hires_prompt(p):
                     return
-                generation = Generation(p)
+                generation = Generation(p, self.attached)
                 setattr(p, STATE, generation)
             try:
                 generation.begin(self._fusion(p, params_list) if params_list else None)

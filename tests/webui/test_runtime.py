@@ -139,7 +139,8 @@ def test_an_interrupt(host: FakeHost, plain: Picture) -> None:
     assert host.sd_model.hooks() == 0
 
 
-def test_an_ending_that_nobody_knows(host: FakeHost, plain: Picture) -> None:
+@pytest.mark.parametrize("then", ["the next picture", "Reload UI"])
+def test_an_ending_that_nobody_knows(host: FakeHost, plain: Picture, then: str) -> None:
     # As of a host that does not sample by p.sample.
     def fail(number: int) -> None:
         raise RuntimeError("a fault")
@@ -154,6 +155,9 @@ def test_an_ending_that_nobody_knows(host: FakeHost, plain: Picture) -> None:
         sample()
     assert host.sd_model.hooks()
     host.in_unet = lambda number: None
+    if then == "Reload UI":
+        host.reload_ui(register)
+        assert host.sd_model.hooks() == 0
     assert host.txt2img("a dog").same(plain)
 
 
