@@ -1,10 +1,11 @@
 """What K-LoRA costs per UNet forward: `python -m bench.overhead`.
 
-One transformer block of each SDXL size (640 and 1280 channels, batch 2) is run in four ways, taking turns in one
-process: without a LoRA, with one LoRA merged into the weights, with K-LoRA, and with everything recomputed at every
-forward (both ΔW formed, their K largest entries compared, the winner merged), as a straightforward implementation
-does. SDXL has 10 blocks of the smaller size and 60 of the larger; "UNet" adds them up so. Its convolutions, which
-carry no LoRA here, are left out: the ratios of a whole UNet are nearer to 1.
+One transformer block of each SDXL size (640 and 1280 channels, batch 2) is run in five ways, taking turns in one
+process: without a LoRA, with one LoRA merged into the weights, with K-LoRA, with the policy dynamic deciding anew in
+every layer, and with everything recomputed at every forward (both ΔW formed, their K largest entries compared, the
+winner merged), as a straightforward implementation does. SDXL has 10 blocks of the smaller size and 60 of the larger;
+"UNet" adds them up so. Its convolutions, which carry no LoRA here, are left out: the ratios of a whole UNet are nearer
+to 1.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from bench.machine import describe_machine
 from klora.cache import ScoreCache
 from klora.engine.bypass import Site
+from klora.engine.dynamic import Rows
 from klora.engine.session import Session
 from klora.lora.names import kind_of
 from klora.pair import Pair
@@ -83,6 +86,12 @@ class RecomputeEverything:
             self.linears[name].weight.data.copy_(weight)
 
 
+def second_half(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+    """Rows of a batch [unconditional, conditional]."""
+    batch = len(args[0])
+    return Rows(batch // 2, batch, batch)
+
+
 def timed(forward: Callable[[], Tensor]) -> float:
     """Seconds of one call."""
     start = time.perf_counter()
@@ -103,22 +112,26 @@ def measure(rank: int, rounds: int, folder: Path) -> dict[str, dict[str, float]]
         }
         files = [write_file(folder / f"{channels}_{rank}_{s}.safetensors", linears, rank, s) for s in (1, 2)]
         pair = Pair.open(*files, ScoreCache(folder / "cache"))
-        session = Session(pair, pair.plan(Settings()), {name: Site(linear) for name, linear in linears.items()})
+        sites = {name: Site(linear) for name, linear in linears.items()}
+        sessions = {
+            way: Session(pair, pair.plan(Settings(policy=policy)), sites, denoiser=block, conditional=second_half)
+            for way, policy in (("K-LoRA", "k-lora"), ("dynamic", "dynamic"))
+        }
         x, context = torch.randn(2, tokens, channels), torch.randn(2, 77, CONTEXT)
-        results[path] = _take_turns(block, session, pair, linears, x, context, rounds)
+        results[path] = _take_turns(block, sessions, pair, linears, x, context, rounds)
     return results
 
 
 def _take_turns(
     block: nn.Module,
-    session: Session,
+    sessions: dict[str, Session],
     pair: Pair,
     linears: dict[str, nn.Linear],
     x: Tensor,
     context: Tensor,
     rounds: int,
 ) -> dict[str, float]:
-    seen: dict[str, list[float]] = {"no LoRA": [], "merged": [], "K-LoRA": [], "recompute": []}
+    seen: dict[str, list[float]] = {"no LoRA": [], "merged": [], "K-LoRA": [], "dynamic": [], "recompute": []}
 
     def forward() -> Tensor:
         return block(x, encoder_hidden_states=context)
@@ -131,14 +144,16 @@ def _take_turns(
         merged = timed(forward)
         for name, linear in linears.items():
             linear.weight.copy_(originals[name])
-        with session:
-            # Each forward is another step, so that the cost of switching is in it.
-            fused = timed(lambda: (session.set_tau(index % STEPS / STEPS), forward())[1])  # noqa: B023
+        fused = []
+        for session in sessions.values():
+            with session:
+                # Each forward is another step, so that the cost of switching is in it.
+                fused.append(timed(lambda: (session.set_tau(index % STEPS / STEPS), forward())[1]))  # noqa: B023
         baseline = RecomputeEverything(pair, linears)
         recomputed = timed(forward)
         baseline.remove()
         if index:  # the first round warms up
-            for name, value in zip(seen, (plain, merged, fused, recomputed), strict=True):
+            for name, value in zip(seen, (plain, merged, *fused, recomputed), strict=True):
                 seen[name].append(value)
     return {name: statistics.median(values) for name, values in seen.items()}
 
@@ -151,7 +166,8 @@ def report(rank: int, results: dict[str, dict[str, float]]) -> None:
     }
     for label, times in rows.items():
         ratios = "  ".join(f"{way} {times[way] * 1e3:8.1f} ms {times[way] / times['merged']:5.2f}×" for way in times)
-        print(f"rank {rank:3}  {label:15}  {ratios}")
+        dynamic = f"dynamic / K-LoRA {times['dynamic'] / times['K-LoRA']:.2f}×"
+        print(f"rank {rank:3}  {label:15}  {ratios}  {dynamic}")
 
 
 def main() -> None:

@@ -115,12 +115,12 @@ class Operand:
             x = x.reshape(-1, x.shape[-1])[take]
             for weight in before:
                 x = F.linear(x, weight)
-            return F.linear(x, last).float() * strength
+            return F.linear(x, last).float().mul_(strength)
         spatial = len(before) // 2
         for index, weight in enumerate((*before, last) if spatial == len(before) else before):
             x = self.site.module._conv_forward(x, weight, None) if index == spatial else F.conv2d(x, weight)
         x = tokens_of(x, take, is_conv=True)
-        return (x if spatial == len(before) else F.linear(x, last.flatten(1))).float() * strength
+        return (x if spatial == len(before) else F.linear(x, last.flatten(1))).float().mul_(strength)
 
     def base_tokens(self, y: Tensor, take: Tensor) -> Tensor:
         """Give the tokens `take` (T,) of this site's rows of y: fp32 (T, out)."""

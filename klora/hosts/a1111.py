@@ -66,7 +66,7 @@ class A1111Host:
         None where the call is not the whole evaluation: then the first call decides.
         """
         whole, batch = evaluation.x.shape[0], args[0].shape[0]
-        unconditional = evaluation.text_uncond
+        unconditional = getattr(evaluation, "text_uncond", ())
         if isinstance(unconditional, Mapping):
             unconditional = unconditional["crossattn"]
         conditional = whole - len(unconditional)
