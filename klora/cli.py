@@ -1,4 +1,4 @@
-"""The command line: `klora analyze`, `klora generate`, `klora demo`.
+"""The command line: `klora analyze`, `klora generate`, `klora compare`, `klora evaluate`, `klora demo`.
 
 Results go to stdout, everything else to stderr. Exit code 0; 2 for bad arguments or bad input, with one line on
 stderr; 130 when interrupted. What a command needs is imported when it runs, so that `klora --help` is quick.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -16,21 +17,31 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from klora import __version__
 from klora.errors import KloraError, SettingsError
 from klora.fusion.policies import POLICIES, make_policy
-from klora.report.files import OutputFile, output_folder
+from klora.report.files import OutputFile, output_folder, png_bytes
 from klora.settings import AUTO, Option, Settings, options
+
+if TYPE_CHECKING:
+    from klora.evaluate.run import Evaluation
+    from klora.generate import Request
+    from klora.methods import Method
 
 BAD, INTERRUPTED = 2, 130
 _SETTING = "setting_"
 _AS_THEY_ARE: Mapping[str, str] = MappingProxyType({})
 _RENAMED: Mapping[str, str] = MappingProxyType({"seed": "selection-seed"})
 """Settings whose plain name means something else where pictures are made: there, `--seed` is the picture's."""
+_MODEL = "a diffusers folder, or a hub id"
+CLIP, DINO = "openai/clip-vit-base-patch32", "facebook/dino-vits16"
+"""The models of the scores in K-LoRA's Table 1."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,6 +100,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_analyze(commands)
     _add_generate(commands)
+    _add_compare(commands)
+    _add_evaluate(commands)
     _add_demo(commands)
     return parser
 
@@ -112,24 +125,72 @@ def _add_analyze(commands: Any) -> None:
 
 def _add_generate(commands: Any) -> None:
     command = _add_command(commands, "generate", "make pictures with a diffusers pipeline", generate)
-    command.add_argument("--model", required=True, metavar="FOLDER|ID", help="a diffusers folder, or a hub id")
+    command.add_argument("--model", required=True, metavar="FOLDER|ID", help=_MODEL)
     command.add_argument("--subject", required=True, metavar="FILE", help="the subject's .safetensors file")
     command.add_argument("--style", required=True, metavar="FILE", help="the style's .safetensors file")
     command.add_argument("--prompt", required=True, metavar="TEXT", help="what to paint")
-    command.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid")
-    command.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="seed of the first picture (0)")
     command.add_argument(
         "--images", type=_whole(1), default=1, metavar="N", help="pictures, each with the next seed (1)"
     )
+    _add_painting(command, "klora-out")
+    command.add_argument("--map", action="store_true", help="draw a selection map beside the pictures")
+    _add_settings(command, _RENAMED, {"steps": "sampling steps"})
+
+
+def _add_painting(command: argparse.ArgumentParser, out: str) -> None:
+    """Add how pictures are painted, which is the same for all commands that paint with any model."""
+    command.add_argument("--negative-prompt", metavar="TEXT", help="what to avoid")
+    command.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="seed of the first picture (0)")
     command.add_argument("--size", type=_size, metavar="WxH|N", help="in pixels; the model's own when left out")
     command.add_argument(
         "--guidance", type=_finite, metavar="X", help="guidance scale; the pipeline's own when left out"
     )
-    command.add_argument("--out", default="klora-out", metavar="DIR", help="where the pictures go (klora-out)")
+    command.add_argument("--out", default=out, metavar="DIR", help=f"where the results go ({out})")
     command.add_argument("--device", default=AUTO, metavar="NAME", help="auto, cpu, cuda, cuda:1, mps …")
     command.add_argument("--dtype", default=AUTO, choices=(AUTO, "float32", "float16", "bfloat16"), help="of the model")
-    command.add_argument("--map", action="store_true", help="draw a selection map beside the pictures")
-    _add_settings(command, _RENAMED, {"steps": "sampling steps"})
+
+
+def _add_compare(commands: Any) -> None:
+    command = _add_command(commands, "compare", "fuse one pair by several policies, on one contact sheet", compare)
+    command.add_argument("--model", metavar="FOLDER|ID", help=_MODEL)
+    command.add_argument("--subject", metavar="FILE", help="the subject's file; with --demo, one of its subjects")
+    command.add_argument("--style", metavar="FILE", help="the style's file; with --demo, one of its styles")
+    command.add_argument("--demo", action="store_true", help="use the model and the LoRAs that come with the project")
+    command.add_argument("--prompt", metavar="TEXT", help="what to paint; made of the files' names when left out")
+    _add_methods(command, "all", "4")
+    _add_painting(command, "klora-compare")
+    _add_settings(command, _RENAMED, {"steps": "sampling steps"}, without=("policy",))
+
+
+def _add_evaluate(commands: Any) -> None:
+    command = _add_command(
+        commands, "evaluate", "score policies on subjects and styles of one's own, as in K-LoRA's Table 1", evaluate
+    )
+    command.add_argument(
+        "study",
+        nargs="?",
+        metavar="FOLDER|FILE.json",
+        help="subjects/NAME and styles/NAME, each with a LoRA and reference pictures; docs/evaluate.md",
+    )
+    command.add_argument("--model", metavar="FOLDER|ID", help=_MODEL)
+    command.add_argument("--demo", action="store_true", help="evaluate the project's own model with its judge, offline")
+    command.add_argument(
+        "--prompt", metavar="TEXT", help="what to paint; {subject} and {style} stand for the words of each"
+    )
+    _add_methods(command, "k-lora,direct; with --demo: all", "10; with --demo: 4")
+    command.add_argument("--clip", metavar="FOLDER|ID", default=CLIP, help=f"CLIP model of two of the scores ({CLIP})")
+    command.add_argument("--dino", metavar="FOLDER|ID", default=DINO, help=f"DINO model of the third ({DINO})")
+    _add_painting(command, "klora-evaluation")
+    _add_settings(command, _RENAMED, {"steps": "sampling steps"}, without=("policy",))
+
+
+def _add_methods(command: argparse.ArgumentParser, policies: str, seeds: str) -> None:
+    command.add_argument(
+        "--policies",
+        metavar="all|A,B:NAME=X,…",
+        help=f"policies, each with settings of its own if need be, such as k-lora:scale=s*,direct ({policies})",
+    )
+    command.add_argument("--seeds", type=_whole(1), metavar="N", help=f"pictures, each with the next seed ({seeds})")
 
 
 def _add_demo(commands: Any) -> None:
@@ -141,15 +202,19 @@ def _add_settings(
     command: argparse.ArgumentParser,
     renamed: Mapping[str, str] = _AS_THEY_ARE,
     explained: Mapping[str, str] = _AS_THEY_ARE,
+    without: Sequence[str] = (),
 ) -> None:
     group = command.add_argument_group("settings of the fusion")
     for name, option in options().items():
+        if name in without:
+            continue
         flag = "--" + renamed.get(name, name).replace("_", "-")
         choices = _choices(name, option)
         metavar = "|".join(choices) if choices else "N" if option.kind is int else "X"
         # A percent sign would be argparse's.
         help = explained.get(name, option.help).replace("%", "%%")
-        group.add_argument(flag, dest=_SETTING + name, metavar=metavar, help=f"{help} ({_default(name)})")
+        only = f"; policy {', '.join(option.policies)} only" if option.policies else ""
+        group.add_argument(flag, dest=_SETTING + name, metavar=metavar, help=f"{help}{only} ({_default(name)})")
 
 
 def _choices(name: str, option: Option) -> tuple[str, ...]:
@@ -223,7 +288,7 @@ def analyze(args: argparse.Namespace) -> None:
     if picture:
         from klora.report.picture import selection_map
 
-        picture.write(_png(selection_map(plan, f"{pair.subject.name} × {pair.style.name}")))
+        picture.write(png_bytes(selection_map(plan, f"{pair.subject.name} × {pair.style.name}")))
     if json_file:
         json_file.write(text.encode())
     sys.stdout.write(text if to_stdout else summarise(pair, plan) + "\n")
@@ -238,51 +303,147 @@ def _check_picture(path: str, inputs: Iterable[str]) -> OutputFile:
     return OutputFile.check(path, inputs)
 
 
-def _png(image: Any) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def generate(args: argparse.Namespace) -> None:
     """Run `klora generate`."""
     settings = read_settings(args, _RENAMED)
-    for module in ("diffusers", "transformers", *(["matplotlib"] if args.map else [])):
-        need(module, "klora generate" + (" --map" if module == "matplotlib" else ""))
+    _need_all("klora generate", "diffusers", "transformers")
+    if args.map:
+        need("matplotlib", "klora generate --map")
     output_folder(args.out)
 
-    from klora.generate import Request, generate_pictures
+    from klora.generate import generate_pictures
 
-    request = Request(
+    request = dataclasses.replace(_request(args, settings), images=args.images, map=args.map)
+    for path in generate_pictures(request, warn):
+        print(path, flush=True)
+
+
+def _request(args: argparse.Namespace, settings: Settings) -> Request:
+    """Make a request of the options that all painting commands share."""
+    from klora.generate import Request
+
+    return Request(
         model=args.model,
-        subject=args.subject,
-        style=args.style,
-        prompt=args.prompt,
+        subject=getattr(args, "subject", None) or "",
+        style=getattr(args, "style", None) or "",
+        prompt=args.prompt or "",
         negative_prompt=args.negative_prompt,
         seed=args.seed,
-        images=args.images,
         size=args.size,
         guidance=args.guidance,
         out=Path(args.out),
         device=args.device,
         dtype=args.dtype,
-        map=args.map,
         settings=settings,
     )
-    for path in generate_pictures(request, warn):
-        print(path, flush=True)
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Run `klora compare`."""
+    _need_all("klora compare", "diffusers", "transformers", "matplotlib")
+    quick = _demo_pair(args) if args.demo else contextlib.nullcontext()
+    _demand(args, "model", "subject", "style")
+    settings = read_settings(args, _RENAMED)
+    methods = _methods(args.policies or "all", settings)
+    if args.prompt is None:
+        args.prompt = f"a {Path(args.subject).stem} in {Path(args.style).stem} style"
+        warn(f"no --prompt is given; painting “{args.prompt}”: give the words that the LoRAs were trained on")
+    output_folder(args.out)
+
+    from klora.compare import compare_pair
+
+    request = dataclasses.replace(_request(args, settings), images=args.seeds or 4)
+    with quick:
+        for line in compare_pair(request, methods, warn):
+            print(line, flush=True)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Run `klora evaluate`."""
+    _need_all("klora evaluate", "diffusers", "transformers", "accelerate")
+    quick = _demo_model(args) if args.demo else contextlib.nullcontext()
+    _demand(args, "model", *([] if args.demo else ["study"]))
+    settings = read_settings(args, _RENAMED)
+
+    from klora.evaluate.run import evaluate_study
+
+    with quick:
+        for line in evaluate_study(_evaluation(args, settings)):
+            print(line, flush=True)
+
+
+def _evaluation(args: argparse.Namespace, settings: Settings) -> Evaluation:
+    from klora.evaluate import demo
+    from klora.evaluate.metrics import ClipDino
+    from klora.evaluate.run import Evaluation
+    from klora.evaluate.study import TEMPLATE, read_study
+    from klora.generate import model_name
+
+    methods = _methods(args.policies or (demo.METHODS if args.demo else "k-lora,direct"), settings)
+    request = dataclasses.replace(_request(args, settings), images=args.seeds or (4 if args.demo else 10))
+    if args.demo:
+        return Evaluation(demo.TITLE, request, demo.demo_study(), methods, demo.Recognition, demo.NOTES)
+    pairs = read_study(args.study, args.prompt or TEMPLATE)
+    notes = (f"style similarity and CLIP score: {model_name(args.clip)}", f"DINO score: {model_name(args.dino)}")
+    scorer = partial(ClipDino, args.clip, args.dino)
+    return Evaluation("Evaluation", request, pairs, methods, scorer, notes)
+
+
+def _methods(text: str, settings: Settings) -> list[Method]:
+    from klora.methods import read_methods
+
+    return read_methods(text, settings)
+
+
+def _demand(args: argparse.Namespace, *names: str) -> None:
+    for name in names:
+        if getattr(args, name) is None:
+            option = "FOLDER" if name == "study" else f"--{name}"
+            raise KloraError(f"{option}: is needed, or --demo; see --help")
+
+
+def _demo_model(args: argparse.Namespace) -> AbstractContextManager[None]:
+    """Fill in the project's model, and how it paints best where the user does not say otherwise."""
+    from klora.demo import run
+
+    if args.model is not None:
+        raise KloraError("--model: not allowed with --demo, which has its own")
+    catalogue = run.read_catalogue(run.HOME)
+    args.model = str(run.HOME / catalogue["model"])
+    if args.guidance is None:
+        args.guidance = catalogue["recommended"]["guidance_scale"]
+    if getattr(args, f"{_SETTING}steps") is None:
+        setattr(args, f"{_SETTING}steps", str(catalogue["recommended"]["steps"]))
+    return run.one_thread()
+
+
+def _demo_pair(args: argparse.Namespace) -> AbstractContextManager[None]:
+    """Fill in the project's model and one of its pairs, the first where the user names none."""
+    from klora.demo import run
+
+    quick = _demo_model(args)
+    catalogue = run.read_catalogue(run.HOME)
+    names = (args.subject or next(iter(catalogue["subjects"])), args.style or next(iter(catalogue["styles"])))
+    pair = run.demo_pair(catalogue, run.HOME, *names)
+    args.subject, args.style = map(str, pair.files)
+    args.prompt = args.prompt or pair.prompts["both"]
+    return quick
 
 
 def demo(args: argparse.Namespace) -> None:
     """Run `klora demo`."""
-    for module in ("diffusers", "transformers", "matplotlib"):
-        need(module, "klora demo")
+    _need_all("klora demo", "diffusers", "transformers", "matplotlib")
     folder = output_folder(args.out)
 
     from klora.demo.run import run_demo
 
     for line in run_demo(folder):
         print(line, flush=True)
+
+
+def _need_all(what: str, *modules: str) -> None:
+    for module in modules:
+        need(module, what)
 
 
 def need(module: str, what: str) -> None:

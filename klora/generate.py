@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,7 +90,7 @@ def open_pipeline(request: Request) -> Any:
 
 def paint(
     pipe: Any, request: Request, seeds: Sequence[int], announce: Callable[[int, Session], None]
-) -> Iterator[Painted]:
+) -> Generator[Painted, None, None]:
     """Fuse the pair of a request in `pipe` and paint one picture for each seed.
 
     `announce` hears the number of each picture, from 1, before it is begun. Raises KloraError for a pair or a setting
@@ -114,7 +114,7 @@ def paint(
 def _counted(denoiser: torch.nn.Module) -> Iterator[list[None]]:
     """Count the runs of a denoiser at its first layer, where no way of calling it goes unseen."""
     calls: list[None] = []
-    first = getattr(denoiser, "conv_in", None) or getattr(denoiser, "x_embedder", denoiser)
+    first: Any = getattr(denoiser, "conv_in", None) or getattr(denoiser, "x_embedder", denoiser)
     hook = first.register_forward_pre_hook(lambda *_: calls.append(None))
     try:
         yield calls
@@ -238,7 +238,6 @@ def memory_errors() -> Iterator[None]:
 def _facts(request: Request, pipe: Any, session: Session, image: Image, seed: int) -> dict[str, Any]:
     """Give all that made a picture, ready for JSON. Files and folders go by name: a path may tell who made it."""
     pair, plan = session.pair, session.plan
-    local = Path(request.model).expanduser()
     default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
     return {
         "klora": __version__,
@@ -248,7 +247,7 @@ def _facts(request: Request, pipe: Any, session: Session, image: Image, seed: in
         "steps": plan.steps,
         "size": list(image.size),
         "guidance_scale": request.guidance if request.guidance is not None or default is None else default.default,
-        "model": local.resolve().name if local.exists() else request.model,
+        "model": model_name(request.model),
         "pipeline": type(pipe).__name__,
         "scheduler": type(pipe.scheduler).__name__,
         "device": str(pipe.device),
@@ -260,6 +259,12 @@ def _facts(request: Request, pipe: Any, session: Session, image: Image, seed: in
         "balance": plan.balance,
         "share": plan.share,
     }
+
+
+def model_name(model: str) -> str:
+    """Give a hub id, or a folder's name without what leads there."""
+    local = Path(model).expanduser()
+    return local.resolve().name if local.exists() else model
 
 
 def parameters(facts: dict[str, Any]) -> str:
