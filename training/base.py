@@ -174,7 +174,7 @@ def work(rank: int, meeting: str, total: int, save_every: float) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=88_000, help="pictures seen in all")
+    parser.add_argument("--samples", type=int, default=192_000, help="pictures seen in all")
     parser.add_argument("--save-every", type=float, default=120, help="seconds between checkpoints")
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)

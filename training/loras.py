@@ -164,7 +164,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="default: those not yet made")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rate", type=float, default=2e-3)
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)

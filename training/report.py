@@ -21,7 +21,7 @@ from training.judge import measure
 from training.loras import JOBS, STYLE_FAMILIES, Job
 
 STEPS = 20
-GUIDANCE = 4.0
+GUIDANCE = 2.5
 SUBJECT_FAMILIES = tuple(s.family for s in pic.SUBJECTS.values())
 
 
@@ -80,20 +80,27 @@ def entry(job: Job) -> dict[str, object]:
     return common | {"token": pic.STYLE_TOKEN, "prompt": f"a {{family}} in {pic.STYLE_TOKEN} style"}
 
 
+def figures_of(name: str, n: int) -> dict[str, float]:
+    """The figures of one LoRA alone, or of the base; on one thread."""
+    torch.set_num_threads(1)
+    pipe, judge = load_pipeline(), Judge.load()
+    if name == "base":
+        return base_figures(pipe, judge, n)
+    pipe.load_lora_weights(DEMO / "loras", weight_name=f"{name}.safetensors", adapter_name=name)
+    figures = (subject_figures if name in pic.SUBJECTS else style_figures)(pipe, judge, name, n)
+    print(f"{time.strftime('%H:%M:%S')} {name} {figures}", flush=True)
+    return figures
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--pictures", type=int, default=64, help="for each figure")
     args = parser.parse_args()
-    torch.set_num_threads(2)
-    judge = Judge.load()
-    pipe = load_pipeline()
-    figures: dict[str, object] = {"judge": measure(judge), "base": base_figures(pipe, judge, args.pictures)}
-    for job in JOBS:
-        pipe.load_lora_weights(DEMO / "loras", weight_name=job.file.name, adapter_name=job.name)
-        figures[job.name] = (subject_figures if job.is_subject else style_figures)(pipe, judge, job.name, args.pictures)
-        pipe.unload_lora_weights()
-        print(f"{time.strftime('%H:%M:%S')} {job.name} {figures[job.name]}", flush=True)
+    names = ["base", *(job.name for job in JOBS)]
+    with torch.multiprocessing.get_context("spawn").Pool(2) as pool:
+        measured = pool.starmap(figures_of, [(name, args.pictures) for name in names], chunksize=1)
+    figures = {"judge": measure(Judge.load()), **dict(zip(names, measured, strict=True))}
     catalogue = {
         "schema": 1,
         "model": "model",
