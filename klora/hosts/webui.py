@@ -194,7 +194,13 @@ def schedule_of(denoiser: Any) -> list[float]:
     elif getattr(p, "init_images", None) is not None:
         steps = _img2img_steps(p, None)
     if hasattr(sampler, "get_timesteps"):
-        return [float(level) for level in sampler.get_timesteps(p, steps)]
+        timesteps = sampler.get_timesteps(p, steps)
+        if getattr(denoiser, "classic_ddim_eps_estimation", False):
+            # Forge's denoiser turns a timestep into the noise level that it stands for, before it tells anyone.
+            products = denoiser.inner_model.inner_model.alphas_cumprod
+            levels = ((1 - products) / products) ** 0.5
+            timesteps = levels[timesteps.round().long().to(levels.device).clip(0, len(levels) - 1)]
+        return [float(level) for level in timesteps]
     # The last σ is where the schedule ends, not a step.
     return [float(level) for level in sampler.get_sigmas(p, steps)[:-1]]
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from klora.hosts.webui import schedule_of
 from klora.webui.register import register
 from tests.support.lora_files import write_lora
 from tests.support.pairs import ATTENTION, FEED_FORWARD, TEXT, shapes
@@ -420,3 +422,16 @@ def test_an_unexpected_fault_of_ours_is_told_of(
     picture = host.txt2img(f"a dog {TAG}")
     assert picture.same(plain)
     assert "an unexpected ZeroDivisionError: a fault" in picture.comments
+
+
+def test_timesteps_that_a_host_tells_as_noise_levels() -> None:
+    # Forge's DDIM samplers are made of timesteps, and its callback is given σ.
+    products = torch.linspace(0.999, 0.005, 1000)
+    timesteps = torch.tensor([1, 251, 501, 751])
+    sampler = SimpleNamespace(get_timesteps=lambda p, steps: timesteps)
+    p = SimpleNamespace(steps=4, is_hr_pass=False, init_images=None)
+    model = SimpleNamespace(inner_model=SimpleNamespace(alphas_cumprod=products))
+    denoiser = SimpleNamespace(p=p, sampler=sampler, inner_model=model)
+    assert schedule_of(denoiser) == [1, 251, 501, 751]
+    denoiser.classic_ddim_eps_estimation = True
+    assert schedule_of(denoiser) == [float(((1 - products) / products)[t] ** 0.5) for t in timesteps]

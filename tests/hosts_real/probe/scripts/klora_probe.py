@@ -111,6 +111,12 @@ def comments():
     return said
 
 
+def seed():
+    """Begin torch's own random numbers anew; Forge draws from them where it inpaints."""
+    torch.manual_seed(0)
+    return {}
+
+
 def reload():
     """Press "Reload UI"."""
     shared.state.request_restart()
@@ -118,7 +124,7 @@ def reload():
 
 
 def add_routes(_, app):
-    for route in (state, fault, record, recorded, comments, reload):
+    for route in (state, fault, record, recorded, comments, seed, reload):
         app.add_api_route(f"{PREFIX}/{route.__name__}", route, methods=["GET"])
 
 
