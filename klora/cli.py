@@ -177,7 +177,7 @@ def _add_evaluate(commands: Any) -> None:
     command.add_argument(
         "--prompt", metavar="TEXT", help="what to paint; {subject} and {style} stand for the words of each"
     )
-    _add_methods(command, "k-lora,direct; with --demo: all", "10; with --demo: 4")
+    _add_methods(command, "k-lora,direct; with --demo: all", "10; with --demo: 2")
     command.add_argument("--clip", metavar="FOLDER|ID", default=CLIP, help=f"CLIP model of two of the scores ({CLIP})")
     command.add_argument("--dino", metavar="FOLDER|ID", default=DINO, help=f"DINO model of the third ({DINO})")
     _add_painting(command, "klora-evaluation")
@@ -380,7 +380,7 @@ def _evaluation(args: argparse.Namespace, settings: Settings) -> Evaluation:
     from klora.generate import model_name
 
     methods = _methods(args.policies or (demo.METHODS if args.demo else "k-lora,direct"), settings)
-    request = dataclasses.replace(_request(args, settings), images=args.seeds or (4 if args.demo else 10))
+    request = dataclasses.replace(_request(args, settings), images=args.seeds or (2 if args.demo else 10))
     if args.demo:
         return Evaluation(demo.TITLE, request, demo.demo_study(), methods, demo.Recognition, demo.NOTES)
     pairs = read_study(args.study, args.prompt or TEMPLATE)

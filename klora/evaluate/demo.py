@@ -62,11 +62,11 @@ class Recognition:
     """Whether the judge names the subject, the style, and both; in place of CLIP and DINO, which know no such toys."""
 
     metrics: Mapping[str, str] = {
-        "subject": "subject recognised",
-        "style": "style recognised",
-        "both": "both recognised",
+        "subject_recognised": "subject recognised",
+        "style_recognised": "style recognised",
+        "both_recognised": "both recognised",
     }
-    balanced: Sequence[str] = ("subject", "style")
+    balanced: Sequence[str] = ("subject_recognised", "style_recognised")
 
     def __init__(self, device: str) -> None:
         """Load the judge, which stays on the CPU whatever the `device`: pictures this small cost nothing there."""
@@ -82,4 +82,8 @@ class Recognition:
         """Give 1 for what the judge names rightly, else 0."""
         verdict = self.judge([image])[0]
         subject, style = verdict.subject == pair.subject.name, verdict.style == pair.style.name
-        return {"subject": float(subject), "style": float(style), "both": float(subject and style)}
+        return {
+            "subject_recognised": float(subject),
+            "style_recognised": float(style),
+            "both_recognised": float(subject and style),
+        }

@@ -109,8 +109,12 @@ class DinoEncoder(Encoder):
 class ClipDino:
     """Style similarity, CLIP score and DINO score, as in K-LoRA's Table 1."""
 
-    metrics: Mapping[str, str] = {"style": "style similarity", "clip": "CLIP score", "dino": "DINO score"}
-    balanced: Sequence[str] = ("style", "clip", "dino")
+    metrics: Mapping[str, str] = {
+        "style_similarity": "style similarity",
+        "clip_score": "CLIP score",
+        "dino_score": "DINO score",
+    }
+    balanced: Sequence[str] = ("style_similarity", "clip_score", "dino_score")
 
     def __init__(self, clip: str, dino: str, device: str) -> None:
         self.clip = ClipEncoder("--clip", clip, device)
@@ -128,9 +132,9 @@ class ClipDino:
         """Give the mean cosines of one picture with all references of its style and of its subject."""
         clip, dino = self.clip([image]), self.dino([image])
         return {
-            "style": mean_cosine(clip, self._of(self.clip, pair.style.references)),
-            "clip": mean_cosine(clip, self._of(self.clip, pair.subject.references)),
-            "dino": mean_cosine(dino, self._of(self.dino, pair.subject.references)),
+            "style_similarity": mean_cosine(clip, self._of(self.clip, pair.style.references)),
+            "clip_score": mean_cosine(clip, self._of(self.clip, pair.subject.references)),
+            "dino_score": mean_cosine(dino, self._of(self.dino, pair.subject.references)),
         }
 
     def _of(self, encoder: Encoder, files: tuple[Path, ...]) -> Tensor:
