@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import csv
 from pathlib import Path
 
 import pytest
@@ -11,36 +11,13 @@ from PIL import Image
 from klora import cli
 from klora.demo import run
 from klora.errors import KloraError
-from tests.support.lora_files import write_lora
-from tests.support.models import module_shapes
-from tests.support.pipelines import sd_pipeline
-
-FAMILIES = {"bolt": "robot", "mimi": "cat"}
+from klora.fusion.policies import POLICIES
+from tests.support.studies import write_demo_home
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What stands for the installed `klora/demo`."""
-    folder = tmp_path_factory.mktemp("home")
-    pipe = sd_pipeline(folder / "tokenizer")
-    pipe.save_pretrained(folder / "model")
-    attention = {name: shape for name, shape in module_shapes(pipe.unet).items() if ".attn" in name}
-    subjects, styles = {}, {}
-    for seed, (name, family) in enumerate(FAMILIES.items()):
-        write_lora(folder / f"{name}.safetensors", attention, "kohya", seed=seed)
-        subjects[name] = {"file": f"{name}.safetensors", "family": family, "prompt": f"a sbu {family}"}
-    for seed, name in enumerate(["neon", "dots", "ink"]):
-        write_lora(folder / f"{name}.safetensors", attention, "peft", seed=10 + seed)
-        styles[name] = {"file": f"{name}.safetensors", "prompt": "a {family} in szn style"}
-    catalogue = {
-        "model": "model",
-        "recommended": {"steps": 2, "guidance_scale": 4.0},
-        "prompt": "a sbu {family} in szn style",
-        "subjects": subjects,
-        "styles": styles,
-    }
-    (folder / "catalogue.json").write_text(json.dumps(catalogue))
-    return folder
+    return write_demo_home(tmp_path_factory.mktemp("home"))
 
 
 def test_subjects_and_styles_are_paired_with_the_prompts_of_each(home: Path) -> None:
@@ -91,3 +68,43 @@ def test_alone_means_that_the_other_lora_has_no_say(home: Path) -> None:
 def test_an_installation_without_the_model_says_so(tmp_path: Path) -> None:
     with pytest.raises(KloraError, match="not in this installation"):
         run.read_catalogue(tmp_path)
+
+
+def test_the_demo_is_compared_by_names_of_its_own(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "HOME", home)
+    words = ("compare", "--demo", "--policies", "k-lora,direct", "--seeds", "1", "--out", str(tmp_path))
+    assert cli.main([*words, "--style", "ink"]) == 0
+    for row in csv.DictReader((tmp_path / "times.csv").open()):
+        with Image.open(tmp_path / row["picture"]) as image:
+            assert image.text["parameters"].startswith("a sbu robot in szn style\nSteps: 2, Sampler: DDIM")
+            assert "K-LoRA subject: bolt, K-LoRA style: ink" in image.text["parameters"]
+    assert cli.main([*words, "--style", "oil"]) == 2
+    assert "oil: is not in the demo; choose neon, dots, ink" in capfd.readouterr().err
+
+
+def test_the_demo_is_evaluated_by_its_judge_alone(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(run, "HOME", home)
+    words = ("--policies", "k-lora,direct", "--seeds", "1", "--steps", "1", "--out", str(tmp_path))
+    assert cli.main(["evaluate", "--demo", *words]) == 0
+    assert "| method | subject recognised % | style recognised % | both recognised %" in capfd.readouterr().out
+    table = list(csv.DictReader((tmp_path / "pictures.csv").open()))
+    assert [(row["subject"], row["style"]) for row in table if row["method"] == "direct"] == [
+        (subject, style) for subject in ("bolt", "mimi") for style in ("neon", "dots", "ink")
+    ]
+    for row in table:
+        rates = [float(row[f"{name}_recognised"]) for name in ("subject", "style", "both")]
+        assert rates[2] == rates[0] * rates[1] in (0.0, 1.0)
+
+
+def test_every_method_of_the_demo_evaluation_is_one() -> None:
+    from klora.evaluate.demo import METHODS
+    from klora.methods import read_methods
+    from klora.settings import Settings
+
+    methods = read_methods(METHODS, Settings())
+    assert {method.settings.policy for method in methods} == set(POLICIES)
+    assert [method.name for method in methods][:3] == ["k-lora:scale=s", "k-lora:scale=s*", "direct:preset=1,1"]

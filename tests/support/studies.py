@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,30 @@ def write_encoders(folder: Path) -> tuple[Path, Path]:
     vit_model().save_pretrained(dino)
     ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(dino)
     return clip, dino
+
+
+def write_demo_home(folder: Path) -> Path:
+    """What stands for the installed `klora/demo`: two subjects, three styles, a judge that has learned nothing."""
+    from safetensors.torch import save_file
+
+    from klora.demo.judge import JudgeNet
+
+    attention = write_model(folder)
+    subjects, styles = {}, {}
+    for seed, (name, family) in enumerate({"bolt": "robot", "mimi": "cat"}.items()):
+        write_lora(folder / f"{name}.safetensors", attention, "kohya", seed=seed)
+        subjects[name] = {"file": f"{name}.safetensors", "family": family, "prompt": f"a sbu {family}"}
+    for seed, name in enumerate(["neon", "dots", "ink"]):
+        write_lora(folder / f"{name}.safetensors", attention, "peft", seed=10 + seed)
+        styles[name] = {"file": f"{name}.safetensors", "prompt": "a {family} in szn style"}
+    catalogue = {
+        "model": "model",
+        "recommended": {"steps": 2, "guidance_scale": 4.0},
+        "prompt": "a sbu {family} in szn style",
+        "subjects": subjects,
+        "styles": styles,
+    }
+    (folder / "catalogue.json").write_text(json.dumps(catalogue))
+    torch.manual_seed(0)
+    save_file(JudgeNet().state_dict(), folder / "judge.safetensors", {"floor": "0.6"})
+    return folder
