@@ -76,7 +76,9 @@ def generate_pictures(request: Request, warn: Callable[[str], None]) -> Iterator
     def announce(number: int, session: Session) -> None:
         for notice in session_notices(session) if number == 1 else ():
             warn(notice)
-        pipe.set_progress_bar_config(desc=f"picture {number} of {request.images}")
+        forwards = session.plan.policy.forwards
+        cost = f" ({forwards} forwards per step)" if forwards > 1 else ""
+        pipe.set_progress_bar_config(desc=f"picture {number} of {request.images}{cost}")
 
     for painted in paint(pipe, request, range(request.seed, request.seed + request.images), announce):
         yield from _save(painted, folder, request.map)
@@ -237,7 +239,7 @@ def memory_errors() -> Iterator[None]:
 
 def _facts(request: Request, pipe: Any, session: Session, image: Image, seed: int) -> dict[str, Any]:
     """Give all that made a picture, ready for JSON. Files and folders go by name: a path may tell who made it."""
-    pair, plan = session.pair, session.plan
+    pair, plan = session.pair, session.observed
     default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
     return {
         "klora": __version__,
@@ -299,7 +301,7 @@ def _save(painted: Painted, folder: Path, with_map: bool) -> Iterator[Path]:
         from klora.report.picture import selection_map
 
         title = f"{session.pair.subject.name} × {session.pair.style.name}"
-        yield write_picture(selection_map(session.plan, title), folder / f"{stem}-map.png", facts)
+        yield write_picture(selection_map(session.observed, title), folder / f"{stem}-map.png", facts)
 
 
 def next_number(folder: Path) -> int:
