@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.hosts_real.checkpoints import Checkpoint, read_checkpoint, write_loras
+from tests.hosts_real.checkpoints import Checkpoint, read_checkpoint, write_loras, write_sdxl_loras
 
 REPOSITORY = Path(__file__).parents[2]
 FLAGS = (
@@ -102,6 +102,8 @@ class Server:
         (extensions / "klora").symlink_to(REPOSITORY)
         (extensions / "klora-probe").symlink_to(Path(__file__).with_name("probe"))
         write_loras(loras, self.model)
+        if self.sdxl_model is not None:
+            write_sdxl_loras(loras, self.sdxl_model)
         (self.data / "config.json").write_text(
             # Other previews and the samples folder would download or write something.
             json.dumps({"sd_model_checkpoint": self.model.path.name, "show_progress_type": "Approx cheap"})

@@ -116,3 +116,13 @@ def test_batches(server: Server) -> None:
     assert taus == pytest.approx([i / steps for i in range(steps)] * 2)
     single = server.txt2img(TAG)
     assert abs(found[0].all[-4].astype(int) - single.pixels).max() <= 1
+
+
+def test_beside_a_wrapper_around_the_model(server: Server) -> None:
+    alone = server.txt2img(TAG)
+    server.call("/klora-probe/wrap", on=True)
+    try:
+        assert server.txt2img(TAG).same(alone)
+    finally:
+        calls = server.call("/klora-probe/wrap", on=False)
+    assert calls >= server.defaults["steps"]

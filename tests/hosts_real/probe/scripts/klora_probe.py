@@ -9,7 +9,7 @@ from modules import script_callbacks, scripts, shared
 
 PREFIX = "/klora-probe"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-levels, said = [], []
+levels, said, wrapped = [], [], []
 
 
 def parts():
@@ -102,8 +102,39 @@ class Listener(scripts.Script):
     def show(self, is_img2img):
         return scripts.AlwaysVisible
 
+    def process_before_every_sampling(self, p, *args, **kwargs):
+        if not wrapped:
+            return
+        unet = parts()["unet"]
+        if hasattr(p.sd_model, "forge_objects"):
+            patcher = p.sd_model.forge_objects.unet.clone()
+            patcher.set_model_unet_function_wrapper(through_wrapper)
+            p.sd_model.forge_objects.unet = patcher
+        elif "forward" not in vars(unet):
+            original = unet.forward
+
+            def forward(*args, **kwargs):
+                wrapped.append("call")
+                return original(*args, **kwargs)
+
+            unet.forward = forward
+
     def postprocess(self, p, processed, *args):
         said[:] = [processed.comments]
+        if wrapped and not hasattr(p.sd_model, "forge_objects"):
+            del parts()["unet"].forward
+
+
+def through_wrapper(apply_model, args):
+    wrapped.append("call")
+    return apply_model(args["input"], args["timestep"], **args["c"])
+
+
+def wrap(on: bool):
+    """Wrap the model as ControlNet does, from now on or no longer; give how often the wrapper was called."""
+    calls = wrapped.count("call")
+    wrapped[:] = ["on"] if on else []
+    return calls
 
 
 def comments():
@@ -124,7 +155,7 @@ def reload():
 
 
 def add_routes(_, app):
-    for route in (state, fault, record, recorded, comments, seed, reload):
+    for route in (state, fault, record, recorded, comments, seed, wrap, reload):
         app.add_api_route(f"{PREFIX}/{route.__name__}", route, methods=["GET"])
 
 
