@@ -11,6 +11,7 @@ from klora.cache import ScoreCache
 from klora.engine.session import Session
 from klora.fusion.plan import FusionPlan
 from klora.hosts.diffusers import DiffusersHost
+from klora.hosts.references import make_refiner
 from klora.pair import Pair
 from klora.settings import Settings
 
@@ -40,7 +41,8 @@ def fuse(
     session = Session(
         pair, plan, host.sites(), host.text_sites(), host.model_name, host.denoiser, host.conditional_rows
     )
-    follower = host.follow(session)
+    refiner = make_refiner(plan.settings, host.device)
+    follower = host.follow(session, refiner)
     try:
         with session:
             yield session

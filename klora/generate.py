@@ -22,7 +22,7 @@ from klora.hosts.diffusers import DiffusersHost
 from klora.pair import Pair
 from klora.report.files import OutputFile, output_folder, png_bytes
 from klora.report.summary import notices
-from klora.settings import AUTO, Settings
+from klora.settings import AUTO, Settings, options
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -256,7 +256,7 @@ def _facts(request: Request, pipe: Any, session: Session, image: Image, seed: in
         "dtype": str(pipe.dtype).removeprefix("torch."),
         "subject": {"file": pair.subject.path.name, "sha256": pair.cache.sha256(pair.subject.path)},
         "style": {"file": pair.style.path.name, "sha256": pair.cache.sha256(pair.style.path)},
-        "settings": plan.settings.to_dict(),
+        "settings": _without_paths(plan.settings.to_dict()),
         "gamma": plan.gamma,
         "balance": plan.balance,
         "share": plan.share,
@@ -267,6 +267,16 @@ def model_name(model: str) -> str:
     """Give a hub id, or a folder's name without what leads there."""
     local = Path(model).expanduser()
     return local.resolve().name if local.exists() else model
+
+
+def _without_paths(settings: dict[str, Any]) -> dict[str, Any]:
+    known = options()
+    return {
+        name: ";".join(Path(part).name if Path(part).is_absolute() else part for part in value.split(";"))
+        if known[name].free
+        else value
+        for name, value in settings.items()
+    }
 
 
 def parameters(facts: dict[str, Any]) -> str:
@@ -281,7 +291,7 @@ def parameters(facts: dict[str, Any]) -> str:
         "Model": facts["model"],
         "K-LoRA subject": Path(facts["subject"]["file"]).stem,
         "K-LoRA style": Path(facts["style"]["file"]).stem,
-        **{f"K-LoRA {name.replace('_', ' ')}": value for name, value in settings.items() if value is not None},
+        **{f"K-LoRA {name.replace('_', ' ')}": value for name, value in settings.items() if value not in (None, "")},
     }
     line = ", ".join(f"{name}: {_quoted(value)}" for name, value in rows.items())
     negative = [f"Negative prompt: {facts['negative_prompt']}"] if facts["negative_prompt"] else []

@@ -25,7 +25,8 @@ class Option:
     """What a person may enter for one setting, and how it is explained.
 
     `kind` is the type of a value; with `optional`, None (written "auto") means "let K-LoRA choose".
-    `low` and `high` are inclusive; `above` is an exclusive lower bound. `policies` names the policies that heed the
+    `low` and `high` are inclusive; `above` is an exclusive lower bound. A text that is `free` is taken as it is, on one
+    line. `policies` names the policies that heed the
     setting, none meaning all: interfaces show it only when one of them is chosen.
     """
 
@@ -38,6 +39,7 @@ class Option:
     above: float | None = None
     optional: bool = False
     policies: tuple[str, ...] = ()
+    free: bool = False
 
     def read(self, name: str, value: Any) -> Any:
         """Turn `value` (typed, or the text of it) into the setting's type; raise SettingsError for anything else."""
@@ -49,6 +51,10 @@ class Option:
         return self._in_range(name, self._read_number(name, text))
 
     def _read_text(self, name: str, value: Any) -> str:
+        if self.free:
+            if not isinstance(value, str) or not (value.isprintable() or not value):
+                raise SettingsError(name, f"{value!r} is not a line of text")
+            return value.strip()
         text = value.strip().lower() if isinstance(value, str) else value
         if not isinstance(text, str) or (self.choices and text not in self.choices):
             raise SettingsError(name, f"{value!r} is not one of {', '.join(self.choices) or 'the known names'}")
@@ -246,6 +252,47 @@ class Settings:
         high=10_000,
         policies=("cm-lora",),
     )
+    style_refs: str = _setting(
+        "",
+        "Style references",
+        "pictures, or a folder of them, that latents are refined towards by CLIP; several with ;",
+        free=True,
+        policies=("dynamic",),
+    )
+    subject_refs: str = _setting(
+        "",
+        "Subject references",
+        "pictures, or a folder of them, that latents are refined towards by DINO; several with ;",
+        free=True,
+        policies=("dynamic",),
+    )
+    clip_model: str = _setting(
+        "openai/clip-vit-base-patch32",
+        "CLIP model",
+        "folder or hub id of the CLIP that compares with style references",
+        free=True,
+        policies=("dynamic",),
+    )
+    dino_model: str = _setting(
+        "facebook/dino-vits16",
+        "DINO model",
+        "folder or hub id of the DINO that compares with subject references",
+        free=True,
+        policies=("dynamic",),
+    )
+    style_pull: float = _setting(
+        1.0, "Style pull", "weight of the style references", low=0.0, high=100.0, policies=("dynamic",)
+    )
+    subject_pull: float = _setting(
+        1.0, "Subject pull", "weight of the subject references", low=0.0, high=100.0, policies=("dynamic",)
+    )
+    refine_step: float = _setting(
+        1.0, "Refinement step", "how far latents move per step of sampling", low=0.0, high=100.0, policies=("dynamic",)
+    )
+    refine_from: float = _setting(
+        0.2, "Refine from τ", "where refinement begins", low=0.0, high=1.0, policies=("dynamic",)
+    )
+    refine_to: float = _setting(0.8, "Refine to τ", "where refinement ends", low=0.0, high=1.0, policies=("dynamic",))
 
     def __post_init__(self) -> None:
         for name, option in options().items():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from klora.engine.bypass import Site, module_shape
 from klora.engine.dynamic import Rows
 from klora.engine.ensemble import Ensemble
+from klora.engine.refine import Refiner
 from klora.engine.session import Session
 from klora.errors import KloraError
+from klora.hosts.diffusers_refine import LatentRefinement
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 # Attention blocks after fuse_qkv_projections(): the fused Linear and the canonical names of its slices.
@@ -72,48 +75,88 @@ class DiffusersHost:
 
         None, for all, without guidance, and where guidance takes two calls, of which the conditional one comes first.
         """
-        batch = self._argument(self.inputs[0], args, kwargs).shape[0]
+        batch = self.argument(self.inputs[0], args, kwargs).shape[0]
         # A FLUX pipeline makes two calls; a pipeline without this property, or before its first call, has no guidance.
         guided = "Flux" not in type(self.denoiser).__name__ and getattr(self.pipe, "do_classifier_free_guidance", False)
         return Rows(batch // 2, batch, batch) if guided and batch % 2 == 0 else None
 
-    def follow(self, session: Session) -> Handles:
+    def follow(self, session: Session, refiner: Refiner | None = None) -> Handles:
         """Tell `session` the noise level at every call of the denoiser; the handles' `remove` ends that.
 
-        Where its policy asks for several forwards per call, they are made and averaged.
+        Where its policy asks for several forwards per call, they are made and averaged. A `refiner` moves the latents
+        before each step.
         """
-        ensemble = Ensemble(session, partial(self._argument, "encoder_hidden_states"))
+        ensemble = Ensemble(session, partial(self.argument, "encoder_hidden_states"))
         several = session.plan.policy.forwards > 1
         follower = _Follower(self, session, ensemble.begin if several else None)
         handles = Handles([self.denoiser.register_forward_pre_hook(follower, with_kwargs=True)])
         if several:
             handles.add(self.denoiser.register_forward_hook(ensemble.finish, with_kwargs=True, prepend=True))
+        if refiner is not None:
+            handles.add(LatentRefinement(self, session, refiner))
         return handles
+
+    def decode_latents(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Give images (B, 3, H, W) in [0, 1] of latents as the denoiser has them; gradients pass.
+
+        `grid` is the number of rows and columns of tokens, for FLUX, whose latents (B, tokens, 4·C) are packed.
+        """
+        vae = self._decoder
+        if latents.ndim == 3 and grid is not None:
+            rows, columns = grid
+            latents = latents.unflatten(1, (rows, columns)).unflatten(3, (-1, 2, 2))
+            latents = latents.permute(0, 3, 1, 4, 2, 5).reshape(len(latents), -1, 2 * rows, 2 * columns)
+        latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        images: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
+        return images.float() / 2 + 0.5
+
+    @cached_property
+    def _decoder(self) -> Any:
+        vae = self.pipe.vae
+        if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
+            # SDXL's decoder overflows in half precision, as its pipelines know too; theirs stays as it is.
+            return copy.deepcopy(vae).float()
+        return vae
+
+    @property
+    def device(self) -> torch.device:
+        """Where the pipeline computes, also where its parts are offloaded."""
+        device = getattr(self.pipe, "_execution_device", None) or next(self.denoiser.parameters()).device
+        return torch.device(device)
 
     @cached_property
     def inputs(self) -> list[str]:
         """The names of the denoiser's arguments, in order."""
         return list(inspect.signature(type(self.denoiser).forward).parameters)[1:]
 
-    def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Give an argument of a call of the denoiser, however it was passed; None where it was not."""
+    def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Give an argument of a call of the denoiser, however it was passed; None where it was not, or has none."""
         if name in kwargs:
             return kwargs[name]
+        if name not in self.inputs:
+            return None
         position = self.inputs.index(name)
         return args[position] if position < len(args) else None
 
     def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Give the timesteps that the denoiser is called with."""
-        return torch.as_tensor(self._argument("timestep", args, kwargs))
+        return torch.as_tensor(self.argument("timestep", args, kwargs))
+
+
+class Removable(Protocol):
+    """What can be taken off."""
+
+    def remove(self) -> None:
+        """Take it off."""
 
 
 class Handles:
     """Hooks that are taken off together."""
 
-    def __init__(self, handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    def __init__(self, handles: list[Removable]) -> None:
         self._handles = handles
 
-    def add(self, handle: torch.utils.hooks.RemovableHandle) -> None:
+    def add(self, handle: Removable) -> None:
         """Take one more."""
         self._handles.append(handle)
 

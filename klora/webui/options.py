@@ -42,7 +42,7 @@ def register_options() -> None:
         component: tuple[Any, ...] = ()
         if choices := choices_of(name, option):
             component = (gr.Dropdown, {"choices": list(choices)})
-        elif not option.optional:
+        elif not option.optional and not option.free:
             component = (gr.Slider, {"minimum": option.low, "maximum": option.high, "step": 0.05})
         add(default_key(name), default, f"Default of {option.label}", option.help, *component).needs_reload_ui()
 

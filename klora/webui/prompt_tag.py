@@ -10,13 +10,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 from klora.errors import KloraError, SettingsError
-from klora.settings import Settings
+from klora.settings import Settings, options
 
 NAME = "klora"
 STRENGTHS = ("subject_strength", "style_strength")
 _TAG = re.compile(rf"<{NAME}:([^>]+)>")
+_FREE = frozenset(name for name, option in options().items() if option.free)
+"""Settings whose text may hold signs of the tag's own: these are written as in URLs, %3A for a colon."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Tag:
                 name, value = strengths.pop(0), item
             if name in values:
                 raise SettingsError(name, "is given twice")
-            values[name] = value
+            values[name] = unquote(value) if name in _FREE else value
         return cls(names[0], names[1], Settings.parse(values))
 
     def __str__(self) -> str:
@@ -61,7 +64,7 @@ class Tag:
         strengths = [_text(changed.pop(name, 1.0)) for name in STRENGTHS]
         while strengths and strengths[-1] == "1":
             strengths.pop()
-        named = [f"{name}={_text(value)}" for name, value in changed.items()]
+        named = [f"{name}={_quoted(value) if name in _FREE else _text(value)}" for name, value in changed.items()]
         return f"<{':'.join((NAME, self.subject, self.style, *strengths, *named))}>"
 
 
@@ -79,3 +82,7 @@ def has_tag(prompt: str) -> bool:
 def _text(value: Any) -> str:
     # repr is the shortest text that reads back as the same number.
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+
+
+def _quoted(text: str) -> str:
+    return re.sub("[%:<>()\\[\\]|,]", lambda sign: f"%{ord(sign[0]):02X}", text)

@@ -206,7 +206,7 @@ class _Maker:
         gr = self._gr
         if choices := choices_of(name, option):
             return gr.Dropdown(choices=list(choices), value=value, **common)
-        if option.optional:
+        if option.optional or option.free:
             return gr.Textbox(value=str(text_of(value)), max_lines=1, **common)
         if option.low is not None and option.high is not None:
             step = _STEPS.get(name, 1 if option.kind is int else 0.05)

@@ -35,6 +35,8 @@ def settings_of_a_user(draw: st.DrawFn) -> dict[str, Any]:
             continue
         if choices := choices_of(name, option):
             values[name] = draw(st.sampled_from(choices))
+        elif option.free:
+            values[name] = draw(st.text().filter(str.isprintable)).strip()
         elif option.kind is int:
             values[name] = draw(st.integers(int(option.low or 0), int(option.high or 2**40)))
         else:
