@@ -10,40 +10,19 @@ from typing import Any
 
 from torch import nn
 
-from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
-from klora.hosts.webui import TextPart, host_tensors, kohya_text_key, ldm_sites
+from klora.hosts.webui import TextPart, WebuiHost, host_tensors, kohya_text_key
 
 _PROJECTION = re.compile(r"_[qkv]_proj$")
 
 
-class A1111Host:
+class A1111Host(WebuiHost):
     """A model loaded in A1111."""
-
-    def __init__(self, sd_model: Any) -> None:
-        self.sd_model = sd_model
-
-    @property
-    def model_name(self) -> str:
-        """How messages call the model."""
-        return f"the {self.architecture or ''} checkpoint {self.sd_model.sd_checkpoint_info.name}".replace("  ", " ")
-
-    @property
-    def architecture(self) -> str | None:
-        """SD1, SD2 or SDXL, as the host tells them apart."""
-        for flag, name in (("is_sdxl", "SDXL"), ("is_sd2", "SD2"), ("is_sd1", "SD1")):
-            if getattr(self.sd_model, flag, False):
-                return name
-        return None
 
     @property
     def diffusion_model(self) -> nn.Module:
         """The UNet."""
         return self.sd_model.model.diffusion_model
-
-    def sites(self) -> Mapping[str, Site]:
-        """Give the UNet's modules by canonical name."""
-        return dict(ldm_sites(self.diffusion_model))
 
     @contextmanager
     def text_encoder_with(self, parts: list[TextPart]) -> Iterator[None]:

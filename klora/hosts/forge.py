@@ -3,49 +3,31 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
-from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
-from klora.hosts.webui import TextPart, host_tensors, kohya_text_key, ldm_sites
+from klora.hosts.webui import TextPart, WebuiHost, host_tensors, kohya_text_key
 
 
-class ForgeHost:
+class ForgeHost(WebuiHost):
     """A model loaded in Forge.
 
     Nothing of what Forge remembers about its own LoRAs (hashes, online patches, backups) is touched.
     """
 
-    def __init__(self, sd_model: Any) -> None:
-        self.sd_model = sd_model
-
-    @property
-    def model_name(self) -> str:
-        """How messages call the model."""
-        return f"the {self.architecture or ''} checkpoint {self.sd_model.sd_checkpoint_info.name}".replace("  ", " ")
-
     @property
     def architecture(self) -> str | None:
-        """SD1, SD2, SDXL or FLUX; from the class of the diffusion model and the host's flags."""
-        if "Flux" in type(self.diffusion_model).__name__:
-            return "FLUX"
-        for flag, name in (("is_sdxl", "SDXL"), ("is_sd2", "SD2"), ("is_sd1", "SD1")):
-            if getattr(self.sd_model, flag, False):
-                return name
-        return None
+        """SD1, SD2, SDXL or FLUX; None when unknown."""
+        return "FLUX" if "Flux" in type(self.diffusion_model).__name__ else super().architecture
 
     @property
     def diffusion_model(self) -> nn.Module:
         """The UNet or transformer."""
         return self.sd_model.forge_objects.unet.model.diffusion_model
-
-    def sites(self) -> Mapping[str, Site]:
-        """Give the diffusion model's modules by canonical name."""
-        return dict(ldm_sites(self.diffusion_model))
 
     @contextmanager
     def text_encoder_with(self, parts: list[TextPart]) -> Iterator[None]:

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,27 +25,39 @@ from klora.lora.deltas.dora import DoraDelta
 from klora.lora.names import resolve
 
 
-class WebuiHost(Protocol):
+class WebuiHost(ABC):
     """A WebUI with a loaded model."""
+
+    def __init__(self, sd_model: Any) -> None:
+        self.sd_model = sd_model
 
     @property
     def model_name(self) -> str:
         """How messages call the model."""
+        return f"the {self.architecture or ''} checkpoint {self.sd_model.sd_checkpoint_info.name}".replace("  ", " ")
 
     @property
     def architecture(self) -> str | None:
-        """SD1, SD2, SDXL or FLUX; None when unknown."""
+        """SD1, SD2, SDXL or FLUX, as the host tells them apart; None when unknown."""
+        for flag, name in (("is_sdxl", "SDXL"), ("is_sd2", "SD2"), ("is_sd1", "SD1")):
+            if getattr(self.sd_model, flag, False):
+                return name
+        return None
 
     @property
+    @abstractmethod
     def diffusion_model(self) -> nn.Module:
         """The UNet or transformer."""
 
     def sites(self) -> Mapping[str, Site]:
         """Give the diffusion model's modules by canonical name."""
+        return dict(ldm_sites(self.diffusion_model))
 
+    @abstractmethod
     def text_encoder_with(self, parts: list[TextPart]) -> AbstractContextManager[None]:
         """Have the host's own LoRA code apply `parts` to what is encoded inside the block, and to nothing else."""
 
+    @abstractmethod
     def conditional_rows(self, evaluation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
         """Give the rows that follow the prompt in a call of the diffusion model; None for all of them.
 
