@@ -189,6 +189,9 @@ def quiet_libraries() -> Iterator[None]:
     from diffusers.utils import logging as diffusers_logging
 
     diffusers_logging.set_verbosity_error()
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     diffusers_logging.disable_progress_bar()
     try:
@@ -196,6 +199,7 @@ def quiet_libraries() -> Iterator[None]:
     finally:
         transformers_logging.set_verbosity_warning()
         diffusers_logging.set_verbosity_warning()
+        hub_logging.set_verbosity_warning()
 
 
 def _pipeline_class(model: str) -> str:

@@ -52,7 +52,8 @@ class Encoder:
         source = str(Path(model).expanduser()) if local else model
         try:
             with quiet_libraries():
-                self.prepare, self.net = self._load(source, local)
+                # The model first: of what is asked of an unreachable hub, every file costs its time.
+                self.net, self.prepare = self._load(source, local)
         # What is wrong with a model reaches us as errors of any kind.
         except Exception as error:
             cure = "give a folder with the model, or a hub id while online"
@@ -78,10 +79,8 @@ class ClipEncoder(Encoder):
     def _load(self, source: str, local: bool) -> tuple[Any, Any]:
         from transformers import AutoImageProcessor, CLIPModel
 
-        return (
-            AutoImageProcessor.from_pretrained(source, local_files_only=local),
-            CLIPModel.from_pretrained(source, local_files_only=local),
-        )
+        net = CLIPModel.from_pretrained(source, local_files_only=local)
+        return net, AutoImageProcessor.from_pretrained(source, local_files_only=local)
 
     def _features(self, pixels: Tensor) -> Tensor:
         found = self.net.get_image_features(pixel_values=pixels)
@@ -96,10 +95,8 @@ class DinoEncoder(Encoder):
     def _load(self, source: str, local: bool) -> tuple[Any, Any]:
         from transformers import AutoImageProcessor, AutoModel
 
-        return (
-            AutoImageProcessor.from_pretrained(source, local_files_only=local),
-            AutoModel.from_pretrained(source, local_files_only=local),
-        )
+        net = AutoModel.from_pretrained(source, local_files_only=local)
+        return net, AutoImageProcessor.from_pretrained(source, local_files_only=local)
 
     def _features(self, pixels: Tensor) -> Tensor:
         features: Tensor = self.net(pixel_values=pixels).last_hidden_state[:, 0]
