@@ -69,6 +69,9 @@ class Operand:
 
     def __init__(self, delta: Delta, site: Site) -> None:
         delta.check_finite()
+        if delta.needs_base:
+            # Raises now what would else end a forward of the model.
+            site.base_weight()
         self.delta = delta
         self.site = site
         self.factored = delta.factors() is not None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
 
+from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
+from klora.hosts.forge_weights import with_plain_weight
 from klora.hosts.webui import TextPart, WebuiHost, host_tensors, kohya_text_key
 
 
@@ -28,6 +30,10 @@ class ForgeHost(WebuiHost):
     def diffusion_model(self) -> nn.Module:
         """The UNet or transformer."""
         return self.sd_model.forge_objects.unet.model.diffusion_model
+
+    def sites(self) -> Mapping[str, Site]:
+        """Give the diffusion model's modules by canonical name."""
+        return {name: with_plain_weight(site) for name, site in super().sites().items()}
 
     @contextmanager
     def text_encoder_with(self, parts: list[TextPart]) -> Iterator[None]:

@@ -11,6 +11,7 @@ import json
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path[:0] = [str(Path.cwd()), str(Path.cwd() / "packages_3rdparty"), str(Path(__file__).parents[2])]
 sys.argv = [sys.argv[0], "--always-cpu"]
@@ -23,8 +24,10 @@ from backend.operations_gguf import ParameterGGUF, dequantize_tensor
 from torch import nn
 
 from klora.cache import ScoreCache
+from klora.engine.bypass import Site
 from klora.engine.session import Session
-from klora.hosts.webui import ldm_sites
+from klora.errors import MismatchError
+from klora.hosts.forge import ForgeHost
 from klora.pair import Pair
 from klora.settings import Settings
 from tests.support.lora_files import write_lora
@@ -97,9 +100,33 @@ def bytes_of(layer: nn.Module) -> bytes:
     return layer.weight.data.contiguous().view(torch.uint8).numpy().tobytes()
 
 
+def sites_of(layer: nn.Module) -> dict[str, Site]:
+    unet = SimpleNamespace(model=SimpleNamespace(diffusion_model=Block(layer).model))
+    return dict(ForgeHost(SimpleNamespace(forge_objects=SimpleNamespace(unet=unet))).sites())
+
+
+def dora(layer: nn.Module, dtype: torch.dtype, pair: Pair) -> float | str:
+    """The error of a DoRA, which depends on the weight, in the same units; or why it is refused."""
+    plan = pair.plan(Settings.parse({"policy": "direct", "style_strength": 0}), "SD1")
+    sites = sites_of(layer)
+    x, probe = torch.randn(2, 7, IN).to(dtype), torch.eye(IN).to(dtype)
+    with torch.inference_mode():
+        # What the layer itself takes its weight to be, whatever it is stored as.
+        bias = layer(torch.zeros(1, IN, dtype=dtype))
+        weight = (layer(probe).double() - bias.double()).T
+        wanted = layer(x).double() + x.double() @ pair.subject.modules[NAME].matrix(weight.float()).double().T
+        try:
+            session = Session(pair, plan, sites)
+        except MismatchError as error:
+            return str(error)
+        with session:
+            fused = layer(x)
+    return float((fused.double() - wanted).abs().max() / (wanted.abs().max() * torch.finfo(fused.dtype).eps))
+
+
 def check(layer: nn.Module, dtype: torch.dtype, pair: Pair) -> dict[str, object]:
     """Hook a layer, and compare what it then gives with what it gave and ΔW·x."""
-    sites = dict(ldm_sites(Block(layer).model))
+    sites = sites_of(layer)
     session = Session(pair, pair.plan(Settings.parse({"policy": "direct", "style_strength": 0.5}), "SD1"), sites)
     x = torch.randn(2, 7, IN).to(dtype)
     before = bytes_of(layer)
@@ -129,7 +156,7 @@ def online(layer: nn.Module, dtype: torch.dtype, pair: Pair) -> float:
     delta = pair.subject.modules[NAME]
     factors = delta.factors()
     plan = pair.plan(Settings.parse({"policy": "direct", "style_strength": 0}), "SD1")
-    session = Session(pair, plan, dict(ldm_sites(Block(layer).model)))
+    session = Session(pair, plan, sites_of(layer))
     x = torch.randn(2, 7, IN).to(dtype)
     with torch.inference_mode():
         with session:
@@ -161,6 +188,8 @@ def main() -> None:
         subject = write_lora(Path(folder) / "subj.safetensors", {NAME: (OUT, IN)}, rank=4, alpha=2.0, seed=1)
         style = write_lora(Path(folder) / "style.safetensors", {NAME: (OUT, IN)}, rank=8, seed=2)
         pair = Pair.open(subject, style, ScoreCache(Path(folder) / "cache"))
+        by_weight = write_lora(Path(folder) / "dora.safetensors", {NAME: (OUT, IN)}, family="dora", rank=4, seed=3)
+        dora_pair = Pair.open(by_weight, style, ScoreCache(Path(folder) / "cache"))
         for name, (make, dtype) in kinds.items():
             try:
                 layer = make()
@@ -168,6 +197,7 @@ def main() -> None:
                 found[name] = {"not_run": f"{type(error).__name__}: {error}"}
                 continue
             found[name] = check(layer, dtype, pair)
+            found[name]["dora"] = dora(layer, dtype, dora_pair)
             # Forge's own way of adding a LoRA to NF4 needs a GPU.
             found[name]["against_online"] = 0.0 if name == "NF4" else online(layer, dtype, pair)
     print(json.dumps(found))
