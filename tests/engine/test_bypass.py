@@ -250,12 +250,11 @@ def test_infinite_values_are_refused_before_anything_is_attached(tmp_path: Path)
         Operand(LoraFile.open(path).modules[name], Site(nn.Linear(16, 24)))
 
 
-def test_a_dora_on_a_weight_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+def test_a_dora_on_a_weight_that_cannot_be_read_says_so_before_any_forward(tmp_path: Path) -> None:
     module = nn.Linear(16, 24)
     packed = Site(module, weight=lambda: torch.zeros(192, 1, dtype=torch.uint8))
-    operand = Operand(delta_of(tmp_path, "linear", "dora"), packed)
     with pytest.raises(MismatchError, match="unquantised"):
-        operand.chain(torch.device("cpu"), torch.float32)
+        Operand(delta_of(tmp_path, "linear", "dora"), packed)
 
 
 def test_the_shape_of_a_module_comes_from_its_attributes() -> None:
