@@ -98,6 +98,11 @@ class FusionPlan:
         return tuple(module for module in self.modules if module.contested)
 
     @property
+    def undecided(self) -> bool:
+        """Tell whether contested modules are decided while sampling, and nothing of it is known yet."""
+        return self.policy.measured and not self.record
+
+    @property
     def _standings(self) -> list[float]:
         return [self.policy.standing(m.rho) for m in self.contested if m.rho is not None]
 
@@ -141,9 +146,12 @@ class FusionPlan:
         return switch_steps(lambda tau: self._weights(module, tau) == SUBJECT, self.policy.schedule, self.steps)
 
     def subject_share(self) -> list[float | None]:
-        """Give, per step, the fraction of contested modules where the subject acts; None where none is contested."""
+        """Give, per step, the fraction of contested modules where the subject acts.
+
+        None where none is contested, and where that is only decided while sampling.
+        """
         letters = [self.selections[module.name] for module in self.contested]
-        if not letters:
+        if not letters or self.undecided:
             return [None] * self.steps
         return [sum(row[i] == "c" for row in letters) / len(letters) for i in range(self.steps)]
 

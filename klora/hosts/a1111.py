@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from klora.engine.dynamic import Rows
 from klora.hosts.webui import TextPart, WebuiHost, host_tensors, kohya_text_key
@@ -50,6 +50,13 @@ class A1111Host(WebuiHost):
             unconditional = unconditional["crossattn"]
         conditional = whole - len(unconditional)
         return Rows(0, conditional, whole) if batch == whole and conditional > 0 else None
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Decode with the host's VAE; its own way to decode lets no gradient pass."""
+        vae = self.sd_model.first_stage_model
+        weight = next(vae.parameters())
+        images: Tensor = vae.decode((latents / self.sd_model.scale_factor).to(weight.dtype))
+        return images.float() / 2 + 0.5
 
     def _network(self, networks: Any, part: TextPart) -> Any:
         network = importlib.import_module("network")

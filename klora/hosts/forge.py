@@ -5,14 +5,15 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
 from klora.hosts.forge_weights import with_plain_weight
-from klora.hosts.webui import TextPart, WebuiHost, host_tensors, kohya_text_key
+from klora.hosts.webui import TextPart, WebuiHost, host_tensors, kohya_text_key, trainable_copy
 
 
 class ForgeHost(WebuiHost):
@@ -70,3 +71,14 @@ class ForgeHost(WebuiHost):
         if not conditional:
             return Rows(0, 0, len(args[0]))
         return Rows(conditional[0] * size, (conditional[-1] + 1) * size, len(args[0]))
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Decode with a copy of the host's VAE, whose weights are made in inference mode, where they lie."""
+        weight = next(self._vae.parameters())
+        latents = self._vae.process_out(latents).to(weight.device, weight.dtype)
+        images: Tensor = self._vae.decode(latents)
+        return images.float() / 2 + 0.5
+
+    @cached_property
+    def _vae(self) -> Any:
+        return trainable_copy(self.sd_model.forge_objects.vae.first_stage_model)

@@ -5,6 +5,7 @@ Differences lie in `a1111` and `forge`; `webui_host` chooses by what a loaded mo
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 from abc import ABC, abstractmethod
@@ -63,6 +64,10 @@ class WebuiHost(ABC):
 
         `evaluation` is what the host's callback was told of the evaluation that the call is part of.
         """
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Give images (B, 3, H, W) in [0, 1] of latents as the sampler has them; gradients pass."""
 
 
 @dataclass(frozen=True)
@@ -169,6 +174,12 @@ def host_tensors(delta: Delta) -> dict[str, Tensor]:
         shape = (1, -1) if delta.by_column else (-1, 1)
         tensors["dora_scale"] = delta.magnitude.fp32().reshape(shape)
     return tensors
+
+
+def trainable_copy(vae: nn.Module) -> nn.Module:
+    """Copy a VAE whose weights were made in inference mode, through which no gradient passes."""
+    with torch.inference_mode(False):
+        return copy.deepcopy(vae).requires_grad_(False)
 
 
 def ldm_sites(diffusion_model: nn.Module) -> Iterator[tuple[str, Site]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from klora.fusion.plan import FusionPlan
 from klora.lora.names import block_of
-from klora.report.summary import WHO, describe_rule
+from klora.report.summary import WHO, absent_share, describe_rule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -82,7 +82,7 @@ def _place(figure: Figure, left: int, top: int, width: int, height: int) -> Axes
 def _draw_heading(figure: Figure, plan: FusionPlan, title: str | None) -> None:
     from matplotlib.patches import Patch
 
-    share = "nothing is contested" if plan.share is None else f"subject share {plan.share:.1%}"
+    share = absent_share(plan) if plan.share is None else f"subject share {plan.share:.1%}"
     # A "$" in a file name would begin a formula.
     heading = f"{title or plan.policy.title} · {share}".replace("$", r"\$")
     left = LEFT / WIDTH

@@ -27,7 +27,7 @@ def summarise(pair: Pair, plan: FusionPlan) -> str:
         ("share", _describe_share(plan)),
     ]
     lines = [f"{label:<9} {text}" for label, text in rows]
-    if not plan.policy.measured and {"c", "s"} & set(_letters(plan)):
+    if not plan.undecided and {"c", "s"} & set(_letters(plan)):
         lines += ["", *_share_table(plan), "", *_block_table(plan)]
     return "\n".join(lines)
 
@@ -86,10 +86,15 @@ def _describe_coverage(pair: Pair) -> str:
     return f"contested {len(coverage.contested)} of {total} modules; {rest}"
 
 
+def absent_share(plan: FusionPlan) -> str:
+    """Say why a plan has no share."""
+    return "decided while sampling" if plan.contested else "nothing is contested"
+
+
 def _describe_share(plan: FusionPlan) -> str:
     if not plan.contested:
         return "nothing is contested"
-    if plan.policy.measured:
+    if plan.undecided:
         return f"of {len(plan.contested)} modules: decided while sampling"
     letters = _letters(plan)
     shares = [f"{who} {letters.count(x) / len(letters):.1%}" for x, who in WHO.items() if x in letters or x in "cs"]

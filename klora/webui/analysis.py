@@ -36,10 +36,10 @@ def analyse(request: Request) -> tuple[Images.Image, str]:
 
 def two_lines(request: Request, pair: Pair, plan: FusionPlan) -> tuple[str, str]:
     """Say what came of it, and by which rule."""
-    from klora.report.summary import describe_rule
+    from klora.report.summary import absent_share, describe_rule
 
     coverage = pair.coverage
-    share = "nothing is contested" if plan.share is None else f"subject share {plan.share:.1%}"
+    share = absent_share(plan) if plan.share is None else f"subject share {plan.share:.1%}"
     parts = {"contested": plan.contested, "subject only": coverage.subject_only, "style only": coverage.style_only}
     counts = [f"{len(modules)} {label}" for label, modules in parts.items()]
     if coverage.unmatched:

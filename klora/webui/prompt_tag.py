@@ -42,7 +42,7 @@ class Tag:
     @classmethod
     def _parse(cls, items: Sequence[str]) -> Tag:
         names = [item.strip() for item in items[:2]]
-        if len(names) < 2 or not all(names) or any("=" in name for name in names):
+        if len(names) < 2 or not all(names) or any(set("=:") & set(name) for name in names):
             raise KloraError(f"it must name a subject and a style, as in <{NAME}:subject:style>")
         values: dict[str, Any] = {}
         strengths = list(STRENGTHS)

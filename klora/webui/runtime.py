@@ -20,7 +20,9 @@ from klora.errors import KloraError
 from klora.fusion.plan import FusionPlan
 from klora.fusion.policies import make_policy
 from klora.fusion.policies.base import WEBUI
+from klora.hosts.references import make_refiner
 from klora.hosts.webui import Library, ListedLora, TextPart, WebuiHost, library, schedule_of, webui_host
+from klora.hosts.webui_refine import DenoiserRefinement
 from klora.lora.file import check_model
 from klora.pair import Pair
 from klora.webui.infotext import to_infotext
@@ -127,6 +129,7 @@ class Generation:
         self.evaluation: Any = None
         """What the host's callback was told of the evaluation that is under way."""
         self._session: Session | None = None
+        self._refinement: DenoiserRefinement | None = None
         self._bound_to: tuple[Any, ...] | None = None
         self._wrapped: list[tuple[str, Any, bool]] = []
         self._encoder = ExitStack()
@@ -178,12 +181,15 @@ class Generation:
                 denoiser=host.diffusion_model,
                 conditional=lambda args, kwargs: host.conditional_rows(self.evaluation, args, kwargs),
             )
+        refiner = make_refiner(plan.settings, self.evaluation.x.device if self.evaluation else "cpu")
         if sampling is None:
             session.start_pass(schedule_of(denoiser))
         else:
             # The model has changed within a pass: a refiner.
             session.follow(sampling)
         self._session = session
+        if refiner is not None:
+            self._refinement = DenoiserRefinement(host, session, refiner, denoiser)
         self._report(session)
 
     def _report(self, session: Session) -> None:
@@ -223,7 +229,9 @@ class Generation:
         if self._session is not None:
             self._attached.detach(self._session)
             self._note_decisions(self._session)
-        self._session = None
+        if self._refinement is not None:
+            self._refinement.remove()
+        self._session = self._refinement = None
         self._bound_to = None
 
     def _wrap(self, name: str, around: Callable[[], AbstractContextManager[None]]) -> None:

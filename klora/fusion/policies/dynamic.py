@@ -7,8 +7,6 @@ published; here, of softmax distributions over the output channels of each token
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-
 from klora.fusion.policies.base import BOTH, Moment, Weights
 from klora.fusion.policies.k_lora import KLora
 
@@ -24,7 +22,3 @@ class Dynamic(KLora):
 
     def weights(self, module: str, rho: float, moment: Moment) -> Weights:
         return BOTH
-
-    def notices(self, subject: Sequence[str], style: Sequence[str]) -> Iterable[str]:
-        if not set(subject).isdisjoint(style):
-            yield "the policy dynamic decides while sampling: before, both stand where either may come to act"
