@@ -64,7 +64,7 @@ class Place:
         try:
             with Images.open(self.picture) as image:
                 image.load()
-                facts = json.loads(image.text["klora"])  # type: ignore[attr-defined]
+                facts = json.loads(image.info["klora"])
                 return (image.convert("RGB"), facts) if facts["key"] == self.key else None
         except (OSError, ValueError, KeyError, AttributeError, TypeError):
             return None
