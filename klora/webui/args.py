@@ -38,7 +38,7 @@ _FIRST = (
     "seed",
     "show_map",
 )
-NOT_OURS = ("steps",)
+NOT_OURS = ("steps", "clip_model", "dino_model")
 """Settings that a WebUI decides by itself."""
 
 ARG_ORDER = (*_FIRST, *(name for name in options() if name not in (*_FIRST, *NOT_OURS)))

@@ -6,7 +6,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from klora.settings import Settings
+from klora.settings import Settings, options
 from klora.webui.args import choices_of, setting_options, text_of
 from klora.webui.prompt_tag import NAME
 from klora.webui.ui import changed_defaults
@@ -18,6 +18,8 @@ SECTION = (NAME, "K-LoRA")
 DEFAULTED = tuple(name for name, option in setting_options().items() if name != "share" and not option.policies)
 """Settings whose first value in the accordion a user can choose; a tag does not heed it, so that it says it all."""
 
+REFERENCES = f"{NAME}_references_folder"
+MODELS = {"clip_model": f"{NAME}_clip_model", "dino_model": f"{NAME}_dino_model"}
 CACHE_FOLDER, CACHE_MEGABYTES, SHOW_MAP = f"{NAME}_cache_folder", f"{NAME}_cache_megabytes", f"{NAME}_show_map"
 _MEGABYTES = 256
 
@@ -37,6 +39,9 @@ def register_options() -> None:
     where = "empty: cache/klora in the WebUI's data folder"
     add(CACHE_FOLDER, "", "Folder that keeps the scores of LoRA files", where)
     add(CACHE_MEGABYTES, _MEGABYTES, "Size of that folder, in MB", "what was not used longest goes", gr.Number)
+    add(REFERENCES, "", "Folder of reference pictures", "empty: klora-references in the WebUI's data folder")
+    for name, key in MODELS.items():
+        add(key, getattr(Settings(), name), options()[name].label, options()[name].help)
     for name in DEFAULTED:
         option, default = setting_options()[name], text_of(getattr(Settings(), name))
         component: tuple[Any, ...] = ()
@@ -60,6 +65,17 @@ def defaults() -> dict[str, Any]:
 def map_always_wanted() -> bool:
     """Tell whether every picture comes with its selection map."""
     return bool(_option(SHOW_MAP, False))
+
+
+def reference_folder() -> Path:
+    """Give the folder whose pictures a prompt may name as references."""
+    folder = str(_option(REFERENCES, "") or "").strip()
+    return Path(folder or Path(importlib.import_module("modules.paths").data_path) / f"{NAME}-references")
+
+
+def reference_models() -> dict[str, str]:
+    """Give the models that compare with references, by setting."""
+    return {name: str(_option(key, "") or getattr(Settings(), name)) for name, key in MODELS.items()}
 
 
 def score_cache() -> ScoreCache:

@@ -25,9 +25,11 @@ from klora.hosts.webui import Library, ListedLora, TextPart, WebuiHost, library,
 from klora.hosts.webui_refine import DenoiserRefinement
 from klora.lora.file import check_model
 from klora.pair import Pair
+from klora.settings import Settings
 from klora.webui.infotext import to_infotext
-from klora.webui.options import score_cache
+from klora.webui.options import reference_folder, score_cache
 from klora.webui.prompt_tag import NAME, Tag
+from klora.webui.references import with_references
 
 logger = logging.getLogger("klora")
 
@@ -43,10 +45,12 @@ class Fusion:
     subject: ListedLora
     style: ListedLora
     pair: Pair
+    settings: Settings
+    """Those of the tag, with the files that its names of references stand for."""
 
     def text_parts(self) -> list[TextPart]:
         """Give the text-encoder parts that act, with the strengths they act with."""
-        settings = self.tag.settings
+        settings = self.settings
         weights = self.pair.text_encoder_weights(settings)
         parts = []
         for lora, file, side, strength in (
@@ -60,7 +64,7 @@ class Fusion:
 
     def plan(self, host: WebuiHost, hires: bool = False) -> FusionPlan:
         """Decide for one pass; the pass that `passes` leaves out applies the pair as two plain LoRAs."""
-        settings = self.tag.settings
+        settings = self.settings
         if settings.passes not in ("both", "hires" if hires else "first"):
             settings = dataclasses.replace(settings, policy="direct", preset="1,1", share=None)
         return self.pair.plan(settings, host.architecture)
@@ -181,7 +185,8 @@ class Generation:
                 denoiser=host.diffusion_model,
                 conditional=lambda args, kwargs: host.conditional_rows(self.evaluation, args, kwargs),
             )
-        refiner = make_refiner(plan.settings, self.evaluation.x.device if self.evaluation else "cpu")
+        with _named_by(folder=reference_folder()):
+            refiner = make_refiner(plan.settings, self.evaluation.x.device if self.evaluation else "cpu")
         if sampling is None:
             session.start_pass(schedule_of(denoiser))
         else:
@@ -310,6 +315,11 @@ def make_extra_network() -> Any:
             except KloraError as error:
                 generation.begin(None)
                 fail(p, str(error))
+            except Exception as error:
+                # The host would show it in the console alone.
+                logger.exception("K-LoRA failed")
+                generation.begin(None)
+                fail(p, f"an unexpected {type(error).__name__}: {error}")
 
         def deactivate(self, p: Any) -> None:
             """Nothing is left to do: the end of sampling has taken everything off."""
@@ -323,7 +333,7 @@ def make_extra_network() -> Any:
             subject, style = names.find(tag.subject), names.find(tag.style)
             with _named_by(subject, style):
                 pair = self.pairs.open(subject.path, style.path, score_cache())
-            fusion = Fusion(tag, subject, style, pair)
+            fusion = Fusion(tag, subject, style, pair, with_references(tag.settings))
             with _named_by(subject, style):
                 self._check(p, fusion)
             yield_to(p, params_list, fusion, names)
@@ -348,7 +358,7 @@ def _in_hires_prompt(p: Any) -> bool:
 
 
 @contextmanager
-def _named_by(*loras: ListedLora) -> Iterator[None]:
+def _named_by(*loras: ListedLora, folder: Path | None = None) -> Iterator[None]:
     """Let errors about files say their names alone: an image's text must not tell where they lie on this machine."""
     try:
         yield
@@ -356,6 +366,8 @@ def _named_by(*loras: ListedLora) -> Iterator[None]:
         text = str(error)
         for lora in loras:
             text = text.replace(str(lora.path), lora.path.name)
+        if folder is not None:
+            text = text.replace(f"{folder.resolve()}/", "").replace(str(folder.resolve()), folder.name)
         raise KloraError(text) from error
 
 

@@ -11,7 +11,17 @@ from klora.errors import KloraError, SettingsError
 from klora.fusion.policies import policies_on
 from klora.fusion.policies.base import WEBUI
 from klora.settings import Settings, options
-from klora.webui.args import ARG_ORDER, NONE, Request, choices_of, override_tag, read_args, read_values, text_of
+from klora.webui.args import (
+    ARG_ORDER,
+    NONE,
+    NOT_OURS,
+    Request,
+    choices_of,
+    override_tag,
+    read_args,
+    read_values,
+    text_of,
+)
 from klora.webui.injection import add_tag, apply_request, rewrite
 from klora.webui.prompt_tag import Tag, find_tag
 from klora.webui.schema import json_schema
@@ -31,7 +41,7 @@ NAMES = st.text(st.characters(exclude_characters=":<>=\r\n", exclude_categories=
 def settings_of_a_user(draw: st.DrawFn) -> dict[str, Any]:
     values: dict[str, Any] = {}
     for name, option in options().items():
-        if name == "steps" or draw(st.booleans()):
+        if name in NOT_OURS or draw(st.booleans()):
             continue
         if choices := choices_of(name, option):
             values[name] = draw(st.sampled_from(choices))
@@ -61,7 +71,7 @@ def requests() -> st.SearchStrategy[Request]:
 
 def test_the_positional_order_is_only_ever_appended_to() -> None:
     assert list(ARG_ORDER[: len(PUBLISHED)]) == PUBLISHED
-    assert {*ARG_ORDER} == {*PUBLISHED, *options()} - {"steps"}
+    assert {*ARG_ORDER} == {*PUBLISHED, *options()} - {*NOT_OURS}
 
 
 def test_nothing_or_unticked_asks_for_nothing() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from klora.fusion.policies import policies_on
@@ -38,4 +40,22 @@ def test_what_was_decided_while_sampling_is_in_the_plan(host: FakeHost) -> None:
 def test_references_without_a_model_are_named(host: FakeHost, plain: Picture) -> None:
     made = host.txt2img("a dog <klora:dog:ink:policy=dynamic:style_refs=/nowhere/a.png>")
     assert "style_refs" in made.comments
+    assert made.same(plain)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "style_refs=/etc",
+        "subject_refs=../outside.png",
+        "style_refs=a.png;../../x",
+        "clip_model=someone/else",
+        "dino_model=/tmp",
+    ],
+)
+def test_a_prompt_names_neither_paths_nor_models(host: FakeHost, plain: Picture, tmp_path: Path, setting: str) -> None:
+    (tmp_path / "outside.png").touch()
+    made = host.txt2img(f"a dog <klora:dog:ink:policy=dynamic:{setting}>")
+    assert setting.partition("=")[0] in made.comments
+    assert str(tmp_path) not in made.comments
     assert made.same(plain)
