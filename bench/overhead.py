@@ -32,10 +32,10 @@ from klora.lora.names import kind_of
 from klora.pair import Pair
 from klora.settings import Settings
 
-# Path in SDXL, channels, heads, image tokens at 512×512 pixels, how many of this size SDXL has.
+# Path in SDXL, channels, heads, pixels along the side of a token, how many of this size SDXL has.
 BLOCKS = (
-    ("down_blocks.1.attentions.0.transformer_blocks.0", 640, 10, 1024, 10),
-    ("mid_block.attentions.0.transformer_blocks.0", 1280, 20, 256, 60),
+    ("down_blocks.1.attentions.0.transformer_blocks.0", 640, 10, 16, 10),
+    ("mid_block.attentions.0.transformer_blocks.0", 1280, 20, 32, 60),
 )
 CONTEXT = 2048
 STEPS = 30
@@ -75,7 +75,9 @@ class RecomputeEverything:
         subject, style = self.pair.subject.modules[name], self.pair.style.modules[name]
         c, s = subject.matrix(), style.matrix()
         k = subject.rank * style.rank
-        wins = c.abs().flatten().topk(k).values.sum() >= s.abs().flatten().topk(k).values.sum()
+        abs_c, abs_s = c.abs().flatten(), s.abs().flatten()
+        gamma = abs_c.sum() / abs_s.sum()
+        wins = abs_c.topk(k).values.sum() >= abs_s.topk(k).values.sum() * gamma
         torch.add(self.weights[name], c if wins else s, out=self.linears[name].weight.data)
 
     def remove(self) -> None:
@@ -100,10 +102,10 @@ def timed(forward: Callable[[], Tensor]) -> float:
 
 
 @torch.no_grad()
-def measure(rank: int, rounds: int, folder: Path) -> dict[str, dict[str, float]]:
+def measure(rank: int, pixels: int, rounds: int, folder: Path) -> dict[str, dict[str, float]]:
     """Median seconds per forward, by block path and way."""
     results = {}
-    for path, channels, heads, tokens, _ in BLOCKS:
+    for path, channels, heads, side, _ in BLOCKS:
         block = make_block(channels, heads)
         linears = {
             f"{path}.{name}": module
@@ -117,7 +119,7 @@ def measure(rank: int, rounds: int, folder: Path) -> dict[str, dict[str, float]]
             way: Session(pair, pair.plan(Settings(policy=policy)), sites, denoiser=block, conditional=second_half)
             for way, policy in (("K-LoRA", "k-lora"), ("dynamic", "dynamic"))
         }
-        x, context = torch.randn(2, tokens, channels), torch.randn(2, 77, CONTEXT)
+        x, context = torch.randn(2, (pixels // side) ** 2, channels), torch.randn(2, 77, CONTEXT)
         results[path] = _take_turns(block, sessions, pair, linears, x, context, rounds)
     return results
 
@@ -174,13 +176,15 @@ def main() -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
+    parser.add_argument("--pixels", type=int, default=512, help="side of the square picture")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     print(describe_machine())
-    print("seconds per forward of the transformer blocks, batch 2, 512×512 pixels, fp32; × = ratio to one merged LoRA")
+    picture = f"{options.pixels}×{options.pixels} pixels"
+    print(f"time per forward of the transformer blocks, batch 2, {picture}, fp32; × = ratio to one merged LoRA")
     for rank in options.ranks:
         with tempfile.TemporaryDirectory() as folder:
-            report(rank, measure(rank, options.rounds, Path(folder)))
+            report(rank, measure(rank, options.pixels, options.rounds, Path(folder)))
 
 
 if __name__ == "__main__":
