@@ -12,11 +12,10 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from klora.errors import SettingsError
 
-Architecture = Literal["SD1", "SD2", "SDXL", "FLUX"]
 AUTO = "auto"
 
 

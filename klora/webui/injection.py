@@ -13,6 +13,9 @@ from klora.webui.prompt_tag import NAME, Tag, find_tag
 OVERRIDES = "klora_overrides"
 """Where a processing object keeps what an X/Y/Z axis has set."""
 
+PLANS = "klora_plans"
+"""Where a processing object keeps the plans that ran, for the selection map."""
+
 # What the host takes for a tag.
 _ANY_TAG = re.compile(r"<(\w+):([^>]+)>")
 _TYPED = f"<{NAME}:"

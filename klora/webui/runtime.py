@@ -27,14 +27,15 @@ from klora.lora.file import check_model
 from klora.pair import Pair
 from klora.settings import Settings
 from klora.webui.infotext import to_infotext
+from klora.webui.injection import PLANS
 from klora.webui.options import reference_folder, score_cache
 from klora.webui.prompt_tag import NAME, Tag
 from klora.webui.references import with_references
 
 logger = logging.getLogger("klora")
 
-# Where a processing object keeps its Generation, and what Script.postprocess finds the plans under.
-STATE, PLANS = "klora_generation", "klora_plans"
+# Where a processing object keeps its Generation.
+STATE = "klora_generation"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,11 +9,9 @@ from typing import Any
 from klora.errors import KloraError
 from klora.webui.args import named, truth
 from klora.webui.infotext import PASTERS
-from klora.webui.injection import apply_request, pair_of
+from klora.webui.injection import PLANS, apply_request, pair_of
 from klora.webui.options import defaults, map_always_wanted
 from klora.webui.ui import TITLE, Names, build
-
-PLANS = "klora_plans"
 
 
 def make_script() -> type:
