@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from bench.machine import describe_machine
 from klora.cache import ScoreCache
-from klora.fusion.scores import STANDARD_KS, score_deltas, score_file
+from klora.fusion.scores import STANDARD_KS, score_deltas
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
 
@@ -143,7 +143,7 @@ def peak_memory(path: Path) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    score_file(file)
+    score_deltas({name: (delta, STANDARD_KS) for name, delta in file.modules.items()})
     done.set()
     watcher.join()
     return peak - before

@@ -11,7 +11,8 @@ from klora.cache import ScoreCache
 from klora.engine.session import Session
 from klora.fusion.plan import FusionPlan
 from klora.hosts.diffusers import DiffusersHost
-from klora.hosts.references import make_refiner
+from klora.hosts.diffusers_follow import follow
+from klora.hosts.refiner import make_refiner
 from klora.pair import Pair
 from klora.settings import Settings
 
@@ -42,7 +43,7 @@ def fuse(
         pair, plan, host.sites(), host.text_sites(), host.model_name, host.denoiser, host.conditional_rows
     )
     refiner = make_refiner(plan.settings, host.device)
-    follower = host.follow(session, refiner)
+    follower = follow(host, session, refiner)
     try:
         with session:
             yield session

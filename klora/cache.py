@@ -9,7 +9,6 @@ import math
 import os
 import re
 import stat
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -17,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from klora.atomic import write_whole
 from klora.errors import LoraFileError
 from klora.fusion.scores import SCORING_VERSION, STANDARD_KS, FileScores, ModuleScore, score_deltas
 from klora.lora.file import LoraFile
@@ -126,7 +126,7 @@ class ScoreCache:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(entry, content)
+            write_whole(entry, content, PART)
             self._drop_unused()
         except OSError as error:
             if not self._warned:
@@ -157,19 +157,6 @@ def _own_files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
         if path.name.startswith((SCORES, DIGEST, PART)):
             with contextlib.suppress(FileNotFoundError):
                 yield path, path.lstat()
-
-
-def _replace(entry: Path, content: bytes) -> None:
-    """Write next to the entry, then take its place: readers see the old or the new, never a half."""
-    descriptor, part = tempfile.mkstemp(prefix=PART, dir=entry.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-        os.replace(part, entry)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(part)
-        raise
 
 
 def _seal(data: dict[str, Any]) -> bytes:

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from os import PathLike
 
 from klora.cache import ScoreCache
-from klora.fusion.plan import ROLES, Candidate, FusionPlan, make_plan, wanted_k
-from klora.fusion.policies.base import Weights
+from klora.fusion.plan import ROLES, FileModule, FusionPlan, make_plan, wanted_k
+from klora.fusion.policies import resolve
+from klora.fusion.policies.base import Active
 from klora.lora.deltas import Delta
 from klora.lora.file import Coverage, LoraFile, check_partner, coverage
 from klora.lora.names import kind_of, slice_of, sort_key
@@ -51,7 +52,7 @@ class Pair:
 
         `architecture` is the model's, where one is at hand; the files' own otherwise.
         """
-        settings = settings.resolve(architecture or self.architecture)
+        settings = resolve(settings, architecture or self.architecture)
         kinds = KINDS_IN_SCOPE[settings.scope]
         wanted = {
             name: {wanted_k(settings, delta.rank, self.style.modules[name].rank, delta.shape)}
@@ -62,7 +63,7 @@ class Pair:
         names = sorted({*self.subject.modules, *self.style.modules}, key=sort_key)
         return make_plan(
             (
-                Candidate(
+                FileModule(
                     name,
                     slice_of(name),
                     in_scope=name in wanted,
@@ -76,11 +77,11 @@ class Pair:
             settings,
         )
 
-    def text_encoder_weights(self, settings: Settings) -> dict[str, Weights]:
-        """Say, for every text-encoder module of either file, what acts on it during the whole generation."""
-        role = ROLES[settings.resolve(self.architecture).text_encoder]
+    def text_encoder_active(self, settings: Settings) -> dict[str, Active]:
+        """What is active in each text-encoder module of either file, during the whole generation."""
+        role = ROLES[resolve(settings, self.architecture).text_encoder]
         return {
-            name: Weights(
+            name: Active(
                 role.subject if name in self.subject.text_encoder else 0.0,
                 role.style if name in self.style.text_encoder else 0.0,
             )

@@ -12,6 +12,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 from klora.errors import SettingsError
@@ -25,8 +26,7 @@ class Option:
 
     `kind` is the type of a value; with `optional`, None (written "auto") means "let K-LoRA choose".
     `low` and `high` are inclusive; `above` is an exclusive lower bound. A text that is `free` is taken as it is, on one
-    line. `policies` names the policies that heed the
-    setting, none meaning all: interfaces show it only when one of them is chosen.
+    line. What is `hidden` is read but shown nowhere.
     """
 
     kind: type
@@ -37,8 +37,8 @@ class Option:
     high: float | None = None
     above: float | None = None
     optional: bool = False
-    policies: tuple[str, ...] = ()
     free: bool = False
+    hidden: bool = False
 
     def read(self, name: str, value: Any) -> Any:
         """Turn `value` (typed, or the text of it) into the setting's type; raise SettingsError for anything else."""
@@ -198,100 +198,66 @@ class Settings:
         choices=("both", "first", "hires"),
     )
     engine: str = _setting(
-        AUTO, "Engine", "how a decision is applied; bypass adds the active LoRA's output", choices=(AUTO, "bypass")
+        AUTO,
+        "Engine",
+        "how a decision is applied; bypass adds the active LoRA's output",
+        choices=(AUTO, "bypass"),
+        hidden=True,
     )
-    seed: int = _setting(
-        0, "Selection seed", "seed of what a policy draws at random", low=0, policies=("random", "lego")
-    )
+    seed: int = _setting(0, "Selection seed", "seed of what a policy draws at random", low=0)
     steps: int = _setting(
         30, "Steps", "steps of an analysis; while sampling, the sampler's own number counts", low=1, high=10_000
     )
     preset: str = _setting(
-        "1,1",
-        "Preset",
-        "weights of subject and style, beside the strengths",
-        choices=("1,1", "0.5,0.5", "1/3,2/3"),
-        policies=("direct",),
+        "1,1", "Preset", "weights of subject and style, beside the strengths", choices=("1,1", "0.5,0.5", "1/3,2/3")
     )
-    period: int = _setting(
-        5, "Period", "steps until the other LoRA's turn comes", low=1, high=10_000, policies=("switch", "cm-lora")
-    )
+    period: int = _setting(5, "Period", "steps until the other LoRA's turn comes", low=1, high=10_000)
     gamma_power: int = _setting(
-        1,
-        "Power of γ",
-        "1: γ as in K-LoRA; 2: γ², in keeping with squared norms",
-        low=1,
-        high=2,
-        policies=("est",),
+        1, "Power of γ", "1: γ as in K-LoRA; 2: γ², in keeping with squared norms", low=1, high=2
     )
     mu: float = _setting(
-        0.5,
-        "μ",
-        "the subject's part inside the style's row space is divided by 1 + μ",
-        low=0.0,
-        high=1000.0,
-        policies=("np-lora",),
+        0.5, "μ", "the subject's part inside the style's row space is divided by 1 + μ", low=0.0, high=1000.0
     )
     distance: str = _setting(
         "kl",
         "Distance",
         "how far a LoRA moves a layer's output: Kullback-Leibler, Euclidean, inner product or cosine",
         choices=("kl", "l2", "dot", "cos"),
-        policies=("dynamic",),
     )
-    tokens: int = _setting(
-        256, "Tokens", "tokens of a layer's output that are compared", low=1, high=65536, policies=("dynamic",)
-    )
-    reuse: int = _setting(1, "Reuse", "steps for which a decision holds", low=1, high=10_000, policies=("dynamic",))
-    refresh: int = _setting(
-        3,
-        "Refresh",
-        "steps for which the other LoRA's prediction is kept",
-        low=1,
-        high=10_000,
-        policies=("cm-lora",),
-    )
+    tokens: int = _setting(256, "Tokens", "tokens of a layer's output that are compared", low=1, high=65536)
+    reuse: int = _setting(1, "Reuse", "steps for which a decision holds", low=1, high=10_000)
+    refresh: int = _setting(3, "Refresh", "steps for which the other LoRA's prediction is kept", low=1, high=10_000)
     style_refs: str = _setting(
         "",
         "Style references",
         "pictures, or a folder of them, that latents are refined towards by CLIP; several with ;",
         free=True,
-        policies=("dynamic",),
     )
     subject_refs: str = _setting(
         "",
         "Subject references",
         "pictures, or a folder of them, that latents are refined towards by DINO; several with ;",
         free=True,
-        policies=("dynamic",),
     )
     clip_model: str = _setting(
         "openai/clip-vit-base-patch32",
         "CLIP model",
         "folder or hub id of the CLIP that compares with style references",
         free=True,
-        policies=("dynamic",),
     )
     dino_model: str = _setting(
         "facebook/dino-vits16",
         "DINO model",
         "folder or hub id of the DINO that compares with subject references",
         free=True,
-        policies=("dynamic",),
     )
-    style_pull: float = _setting(
-        1.0, "Style pull", "weight of the style references", low=0.0, high=100.0, policies=("dynamic",)
-    )
-    subject_pull: float = _setting(
-        1.0, "Subject pull", "weight of the subject references", low=0.0, high=100.0, policies=("dynamic",)
-    )
+    style_pull: float = _setting(1.0, "Style pull", "weight of the style references", low=0.0, high=100.0)
+    subject_pull: float = _setting(1.0, "Subject pull", "weight of the subject references", low=0.0, high=100.0)
     refine_step: float = _setting(
-        1.0, "Refinement step", "how far latents move per step of sampling", low=0.0, high=100.0, policies=("dynamic",)
+        1.0, "Refinement step", "how far latents move per step of sampling", low=0.0, high=100.0
     )
-    refine_from: float = _setting(
-        0.2, "Refine from τ", "where refinement begins", low=0.0, high=1.0, policies=("dynamic",)
-    )
-    refine_to: float = _setting(0.8, "Refine to τ", "where refinement ends", low=0.0, high=1.0, policies=("dynamic",))
+    refine_from: float = _setting(0.2, "Refine from τ", "where refinement begins", low=0.0, high=1.0)
+    refine_to: float = _setting(0.8, "Refine to τ", "where refinement ends", low=0.0, high=1.0)
 
     def __post_init__(self) -> None:
         for name, option in options().items():
@@ -316,43 +282,46 @@ class Settings:
             read[name] = value
         return cls(**read)
 
-    def resolve(self, architecture: str | None) -> Settings:
+    def resolve(self, architecture: str | None, defaults: Mapping[str, str] = MappingProxyType({})) -> Settings:
         """Fill in everything left to K-LoRA, for a model of `architecture` (None: unknown, treated as a UNet).
 
-        What comes back holds no "auto" but for `share`, `k`, `gamma` and `engine`, where it stands for a rule.
+        `defaults` are what "auto" means to the policy in force, where it differs. What comes back holds no "auto" but
+        for `share`, `k`, `gamma` and `engine`, where it stands for a rule.
         """
         official = self.variant == "official"
-        # B-LoRA is two blocks and nothing else.
-        no_text = official or self.policy == "b-lora"
-        scale = self.scale
-        if scale == AUTO:
-            # "Fixed" is defined on S (paper, section 4.3), whatever the model.
-            scale = "s*" if architecture == "FLUX" and self.policy != "fixed" else "s"
+        usual: dict[str, Any] = {
+            "scale": "s*" if architecture == "FLUX" else "s",
+            "scope": "attention" if official else "all",
+            "other_layers": "none" if official else "both",
+            "text_encoder": "none" if official else "both",
+            **defaults,
+        }
+        chosen: dict[str, Any] = {
+            name: value if getattr(self, name) == AUTO else getattr(self, name) for name, value in usual.items()
+        }
         alpha = 1.5 if self.alpha is None else self.alpha
-        default_beta = {"s": 0.5, "s*": 0.85 * alpha if official else 1.3}[scale]
-        return dataclasses.replace(
-            self,
-            scale=scale,
-            alpha=alpha,
-            beta=default_beta if self.beta is None else self.beta,
-            scope=_given(self.scope, "attention" if official else "all"),
-            other_layers=_given(self.other_layers, "none" if official else "both"),
-            text_encoder=_given(self.text_encoder, "none" if no_text else "both"),
-        )
+        default_beta = {"s": 0.5, "s*": 0.85 * alpha if official else 1.3}[chosen["scale"]]
+        beta = default_beta if self.beta is None else self.beta
+        return dataclasses.replace(self, alpha=alpha, beta=beta, **chosen)
 
     def to_dict(self) -> dict[str, Any]:
-        """Give every setting by name, ready for JSON."""
+        """Every setting by name, ready for JSON."""
         return dataclasses.asdict(self)
 
     def changed(self) -> dict[str, Any]:
-        """Give only the settings that differ from their defaults."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        """Only the settings that differ from their defaults, of those that are shown."""
+        return {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if getattr(self, f.name) != f.default and not f.metadata["option"].hidden
+        }
 
 
 def options() -> dict[str, Option]:
-    """Describe every setting, by name, in the order of the fields."""
+    """Every setting, by name, in the order of the fields."""
     return {f.name: f.metadata["option"] for f in dataclasses.fields(Settings)}
 
 
-def _given(value: str, default: str) -> str:
-    return default if value == AUTO else value
+def shown_options() -> dict[str, Option]:
+    """The settings that interfaces show."""
+    return {name: option for name, option in options().items() if not option.hidden}

@@ -13,10 +13,11 @@ import pytest
 from klora import cache as cache_module
 from klora.cache import ScoreCache
 from klora.errors import LoraFileError, LoraValueError
-from klora.fusion.scores import STANDARD_KS, FileScores, score_delta, score_deltas, score_file
+from klora.fusion.scores import STANDARD_KS, FileScores, score_delta, score_deltas
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
 from tests.support.lora_files import write_lora
+from tests.support.scoring import score_all
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn1."
 SHAPES = {BLOCK + "to_q": (48, 40), BLOCK + "to_k": (48, 40), BLOCK + "to_v": (8, 9)}
@@ -72,7 +73,7 @@ def test_cached_scores_are_the_computed_ones_to_the_last_bit(
 ) -> None:
     fresh = ScoreCache(folder).scores(file, {TO_Q: {16, 72}})
     assert len(computed) == len(SHAPES)
-    assert ScoreCache(folder).scores(file, {TO_Q: {16, 72}}) == fresh == score_file(file, {TO_Q: {72}})
+    assert ScoreCache(folder).scores(file, {TO_Q: {16, 72}}) == fresh == score_all(file, {TO_Q: {72}})
     assert len(computed) == len(SHAPES)
     assert list(fresh) == list(file.modules)
 
@@ -179,7 +180,7 @@ def test_a_folder_that_cannot_be_made_costs_one_warning(file: LoraFile, tmp_path
         first = cache.scores(file, {})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert cache.scores(file, {}) == first == score_file(file)
+        assert cache.scores(file, {}) == first == score_all(file)
 
 
 def test_a_failed_write_leaves_the_old_entry_and_no_rest(
@@ -268,7 +269,7 @@ for k in range(int(sys.argv[3]), 120, 2):
     assert [process.wait(120) for process in processes] == [0, 0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ScoreCache(folder).scores(file, {})[TO_Q].l1 == score_file(file)[TO_Q].l1
+        assert ScoreCache(folder).scores(file, {})[TO_Q].l1 == score_all(file)[TO_Q].l1
     assert not entries(folder, ".part")
 
 
@@ -303,11 +304,11 @@ def test_scores_belong_to_the_tensors_that_were_opened(file: LoraFile, folder: P
     os.replace(other, file.path)
     cache.scores(replaced, {})
     now = LoraFile.open(file.path)
-    assert cache.scores(now, {}) == score_file(now)
+    assert cache.scores(now, {}) == score_all(now)
 
 
 def test_a_file_deleted_after_opening_is_still_scored(file: LoraFile, folder: Path) -> None:
-    expected = score_file(file)
+    expected = score_all(file)
     file.path.unlink()
     assert ScoreCache(folder).scores(file, {}) == expected
 

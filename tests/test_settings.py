@@ -1,5 +1,6 @@
 """One settings model: what it accepts, refuses and resolves."""
 
+import dataclasses
 import json
 import math
 
@@ -8,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klora.errors import SettingsError
+from klora.fusion.policies import resolve
 from klora.settings import Settings, options
 
 
@@ -76,7 +78,7 @@ def test_an_alpha_of_zero_is_refused_when_the_model_leads_to_s_star() -> None:
 def test_what_is_left_open_is_resolved_by_model_and_variant(
     given_settings: dict, architecture: str | None, expected: dict
 ) -> None:
-    resolved = Settings.parse(given_settings).resolve(architecture).to_dict()
+    resolved = resolve(Settings.parse(given_settings), architecture).to_dict()
     assert {name: resolved[name] for name in expected} == expected
 
 
@@ -99,7 +101,7 @@ def test_settings_survive_json_and_text(values: dict) -> None:
         values["alpha"] = None
     settings = Settings.parse(values)
     assert Settings.parse(json.loads(json.dumps(settings.to_dict()))) == settings
-    assert Settings.parse(settings.changed()) == settings
+    assert dataclasses.replace(Settings.parse(settings.changed()), engine=settings.engine) == settings
     as_text = {
         name.replace("_", "-"): "auto" if value is None else str(value) for name, value in settings.to_dict().items()
     }

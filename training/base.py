@@ -18,18 +18,18 @@ import torch
 import torch.distributed as dist
 from diffusers.models.attention_processor import AttnProcessor
 
-from klora.demo import pictures as pic
+from training import pictures as pic
 from training.common import (
     DEMO,
     WORK,
     base_caption,
     draw_timesteps,
+    generate,
     make_pipeline,
     make_scheduler,
     make_text_encoder,
     make_tokenizer,
     make_unet,
-    paint,
     save_pipeline,
     sheet,
     to_latents,
@@ -144,7 +144,7 @@ class Trainer:
 
 
 def work(rank: int, meeting: str, total: int, save_every: float) -> None:
-    """One of the training processes; the first also saves and paints samples."""
+    """One of the training processes; the first also saves and generates samples."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=WORKERS)
     trainer = Trainer(WORK, total, rank)
@@ -161,7 +161,7 @@ def work(rank: int, meeting: str, total: int, save_every: float) -> None:
             trainer.save()
             saved = time.time()
         if time.time() - sampled > 600:
-            pictures = paint(trainer.pipeline(), SAMPLES, seed=0)
+            pictures = generate(trainer.pipeline(), SAMPLES, seed=0)
             sheet([list(pictures[:6]), list(pictures[6:])], WORK / "samples" / f"base-{trainer.step:05d}.png")
             sampled = time.time()
     if rank == 0:

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from klora.demo import pictures as pic
+from training import pictures as pic
 
 DEMO = Path(__file__).resolve().parent.parent / "klora" / "demo"
 WORK = Path(os.environ.get("KLORA_TRAINING_DIR", "training-work"))
@@ -251,7 +251,7 @@ def sheet(rows: list[list[np.ndarray]], file: Path, zoom: int = 3) -> None:
     image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST).save(file)
 
 
-def paint(
+def generate(
     pipe: StableDiffusionPipeline, prompts: list[str], seed: int, steps: int = 20, cfg: float = 4.0
 ) -> np.ndarray:
     """One picture per prompt, uint8 (n, h, w, 3); picture i starts from noise of its own seed."""

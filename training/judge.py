@@ -17,8 +17,8 @@ import torch
 from PIL import Image, ImageFilter
 from safetensors.torch import save_file
 
-from klora.demo import pictures as pic
 from klora.demo.judge import STYLE_NAMES, SUBJECT_NAMES, Judge, JudgeNet, as_batch
+from training import pictures as pic
 from training.common import DEMO, WORK
 
 BATCH = 64

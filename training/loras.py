@@ -20,7 +20,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from klora.demo import pictures as pic
+from training import pictures as pic
 from training.common import DEMO, WORK, draw_timesteps, load_pipeline, make_scheduler, to_latents, tokenize
 
 BATCH = 16

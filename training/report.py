@@ -1,6 +1,6 @@
 """Measure what ships and write `klora/demo/catalogue.json`: `python -m training.report`.
 
-The base, each subject alone and each style alone paint pictures that the judge names. Sample sheets go to the work
+The base, each subject alone and each style alone generate pictures that the judge names. Sample sheets go to the work
 folder.
 """
 
@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
-from klora.demo import pictures as pic
 from klora.demo.judge import Judge
-from training.common import DEMO, WORK, load_pipeline, paint, sheet
+from training import pictures as pic
+from training.common import DEMO, WORK, generate, load_pipeline, sheet
 from training.judge import measure
 from training.loras import JOBS, STYLE_FAMILIES, Job
 
@@ -26,12 +26,12 @@ SUBJECT_FAMILIES = tuple(s.family for s in pic.SUBJECTS.values())
 
 
 def base_figures(pipe: StableDiffusionPipeline, judge: Judge, n: int) -> dict[str, float]:
-    """How often the base paints the family and the pattern that a full caption asks for."""
+    """How often the base generates the family and the pattern that a full caption asks for."""
     rng = np.random.default_rng(7)
     subjects = [pic.random_subject(rng, pic.FAMILIES[i % len(pic.FAMILIES)]) for i in range(n)]
     styles = [pic.random_style(rng, s) for s in subjects]
     prompts = [f"a {pic.describe_subject(s)} {pic.describe_style(t)}" for s, t in zip(subjects, styles, strict=True)]
-    images = paint(pipe, prompts, seed=1000, steps=STEPS, cfg=GUIDANCE)
+    images = generate(pipe, prompts, seed=1000, steps=STEPS, cfg=GUIDANCE)
     verdicts = judge(images)
     sheet([list(images[i : i + 8]) for i in range(0, n - 7, 8)], WORK / "samples" / "report-base.png")
     return {
@@ -47,22 +47,22 @@ def share(hits: list[bool]) -> float:
 
 
 def subject_figures(pipe: StableDiffusionPipeline, judge: Judge, name: str, n: int) -> dict[str, float]:
-    """How often a subject LoRA alone paints its subject, on its own prompt."""
+    """How often a subject LoRA alone generates its subject, on its own prompt."""
     prompt = f"a {pic.SUBJECT_TOKEN} {pic.SUBJECTS[name].family}"
-    images = paint(pipe, [prompt] * n, seed=2000, steps=STEPS, cfg=GUIDANCE)
+    images = generate(pipe, [prompt] * n, seed=2000, steps=STEPS, cfg=GUIDANCE)
     sheet([list(images[i : i + 8]) for i in range(0, n - 7, 8)], WORK / "samples" / f"report-{name}.png")
     verdicts = judge(images)
     return {"pictures": n, "subject": share([v.subject == name for v in verdicts])}
 
 
 def style_figures(pipe: StableDiffusionPipeline, judge: Judge, name: str, n: int) -> dict[str, float]:
-    """How often a style LoRA alone paints its style: on the families it was trained on, and on the others."""
+    """How often a style LoRA alone generates its style: on the families it was trained on, and on the others."""
     out: dict[str, float] = {"pictures": n}
     rows = []
     for key, families in (("style", STYLE_FAMILIES), ("style_on_new_families", SUBJECT_FAMILIES)):
         asked = [families[i % len(families)] for i in range(n // 2)]
         prompts = [f"a {family} in {pic.STYLE_TOKEN} style" for family in asked]
-        images = paint(pipe, prompts, seed=3000, steps=STEPS, cfg=GUIDANCE)
+        images = generate(pipe, prompts, seed=3000, steps=STEPS, cfg=GUIDANCE)
         verdicts = judge(images)
         rows += [list(images[i : i + 8]) for i in range(0, n // 2 - 7, 8)]
         out[key] = share([v.style == name for v in verdicts])

@@ -1,1 +1,1 @@
-"""The small model that comes with the project: procedural pictures, a judge, the pipeline and its LoRAs."""
+"""The small model that comes with the project, its LoRAs, and its judge."""

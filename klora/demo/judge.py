@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-from klora.demo import pictures as pic
-
-SUBJECT_NAMES = (*pic.SUBJECTS, *pic.FAMILIES)
+SIZE = 32
+"""Pixels of a side of what the judge looks at."""
+SUBJECT_NAMES = ("bolt", "mimi", "comet", "robot", "cat", "rocket", "house", "tree", "fish", "mushroom", "car")
 """The three named subjects, then the families for any other member of them."""
-STYLE_NAMES = (*pic.STYLES, *pic.PATTERNS)
+STYLE_NAMES = ("popart", "neon", "parchment", "plain", "stripes", "bands", "dots", "checks", "grid")
 """The three named styles, then the background patterns for any other style."""
 
 _WEIGHTS = Path(__file__).with_name("judge.safetensors")
@@ -54,7 +54,7 @@ class JudgeNet(nn.Module):
 
 def as_batch(images: np.ndarray | Sequence[Image.Image | np.ndarray]) -> torch.Tensor:
     """uint8 arrays (h, w, 3) or PIL images of any size → (n, 3, 32, 32) in [-1, 1]."""
-    size = (pic.SIZE, pic.SIZE)
+    size = (SIZE, SIZE)
     arrays = []
     for image in images:
         picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image, dtype=np.uint8))

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from klora.engine.session import Session
-from klora.fusion.policies.base import BOTH, Forward, Weights
+from klora.fusion.policies.base import BOTH, Active, Forward
 
 KEPT = 8
 """How many predictions are kept at most: one per LoRA and conditioning is needed."""
@@ -21,7 +21,7 @@ class Kept(NamedTuple):
     """A prediction that may be used again: what it was made for, in which sampling pass, at which step."""
 
     condition: Any
-    acting: Weights
+    active: Active
     sampling: Any
     step: int
     output: Any
@@ -46,7 +46,7 @@ class Ensemble:
     def begin(self) -> None:
         """Have the forward that is about to run be the first of those asked for."""
         if not self._busy:
-            self.session.set_acting(self._forwards[0].acting)
+            self.session.set_active(self._forwards[0].active)
 
     def finish(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Make the other forwards, or take them from an earlier step, and give the mean in the output's own form."""
@@ -59,23 +59,23 @@ class Ensemble:
             return weighted_mean(outputs, [first.weight, *(forward.weight for forward in others)])
         finally:
             self._busy = False
-            self.session.set_acting(BOTH)
+            self.session.set_active(BOTH)
 
     def _predict(self, forward: Forward, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         condition = self._condition(args, kwargs)
         session, step = self.session, self.session.moment.step
         for kept in self._kept:
-            same = kept.condition is condition and kept.acting == forward.acting and kept.sampling is session.sampling
+            same = kept.condition is condition and kept.active == forward.active and kept.sampling is session.sampling
             if same and 0 <= step - kept.step < forward.reuse:
                 return kept.output
-        session.set_acting(forward.acting)
+        session.set_active(forward.active)
         # Hooks of others on the denoiser see one forward: pre-hooks have run, hooks will get the mean.
         output = denoiser.forward(*args, **kwargs)
         if forward.reuse > 1:
             self._kept = [
-                kept for kept in self._kept if kept.condition is not condition or kept.acting != forward.acting
+                kept for kept in self._kept if kept.condition is not condition or kept.active != forward.active
             ][-KEPT + 1 :]
-            self._kept.append(Kept(condition, forward.acting, session.sampling, step, output))
+            self._kept.append(Kept(condition, forward.active, session.sampling, step, output))
         return output
 
 

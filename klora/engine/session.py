@@ -15,7 +15,7 @@ from klora.engine.dynamic import Chooser, MeasuredPart, Rows
 from klora.engine.progress import SamplingPass
 from klora.errors import MismatchError
 from klora.fusion.plan import FusionPlan
-from klora.fusion.policies.base import BOTH, Moment, Weights
+from klora.fusion.policies.base import BOTH, Active, Moment
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile, check_model
 from klora.pair import Pair
@@ -142,19 +142,19 @@ class Session:
             self.tau = tau
             if self._chooser:
                 self._chooser.at(tau, self.moment.step)
-            self.set_acting(BOTH)
+            self.set_active(BOTH)
 
-    def set_acting(self, acting: Weights) -> None:
-        """Make what the plan decides for the position told last active, of those LoRAs alone that are `acting`."""
+    def set_active(self, among: Active) -> None:
+        """Make what the plan decides for the position told last active, as far as it is `among` these LoRAs."""
         if self.tau is None:
-            raise RuntimeError("set_acting before set_tau")
+            raise RuntimeError("set_active before set_tau")
         for name, part in self._parts.items():
-            weights = self.plan.decide(name, self.tau).times(acting)
-            part.set(weights if name in self._folded else self._strengths(weights))
+            active = self.plan.decide(name, self.tau).times(among)
+            part.set(active if name in self._folded else self._strengths(active))
 
-    def _strengths(self, weights: Weights) -> tuple[float, float]:
+    def _strengths(self, active: Active) -> tuple[float, float]:
         settings = self.plan.settings
-        return weights.subject * settings.subject_strength, weights.style * settings.style_strength
+        return active.subject * settings.subject_strength, active.style * settings.style_strength
 
     def _look_at(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self._chooser and self._conditional:
@@ -194,14 +194,14 @@ class Session:
 
     def _bind_text(self, sites: Mapping[str, Site]) -> None:
         subject, style = self.pair.subject.text_encoder, self.pair.style.text_encoder
-        weights = self.pair.text_encoder_weights(self.plan.settings)
+        active = self.pair.text_encoder_active(self.plan.settings)
         for file in (self.pair.subject, self.pair.style):
             _check_text_encoder(file, sites)
         parts: dict[str, Part] = {}
-        acting = {name: site for name, site in sites.items() if any(weights.get(name, ()))}
-        self._bind(acting, lambda name: (subject.get(name), style.get(name)), parts)
+        used = {name: site for name, site in sites.items() if any(active.get(name, ()))}
+        self._bind(used, lambda name: (subject.get(name), style.get(name)), parts)
         for name, part in parts.items():
-            part.set(self._strengths(weights[name]))
+            part.set(self._strengths(active[name]))
 
 
 def _operand(delta: Delta | None, site: Site) -> Operand | None:

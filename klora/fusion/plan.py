@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from klora.fusion.policies import make_policy
-from klora.fusion.policies.base import BOTH, NEITHER, STYLE, SUBJECT, Contest, Moment, Policy, Weights
-from klora.fusion.schedule import switch_steps
+from klora.fusion.policies.base import BOTH, NEITHER, STYLE, SUBJECT, Active, Moment, Policy, ScaledPolicy, SharedModule
+from klora.fusion.scale import Scale, switch_steps
 from klora.fusion.scores import ModuleScore
 from klora.settings import Settings
 
@@ -23,7 +23,7 @@ ROLES = {"both": BOTH, "subject": SUBJECT, "style": STYLE, "none": NEITHER}
 
 
 @dataclass(frozen=True)
-class Candidate:
+class FileModule:
     """One diffusion-model module of either file, before anything is decided.
 
     `subject_name` and `style_name` are the key prefixes in the files, None where a file lacks the module;
@@ -43,7 +43,7 @@ class Candidate:
 class PlanModule:
     """One module of the plan.
 
-    A module with a `rho` follows the policy; any other has `fixed` weights, as far as the policy has it act.
+    A module with a `rho` follows the policy; in any other `fixed` is active, as far as the policy has it act.
     `contested`: both files have it and it is in scope. `rho` is inf where S_s = 0 < S_c.
     """
 
@@ -56,7 +56,7 @@ class PlanModule:
     subject_sum: float | None = None
     style_sum: float | None = None
     rho: float | None = None
-    fixed: Weights | None = None
+    fixed: Active | None = None
 
 
 @dataclass(frozen=True)
@@ -83,9 +83,11 @@ class FusionPlan:
     @cached_property
     def balance(self) -> float:
         """The balance b in force."""
-        if self.settings.share is None:
+        if self.settings.share is None or not isinstance(self.policy, ScaledPolicy):
             return self.settings.balance
-        return balance_for_share(self._standings, self._scales, self.settings.share)
+        compared = [self.policy.compared(m.rho) for m in self.contested if m.rho is not None]
+        scales = [self.policy.scale(i / self.steps) for i in range(self.steps)]
+        return balance_for_share(compared, scales, self.settings.share)
 
     @cached_property
     def by_name(self) -> dict[str, PlanModule]:
@@ -102,51 +104,45 @@ class FusionPlan:
         """Tell whether contested modules are decided while sampling, and nothing of it is known yet."""
         return self.policy.measured and not self.record
 
-    @property
-    def _standings(self) -> list[float]:
-        return [self.policy.standing(m.rho) for m in self.contested if m.rho is not None]
-
-    @property
-    def _scales(self) -> list[float]:
-        return [self.policy.schedule(i / self.steps) for i in range(self.steps)]
-
     def with_steps(self, steps: int) -> FusionPlan:
-        """Give the same plan for a schedule of `steps` steps."""
+        """The same plan for a schedule of `steps` steps."""
         return self if steps == self.steps else dataclasses.replace(self, steps=steps, record=None)
 
-    def decide(self, name: str, tau: float) -> Weights:
+    def decide(self, name: str, tau: float) -> Active:
         """Say what acts on module `name` at position `tau` of the schedule; KeyError for a module of neither file."""
-        return self._weights(self.by_name[name], tau)
+        return self._decide(self.by_name[name], tau)
 
-    def _weights(self, module: PlanModule, tau: float) -> Weights:
+    def _decide(self, module: PlanModule, tau: float) -> Active:
         moment = Moment(tau, self.steps, self.balance)
         if module.rho is None:
-            return self.policy.outside(module.name, module.fixed or NEITHER, moment)
-        return self.policy.weights(module.name, module.rho, moment)
+            return self.policy.decide_other(module.name, module.fixed or NEITHER, moment)
+        return self.policy.decide(module.name, module.rho, moment)
 
     def selection(self, name: str) -> str:
         """Write one letter per step i at τ = i/N: c subject, s style, b both, - neither."""
         if self.record and name in self.record:
             return self.record[name]
         module = self.by_name[name]
-        return "".join(self._weights(module, i / self.steps).letter for i in range(self.steps))
+        if module.rho is not None and isinstance(self.policy, ScaledPolicy):
+            return self._selection_by_switches(module, self.policy.scale)
+        return "".join(self._decide(module, i / self.steps).letter for i in range(self.steps))
+
+    def _selection_by_switches(self, module: PlanModule, scale: Scale) -> str:
+        """The same from the few steps at which the module switches, found without looking at every step."""
+        switches = switch_steps(lambda tau: self._decide(module, tau) == SUBJECT, scale, self.steps)
+        starts = (0, *switches, self.steps)
+        return "".join(
+            self._decide(module, start / self.steps).letter * (stop - start)
+            for start, stop in itertools.pairwise(starts)
+        )
 
     @cached_property
     def selections(self) -> dict[str, str]:
         """The selection of every module, by name."""
         return {module.name: self.selection(module.name) for module in self.modules}
 
-    def switch_steps(self, name: str) -> tuple[int, ...]:
-        """List the steps at which module `name` goes over to the other LoRA."""
-        module = self.by_name[name]
-        if not self.policy.balanced:
-            return tuple(i for i, (a, b) in enumerate(itertools.pairwise(self.selection(name)), 1) if a != b)
-        if module.rho is None:
-            return ()
-        return switch_steps(lambda tau: self._weights(module, tau) == SUBJECT, self.policy.schedule, self.steps)
-
     def subject_share(self) -> list[float | None]:
-        """Give, per step, the fraction of contested modules where the subject acts.
+        """Per step, the fraction of contested modules where the subject acts.
 
         None where none is contested, and where that is only decided while sampling.
         """
@@ -167,81 +163,81 @@ def wanted_k(settings: Settings, subject_rank: int, style_rank: int, shape: Sequ
     return min(settings.k or subject_rank * style_rank, math.prod(shape))
 
 
-def make_plan(candidates: Iterable[Candidate], settings: Settings) -> FusionPlan:
-    """Decide the role of every candidate and weigh the contested ones against each other.
+def make_plan(modules: Iterable[FileModule], settings: Settings) -> FusionPlan:
+    """Decide the role of every module and compare the contested ones with each other.
 
-    `settings` are resolved; the candidates' scores hold the top-K sums that `wanted_k` asks for.
+    `settings` are resolved; the modules' scores hold the top-K sums that `wanted_k` asks for.
     """
     policy = make_policy(settings)
-    candidates = list(candidates)
-    contests = {c.name: contest for c in candidates if (contest := _contest(c, settings))}
-    natural = policy.gamma(list(contests.values()))
+    modules = list(modules)
+    shared = {module.name: found for module in modules if (found := _shared(module, settings))}
+    natural = policy.gamma(list(shared.values()))
     gamma = natural if natural is None or settings.gamma is None else settings.gamma
-    modules = tuple(_plan_module(c, contests.get(c.name), policy, gamma, settings) for c in candidates)
-    subject = [c.name for c in candidates if c.subject_name is not None]
-    style = [c.name for c in candidates if c.style_name is not None]
-    warnings = (*_warnings(contests, gamma), *policy.notices(subject, style))
-    return FusionPlan(settings, modules, gamma, settings.steps, warnings)
+    planned = tuple(_plan_module(module, shared.get(module.name), policy, gamma, settings) for module in modules)
+    subject = [module.name for module in modules if module.subject_name is not None]
+    style = [module.name for module in modules if module.style_name is not None]
+    warnings = (*_warnings(shared, gamma), *policy.notices(subject, style))
+    return FusionPlan(settings, planned, gamma, settings.steps, warnings)
 
 
-def _contest(candidate: Candidate, settings: Settings) -> Contest | None:
-    subject, style = candidate.subject, candidate.style
-    if not candidate.in_scope or subject is None or style is None:
+def _shared(module: FileModule, settings: Settings) -> SharedModule | None:
+    subject, style = module.subject, module.style
+    if not module.in_scope or subject is None or style is None:
         return None
-    return Contest(candidate.name, subject, style, wanted_k(settings, subject.rank, style.rank, subject.shape))
+    return SharedModule(module.name, subject, style, wanted_k(settings, subject.rank, style.rank, subject.shape))
 
 
 def _plan_module(
-    candidate: Candidate, contest: Contest | None, policy: Policy, gamma: float | None, settings: Settings
+    module: FileModule, shared: SharedModule | None, policy: Policy, gamma: float | None, settings: Settings
 ) -> PlanModule:
-    module = PlanModule(
-        candidate.name, candidate.slice, candidate.subject_name, candidate.style_name, contested=contest is not None
+    planned = PlanModule(
+        module.name, module.slice, module.subject_name, module.style_name, contested=shared is not None
     )
-    if contest is None:
-        return dataclasses.replace(module, fixed=_uncontested(candidate, settings))
-    s_c, s_s = policy.measure(contest.subject, contest.k), policy.measure(contest.style, contest.k)
-    module = dataclasses.replace(module, k=contest.k, subject_sum=s_c, style_sum=s_s)
+    if shared is None:
+        return dataclasses.replace(planned, fixed=_uncontested(module, settings))
+    s_c, s_s = policy.importance(shared.subject, shared.k), policy.importance(shared.style, shared.k)
+    planned = dataclasses.replace(planned, k=shared.k, subject_sum=s_c, style_sum=s_s)
     if not s_c and not s_s:
-        return dataclasses.replace(module, fixed=NEITHER)
+        return dataclasses.replace(planned, fixed=NEITHER)
     if gamma is None:
-        return dataclasses.replace(module, fixed=SUBJECT if s_c else STYLE)
-    return dataclasses.replace(module, rho=s_c / (gamma * s_s) if s_s else math.inf)
+        return dataclasses.replace(planned, fixed=SUBJECT if s_c else STYLE)
+    return dataclasses.replace(planned, rho=s_c / (gamma * s_s) if s_s else math.inf)
 
 
-def _uncontested(candidate: Candidate, settings: Settings) -> Weights:
-    if candidate.subject_name is not None and candidate.style_name is not None:
+def _uncontested(module: FileModule, settings: Settings) -> Active:
+    if module.subject_name is not None and module.style_name is not None:
         return ROLES[settings.other_layers]
     if settings.unpaired == "drop":
         return NEITHER
-    return SUBJECT if candidate.subject_name is not None else STYLE
+    return SUBJECT if module.subject_name is not None else STYLE
 
 
-def _warnings(contests: dict[str, Contest], gamma: float | None) -> Iterable[str]:
-    if not contests:
+def _warnings(shared: Mapping[str, SharedModule], gamma: float | None) -> Iterable[str]:
+    if not shared:
         yield "no module of the scope is in both files, so nothing is selected: each file acts where it alone is"
     elif gamma is None:
         zero = [
             side
             for side, l1 in (
-                ("subject", math.fsum(c.subject.l1 for c in contests.values())),
-                ("style", math.fsum(c.style.l1 for c in contests.values())),
+                ("subject", math.fsum(module.subject.l1 for module in shared.values())),
+                ("style", math.fsum(module.style.l1 for module in shared.values())),
             )
             if not l1
         ]
         yield f"the {' and the '.join(zero)} LoRA is zero on every contested module, so γ is undefined"
 
 
-def balance_for_share(standings: Sequence[float], scales: Sequence[float], share: float) -> float:
+def balance_for_share(compared: Sequence[float], scales: Sequence[float], share: float) -> float:
     """Find the b at which the subject takes the reachable fraction nearest to `share`.
 
     The subject wins where ρ_l / scale(i/N) ≥ 2^b, so 2^b is a quantile of these ratios; a value between two
     neighbouring ratios is taken, which ≥ and > tell apart alike.
     """
-    ratios = sorted((_ratio(rho, scale) for rho in standings for scale in scales), reverse=True)
+    ratios = sorted((_ratio(rho, scale) for rho in compared for scale in scales), reverse=True)
     finite = sorted({math.log2(ratio) for ratio in ratios if 0 < ratio < math.inf}, reverse=True)
     if not finite:
         return 0.0
-    # Candidates: above the largest ratio, between neighbours, below the smallest.
+    # To choose from: above the largest ratio, between neighbours, below the smallest.
     edges = [finite[0] + 1, *((a + b) / 2 for a, b in itertools.pairwise(finite)), finite[-1] - 1]
     logs = [math.log2(ratio) if 0 < ratio < math.inf else math.copysign(math.inf, ratio - 1) for ratio in ratios]
     ascending = logs[::-1]

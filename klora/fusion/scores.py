@@ -19,7 +19,6 @@ from klora.errors import LoraValueError
 
 if TYPE_CHECKING:
     from klora.lora.deltas import Delta
-    from klora.lora.file import LoraFile
 
 Floats = NDArray[np.float32]
 
@@ -120,15 +119,6 @@ def score_deltas(wanted: Mapping[str, tuple[Delta, Collection[int]]]) -> FileSco
 
     with _single_threaded_pool(min(torch.get_num_threads(), len(wanted), MAX_WORKERS)) as pool:
         return dict(zip(wanted, pool.map(score, *zip(*wanted.values(), strict=True)), strict=True))
-
-
-def score_file(file: LoraFile, wanted: Mapping[str, set[int]] | None = None) -> FileScores:
-    """Score every diffusion-model module of `file` at the standard K and at those `wanted` of it.
-
-    Returns scores by canonical name, in the order of the file. Raises `LoraValueError` as `score_delta` does.
-    """
-    wanted = wanted or {}
-    return score_deltas({name: (delta, {*STANDARD_KS, *wanted.get(name, ())}) for name, delta in file.modules.items()})
 
 
 @contextmanager

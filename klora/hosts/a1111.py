@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from klora.engine.dynamic import Rows
-from klora.hosts.webui import TextPart, WebuiHost, host_tensors, kohya_text_key
+from klora.hosts.host_text_encoder import TextPart, host_tensors, kohya_text_key
+from klora.hosts.webui_host import WebuiHost
 
 _PROJECTION = re.compile(r"_[qkv]_proj$")
 

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from klora.engine.bypass import Site, module_shape
 from klora.engine.dynamic import Rows
-from klora.engine.ensemble import Ensemble
-from klora.engine.refine import Refiner
-from klora.engine.session import Session
 from klora.errors import KloraError
-from klora.hosts.diffusers_refine import LatentRefinement
+from klora.lora.file import ARCHITECTURE_OF_WIDTH
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 # Attention blocks after fuse_qkv_projections(): the fused Linear and the canonical names of its slices.
@@ -55,7 +52,7 @@ class DiffusersHost:
         if "Flux" in type(self.denoiser).__name__:
             return "FLUX"
         width = getattr(self.denoiser.config, "cross_attention_dim", None)
-        return {768: "SD1", 1024: "SD2", 2048: "SDXL"}.get(width) if isinstance(width, int) else None
+        return ARCHITECTURE_OF_WIDTH.get(width) if isinstance(width, int) else None
 
     def sites(self) -> Mapping[str, Site]:
         """Give the denoiser's Linear and Conv modules by canonical name, which is their path."""
@@ -79,22 +76,6 @@ class DiffusersHost:
         # A FLUX pipeline makes two calls; a pipeline without this property, or before its first call, has no guidance.
         guided = "Flux" not in type(self.denoiser).__name__ and getattr(self.pipe, "do_classifier_free_guidance", False)
         return Rows(batch // 2, batch, batch) if guided and batch % 2 == 0 else None
-
-    def follow(self, session: Session, refiner: Refiner | None = None) -> Handles:
-        """Tell `session` the noise level at every call of the denoiser; the handles' `remove` ends that.
-
-        Where its policy asks for several forwards per call, they are made and averaged. A `refiner` moves the latents
-        before each step.
-        """
-        ensemble = Ensemble(session, partial(self.argument, "encoder_hidden_states"))
-        several = session.plan.policy.forwards > 1
-        follower = _Follower(self, session, ensemble.begin if several else None)
-        handles = Handles([self.denoiser.register_forward_pre_hook(follower, with_kwargs=True)])
-        if several:
-            handles.add(self.denoiser.register_forward_hook(ensemble.finish, with_kwargs=True, prepend=True))
-        if refiner is not None:
-            handles.add(LatentRefinement(self, session, refiner))
-        return handles
 
     def decode_latents(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Give images (B, 3, H, W) in [0, 1] of latents as the denoiser has them; gradients pass.
@@ -141,63 +122,6 @@ class DiffusersHost:
     def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Give the timesteps that the denoiser is called with."""
         return torch.as_tensor(self.argument("timestep", args, kwargs))
-
-
-class Removable(Protocol):
-    """What can be taken off."""
-
-    def remove(self) -> None:
-        """Take it off."""
-
-
-class Handles:
-    """Hooks that are taken off together."""
-
-    def __init__(self, handles: list[Removable]) -> None:
-        self._handles = handles
-
-    def add(self, handle: Removable) -> None:
-        """Take one more."""
-        self._handles.append(handle)
-
-    def remove(self) -> None:
-        """Take all of them off; does nothing when they are off."""
-        while self._handles:
-            self._handles.pop().remove()
-
-
-class _Follower:
-    """The pre-hook that reads the timestep a denoiser is called with."""
-
-    def __init__(self, host: DiffusersHost, session: Session, then: Callable[[], None] | None = None) -> None:
-        self.host = host
-        self.session = session
-        self.then = then
-        # FLUX pipelines hand their transformer t/1000.
-        self.divisor = 1000.0 if "Flux" in type(host.denoiser).__name__ else 1.0
-        self.schedule: Tensor | None = None
-
-    def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        timestep = self.host.timestep(args, kwargs)
-        scheduler = self.host.pipe.scheduler
-        # set_timesteps makes a new tensor: a new image, batch or pass.
-        if scheduler.timesteps is not self.schedule:
-            self.schedule = scheduler.timesteps
-            self.session.start_pass(self._levels(timestep.dtype))
-        self.session.at_level(timestep.flatten()[0].item())
-        if self.then is not None:
-            self.then()
-
-    def _levels(self, dtype: torch.dtype) -> list[float]:
-        """Give the schedule as the denoiser will see it, rounded to the type in which pipelines pass timesteps."""
-        scheduler = self.host.pipe.scheduler
-        levels = scheduler.timesteps
-        # Flow schedulers of older diffusers keep no count, and list no midpoints.
-        steps = getattr(scheduler, "num_inference_steps", None)
-        if steps and len(levels) == 2 * steps - 1:
-            # Second-order schedulers list the level of every call: of these, every other one is a step's.
-            levels = levels[::2]
-        return (levels.to(dtype) / self.divisor).tolist()
 
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, Site]]:

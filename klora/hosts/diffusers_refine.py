@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from klora.engine.refine import Refiner
 from klora.engine.session import Session
-
-if TYPE_CHECKING:
-    from klora.hosts.diffusers import DiffusersHost
+from klora.engine.wrapping import Wrappers
+from klora.hosts.diffusers import DiffusersHost
 
 
 def x0_coefficients(scheduler: Any, timestep: Tensor | float) -> tuple[float, float]:
@@ -60,19 +59,14 @@ class LatentRefinement:
 
     def __init__(self, host: DiffusersHost, session: Session, refiner: Refiner) -> None:
         self._host, self._session, self._refiner = host, session, refiner
-        self._wrapped: list[tuple[Any, Any]] = []
+        self._wrappers = Wrappers()
         self._grid: tuple[int, int] | None = None
         self._hook = host.denoiser.register_forward_pre_hook(self._on_denoiser, with_kwargs=True)
 
     def remove(self) -> None:
         """Take everything off; does nothing when it is off."""
         self._hook.remove()
-        for scheduler, own in self._wrapped:
-            if own is None:
-                vars(scheduler).pop("step", None)
-            else:
-                scheduler.step = own
-        self._wrapped = []
+        self._wrappers.remove()
 
     def _on_denoiser(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids = self._host.argument("img_ids", args, kwargs)
@@ -81,20 +75,17 @@ class LatentRefinement:
             rows, columns = (int(ids[..., axis].max()) + 1 for axis in (1, 2))
             self._grid = (rows, columns)
         scheduler = self._host.pipe.scheduler
-        if all(scheduler is not wrapped for wrapped, _ in self._wrapped):
-            self._wrap(scheduler)
+        if not self._wrappers.has(scheduler):
+            self._wrappers.wrap(scheduler, "step", lambda original: self._refining(scheduler, original))
 
-    def _wrap(self, scheduler: Any) -> None:
-        original = scheduler.step
-        self._wrapped.append((scheduler, vars(scheduler).get("step")))
-
+    def _refining(self, scheduler: Any, original: Any) -> Any:
         # Pipelines look at the signature to see what they may pass.
         @functools.wraps(original)
         def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
             refined = self._refined(scheduler, model_output, timestep, sample)
             return original(model_output, timestep, refined, *args, **kwargs)
 
-        scheduler.step = step
+        return step
 
     def _refined(self, scheduler: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
         tau = self._session.tau

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
 from klora.hosts.forge_weights import with_plain_weight
-from klora.hosts.webui import TextPart, WebuiHost, host_tensors, kohya_text_key, trainable_copy
+from klora.hosts.host_text_encoder import TextPart, host_tensors, kohya_text_key
+from klora.hosts.webui_host import WebuiHost, trainable_copy
 
 
 class ForgeHost(WebuiHost):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from klora.engine.refine import Refiner
 from klora.engine.session import Session
-from klora.hosts.webui import WebuiHost
+from klora.hosts.webui_host import WebuiHost
 
 
 class DenoiserRefinement:

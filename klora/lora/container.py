@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from klora.errors import LoraFileError, UnsupportedFormatError
+from klora.text import printable
 
 # A LoRA's header is some hundred kB; kohya's tag statistics can make it a few MB.
 MAX_HEADER = 16 * 2**20
@@ -102,14 +103,6 @@ class TensorFile:
         if data.data_ptr() % dtype.itemsize:
             data = data.clone()  # an unaligned header: such bytes cannot be viewed as numbers
         return data.view(dtype).view(entry.shape)
-
-
-def printable(text: str) -> str:
-    """Text from a file, made safe for one line of a message: no control characters, not too long."""
-    text = text if len(text) <= 300 else f"{text[:200]}…{text[-80:]}"
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def _check_regular(path: Path, file: str) -> int:

@@ -10,13 +10,14 @@ from pathlib import Path
 
 from klora.errors import LoraFileError, LoraValueError, MismatchError, UnsupportedFormatError
 from klora.lora import peft_alpha
-from klora.lora.container import TensorFile, printable
+from klora.lora.container import TensorFile
 from klora.lora.deltas import Delta, Group, Stored, load_delta
 from klora.lora.deltas.base import size, squeeze
 from klora.lora.keys import refused_family, split_key
 from klora.lora.names import Target, is_flux, kernel_of, resolve, sort_key
+from klora.text import printable
 
-_CONTEXT = {768: "SD1", 1024: "SD2", 2048: "SDXL"}
+ARCHITECTURE_OF_WIDTH = {768: "SD1", 1024: "SD2", 2048: "SDXL"}
 
 
 class LoraFile:
@@ -151,7 +152,7 @@ def _architecture(modules: Mapping[str, Delta]) -> str | None:
         return "FLUX"
     for name, delta in modules.items():
         if name.endswith((".attn2.to_k", ".attn2.to_v")):
-            return _CONTEXT.get(delta.shape[1])
+            return ARCHITECTURE_OF_WIDTH.get(delta.shape[1])
     # Only SDXL has several transformer layers, and only from 640 channels on.
     layers = (delta.shape for name, delta in modules.items() if ".transformer_blocks.1." in name)
     return "SDXL" if any(shape[0] in (640, 1280) for shape in layers) else None

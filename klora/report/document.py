@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 from klora.fusion.plan import FusionPlan, PlanModule
+from klora.fusion.policies.base import ScaledPolicy
+from klora.fusion.scale import Scale
 from klora.lora.file import LoraFile
 from klora.pair import Pair
 from klora.report.summary import ranks
@@ -20,8 +22,8 @@ def document(pair: Pair, plan: FusionPlan) -> dict[str, Any]:
     """
     settings, coverage = plan.settings, pair.coverage
     policy = {} if plan.policy.name == "k-lora" else {"policy": plan.policy.name}
-    schedule = plan.policy.schedule
-    scaled = schedule.kind != "one"
+    scale = plan.policy.scale if isinstance(plan.policy, ScaledPolicy) else Scale("one")
+    scaled = scale.kind != "one"
     return {
         "schema": SCHEMA,
         "subject": _file(pair, pair.subject),
@@ -30,9 +32,9 @@ def document(pair: Pair, plan: FusionPlan) -> dict[str, Any]:
         "variant": settings.variant,
         "scope": settings.scope,
         "scale": {
-            "kind": schedule.kind,
-            "alpha": _number(schedule.alpha) if scaled else None,
-            "beta": _number(schedule.beta) if scaled else None,
+            "kind": scale.kind,
+            "alpha": _number(scale.alpha) if scaled else None,
+            "beta": _number(scale.beta) if scaled else None,
             "balance": _number(plan.balance),
         },
         "steps": plan.steps,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import os
-import secrets
 import stat
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from klora.atomic import beside, write_whole
 from klora.errors import KloraError
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class OutputFile:
             if self.special:
                 self.path.write_bytes(data)
             else:
-                _replace(self.path, data)
+                write_whole(self.path, data)
         except OSError as error:
             raise _unwritable(self.path, error) from None
 
@@ -72,7 +73,7 @@ def output_folder(given: str | Path) -> Path:
 
 
 def png_bytes(image: Image, texts: Mapping[str, str] | None = None) -> bytes:
-    """Give a picture as the bytes of a PNG with `texts` in it, by keyword."""
+    """A picture as the bytes of a PNG with `texts` in it, by keyword."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
@@ -83,27 +84,21 @@ def png_bytes(image: Image, texts: Mapping[str, str] | None = None) -> bytes:
     return buffer.getvalue()
 
 
+def csv_bytes(lines: Iterable[Sequence[str]]) -> bytes:
+    """Lines as the bytes of a CSV file."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(lines)
+    return text.getvalue().encode()
+
+
 def _probe(folder: Path, given: Path) -> None:
     """Find out whether files can be made in `folder`; permissions alone do not tell."""
-    probe = _beside(folder)
+    probe = beside(folder)
     try:
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
         raise _unwritable(given, error) from None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    partial = _beside(path.parent)
-    try:
-        partial.write_bytes(data)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def _beside(folder: Path) -> Path:
-    return folder / f".klora-{secrets.token_hex(8)}.tmp"
 
 
 def _same(path: Path, other: str | Path) -> bool:

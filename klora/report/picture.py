@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from klora.fusion.plan import FusionPlan
+from klora.fusion.policies.base import ScaledPolicy
 from klora.lora.names import block_of
 from klora.report.summary import WHO, absent_share, describe_rule
 
@@ -137,11 +138,10 @@ def _draw_share(axes: Axes, plan: FusionPlan) -> None:
 def _draw_profile(axes: Axes, plan: FusionPlan) -> None:
     from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
-    thresholds = [plan.policy.schedule(i / plan.steps) * 2.0**plan.balance for i in range(plan.steps + 1)]
+    thresholds = _thresholds(plan)
     low, high = _limits(plan, thresholds)
     axes.set(yscale="log", xlim=(0, max(1, len(plan.modules))), ylim=(low, high))
-    # Other policies compare nothing with a scale.
-    if plan.policy.balanced:
+    if thresholds:
         _draw_thresholds(axes, thresholds, low, high)
     _draw_ratios(axes, plan, low, high)
     axes.set_ylabel("ρ = S_c / (γ·S_s)", **_TEXT)
@@ -151,6 +151,14 @@ def _draw_profile(axes: Axes, plan: FusionPlan) -> None:
     axes.yaxis.set_major_locator(LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _thresholds(plan: FusionPlan) -> list[float]:
+    """What ρ must reach at each step, and at the end; nothing where the policy has no scale."""
+    policy = plan.policy
+    if not isinstance(policy, ScaledPolicy):
+        return []
+    return [policy.scale(i / plan.steps) * 2.0**plan.balance for i in range(plan.steps + 1)]
 
 
 def _draw_thresholds(axes: Axes, thresholds: list[float], low: float, high: float) -> None:
@@ -185,7 +193,7 @@ def _draw_ratios(axes: Axes, plan: FusionPlan, low: float, high: float) -> None:
 def _limits(plan: FusionPlan, thresholds: list[float]) -> tuple[float, float]:
     """Give the ends of the ρ axis: all finite ρ and scale(0) and scale(1), with room, over at most 8 decades."""
     seen = [module.rho for module in plan.contested if module.rho and math.isfinite(module.rho)]
-    seen += [value for value in (thresholds[0], thresholds[-1]) if value > 0]
+    seen += [value for value in (*thresholds[:1], *thresholds[-1:]) if value > 0]
     if not seen:
         return 0.1, 10.0
     low, high = min(seen) / 1.4, max(seen) * 1.4

@@ -7,9 +7,12 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from klora.fusion.plan import FusionPlan, PlanModule
+from klora.fusion.policies.base import ScaledPolicy
+from klora.fusion.scale import Scale
 from klora.lora.file import LoraFile
 from klora.lora.names import block_of
 from klora.pair import Pair
+from klora.text import one_line
 
 WHO = {"c": "subject", "s": "style", "b": "both", "-": "neither"}
 _BARS = "▁▂▃▄▅▆▇█"
@@ -43,20 +46,16 @@ def notices(pair: Pair, plan: FusionPlan) -> list[str]:
 def describe_rule(plan: FusionPlan) -> str:
     """Write the rule in force with its numbers, on one line."""
     parts = [plan.policy.title, f"{plan.settings.variant} variant", f"scope {plan.settings.scope}"]
-    # Other policies weigh nothing against a scale.
-    if plan.policy.balanced:
+    if isinstance(plan.policy, ScaledPolicy):
         gamma = "γ undefined" if plan.gamma is None else f"γ = {plan.gamma:.4g}"
-        parts += [describe_scale(plan), gamma, f"balance {plan.balance:+.3g}"]
+        parts += [describe_scale(plan.policy.scale), gamma, f"balance {plan.balance:+.3g}"]
     return " · ".join(parts)
 
 
-def describe_scale(plan: FusionPlan) -> str:
-    """Write the scale as its formula."""
-    schedule = plan.policy.schedule
-    formula = f"{schedule.alpha:g}·τ + {schedule.beta:g}"
-    return {"s": f"S(τ) = {formula}", "s*": f"S*(τ) = ({formula}) mod {schedule.alpha:g}"}.get(
-        schedule.kind, "no scale"
-    )
+def describe_scale(scale: Scale) -> str:
+    """A scale as its formula."""
+    formula = f"{scale.alpha:g}·τ + {scale.beta:g}"
+    return {"s": f"S(τ) = {formula}", "s*": f"S*(τ) = ({formula}) mod {scale.alpha:g}"}.get(scale.kind, "no scale")
 
 
 def ranks(file: LoraFile) -> list[int]:
@@ -68,9 +67,8 @@ def _describe_file(file: LoraFile) -> str:
     found = ranks(file)
     rank = f", rank {'/'.join(map(str, found))}" if len(found) <= 4 else f", ranks {found[0]} to {found[-1]}"
     families = sorted({delta.family for delta in file.modules.values()})
-    return (
-        f"{_line(file.path.name)}: {len(file.modules)} modules{rank if found else ''} ({', '.join(families) or 'none'})"
-    )
+    kind = f"{rank if found else ''} ({', '.join(families) or 'none'})"
+    return f"{one_line(file.path.name)}: {len(file.modules)} modules{kind}"
 
 
 def _describe_coverage(pair: Pair) -> str:
@@ -152,8 +150,3 @@ def _switches(plan: FusionPlan, modules: Iterable[PlanModule]) -> str:
         return "never"
     switching = sum(len(set(letters)) > 1 for letters in selections)
     return f"{min(found)}–{max(found)} ({switching} of {len(selections)} modules)"
-
-
-def _line(text: str) -> str:
-    """Keep a file's name on one line, whatever characters it holds."""
-    return "".join(c if c.isprintable() else "?" for c in text)

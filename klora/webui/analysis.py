@@ -6,7 +6,7 @@ import importlib.util
 from typing import TYPE_CHECKING
 
 from klora.errors import KloraError
-from klora.webui.args import Request
+from klora.webui.args import FusionRequest
 from klora.webui.options import score_cache
 from klora.webui.prompt_tag import Tag
 
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from klora.pair import Pair
 
 
-def plan_of(request: Request) -> tuple[Pair, FusionPlan]:
+def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
     """Open the two files, which the host must list, and decide; KloraError where that is impossible."""
-    from klora.hosts.webui import library
+    from klora.hosts.lora_library import Library
     from klora.pair import Pair
 
-    names = library()
+    names = Library()
     subject, style = names.find(request.subject), names.find(request.style)
     pair = Pair.open(subject.path, style.path, score_cache())
     return pair, pair.plan(request.settings)
 
 
-def analyse(request: Request) -> tuple[Images.Image, str]:
+def analyse(request: FusionRequest) -> tuple[Images.Image, str]:
     """Give the selection map and two lines about it."""
     pair, plan = plan_of(request)
     return draw(plan, f"{request.subject} × {request.style}"), "\n".join(two_lines(request, pair, plan))
 
 
-def two_lines(request: Request, pair: Pair, plan: FusionPlan) -> tuple[str, str]:
+def two_lines(request: FusionRequest, pair: Pair, plan: FusionPlan) -> tuple[str, str]:
     """Say what came of it, and by which rule."""
     from klora.report.summary import absent_share, describe_rule
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from klora import __version__
 from klora.errors import KloraError, SettingsError
-from klora.webui.args import Request, read_values, truth
+from klora.webui.args import FusionRequest, read_values, truth
 from klora.webui.schema import json_schema
 
 BASE = "/klora/v1"
@@ -90,10 +90,10 @@ def analysis(body: Any) -> dict[str, Any]:
     return found
 
 
-def _check_names(request: Request) -> None:
-    from klora.hosts.webui import library
+def _check_names(request: FusionRequest) -> None:
+    from klora.hosts.lora_library import Library
 
-    names = library()
+    names = Library()
     for side in ("subject", "style"):
         try:
             names.find(getattr(request, side))

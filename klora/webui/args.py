@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from klora.errors import SettingsError
-from klora.fusion.policies import make_policy, policies_on
+from klora.fusion.policies import make_policy, policies_on, resolve
 from klora.fusion.policies.base import WEBUI
 from klora.settings import Option, Settings, options
 from klora.webui.prompt_tag import Tag
@@ -49,7 +49,7 @@ NONE = "None"
 
 
 @dataclass(frozen=True)
-class Request:
+class FusionRequest:
     """A pair of LoRA names and the settings of their fusion; `show_map`: the selection map is wanted too."""
 
     subject: str
@@ -79,7 +79,7 @@ def text_of(value: Any) -> Any:
     return "auto" if value is None else value
 
 
-def read_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -> Request | None:
+def read_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -> FusionRequest | None:
     """Make a request of `args`, None where K-LoRA is not asked for.
 
     `args` hold one object, or values in ARG_ORDER; what is missing or None has its default, but an object that holds
@@ -93,14 +93,14 @@ def read_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -
     return read_values(override(values, overrides or {}))
 
 
-def read_values(values: Mapping[str, Any]) -> Request:
+def read_values(values: Mapping[str, Any]) -> FusionRequest:
     """Make a request of values by name, "enabled" not among them; SettingsError for any that is unknown or bad."""
     values = {check_name(name): value for name, value in values.items() if value is not None}
     show_map = truth("show_map", values.pop("show_map", False))
     subject, style = (lora_name(side, values.pop(side, None)) for side in ("subject", "style"))
     settings = Settings.parse(values)
-    make_policy(settings.resolve(None), WEBUI)
-    return Request(subject, style, settings, show_map)
+    make_policy(resolve(settings, None), WEBUI)
+    return FusionRequest(subject, style, settings, show_map)
 
 
 def named(args: Sequence[Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from klora.errors import KloraError
-from klora.webui.args import Request, override_tag, read_args
+from klora.webui.args import FusionRequest, override_tag, read_args
 from klora.webui.prompt_tag import NAME, Tag, find_tag
 
 OVERRIDES = "klora_overrides"
@@ -21,7 +21,7 @@ _ANY_TAG = re.compile(r"<(\w+):([^>]+)>")
 _TYPED = f"<{NAME}:"
 
 
-def apply_request(p: Any, args: Sequence[Any]) -> Request | None:
+def apply_request(p: Any, args: Sequence[Any]) -> FusionRequest | None:
     """Write into the prompts of `p` what `args` and the axes ask for; give the request if it is what counts.
 
     A tag that the user typed wins over `args`, not over the axes. Raises SettingsError, and then nothing is changed.

@@ -6,6 +6,7 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from klora.fusion.policies import policies_with
 from klora.settings import Settings, options
 from klora.webui.args import choices_of, setting_options, text_of
 from klora.webui.prompt_tag import NAME
@@ -15,7 +16,11 @@ if TYPE_CHECKING:
     from klora.cache import ScoreCache
 
 SECTION = (NAME, "K-LoRA")
-DEFAULTED = tuple(name for name, option in setting_options().items() if name != "share" and not option.policies)
+DEFAULTED = tuple(
+    name
+    for name, option in setting_options().items()
+    if name != "share" and not option.hidden and not policies_with(name)
+)
 """Settings whose first value in the accordion a user can choose; a tag does not heed it, so that it says it all."""
 
 REFERENCES = f"{NAME}_references_folder"

@@ -74,11 +74,6 @@ def find_tag(prompt: str) -> Tag | None:
     return Tag.parse(found.group(1).split(":")) if found else None
 
 
-def has_tag(prompt: str) -> bool:
-    """Tell whether a prompt holds a tag, good or bad."""
-    return _TAG.search(prompt) is not None
-
-
 def _text(value: Any) -> str:
     # repr is the shortest text that reads back as the same number.
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)

@@ -11,8 +11,8 @@ from klora.errors import SettingsError
 from klora.settings import Settings
 from klora.webui.options import reference_folder, reference_models
 
-PICTURES = ("style_refs", "subject_refs")
-MODELS = ("clip_model", "dino_model")
+REFERENCE_SETTINGS = ("style_refs", "subject_refs")
+MODEL_SETTINGS = ("clip_model", "dino_model")
 
 
 def with_references(settings: Settings) -> Settings:
@@ -21,10 +21,10 @@ def with_references(settings: Settings) -> Settings:
     Raises SettingsError for what is not in the folder, and for a model named elsewhere than on the settings page.
     """
     usual = Settings()
-    for name in MODELS:
+    for name in MODEL_SETTINGS:
         if getattr(settings, name) != getattr(usual, name):
             raise SettingsError(name, "is chosen on the settings page of K-LoRA only")
-    named = {name: _paths(name, getattr(settings, name)) for name in PICTURES if getattr(settings, name)}
+    named = {name: _paths(name, getattr(settings, name)) for name in REFERENCE_SETTINGS if getattr(settings, name)}
     return Settings.parse({**settings.to_dict(), **named, **reference_models()}) if named else settings
 
 
@@ -36,5 +36,7 @@ def _paths(setting: str, names: str) -> str:
 def _inside(setting: str, folder: Path, name: str) -> Path:
     path = (folder / name).resolve()
     if not path.is_relative_to(folder) or not path.exists():
-        raise SettingsError(setting, f"{name!r} is no picture or folder in the folder of references (see the settings)")
+        raise SettingsError(
+            setting, f"{name!r} is not a picture or folder in the folder of references (see the settings)"
+        )
     return path

@@ -42,7 +42,7 @@ def _on(callbacks: Any, event: str, function: Callable[..., None]) -> None:
 
 
 def _register_tag() -> None:
-    from klora.webui.runtime import make_extra_network
+    from klora.webui.extra_network import make_extra_network
 
     importlib.import_module("modules.extra_networks").register_extra_network(make_extra_network())
 
@@ -54,7 +54,7 @@ def _unregister_tag() -> None:
 
 
 def _on_evaluation(params: object) -> None:
-    from klora.webui.runtime import on_evaluation
+    from klora.webui.extra_network import on_evaluation
 
     on_evaluation(params)
 

@@ -43,7 +43,7 @@ def make_script() -> type:
             try:
                 apply_request(p, args)
             except KloraError as error:
-                from klora.webui.runtime import fail
+                from klora.webui.messages import fail
 
                 fail(p, str(error))
 
@@ -58,9 +58,9 @@ def make_script() -> type:
 def listed() -> Names:
     """Give the host's LoRAs; none where it knows no LoRAs at all."""
     try:
-        from klora.hosts.webui import library
+        from klora.hosts.lora_library import Library
 
-        return library()
+        return Library()
     except ImportError:
         return _NoLoras()
 
@@ -87,7 +87,7 @@ def map_wanted(args: Sequence[Any]) -> bool:
 def add_maps(p: Any, processed: Any) -> None:
     """Append one picture for each different plan that ran."""
     from klora.webui.analysis import gallery_map, map_text
-    from klora.webui.runtime import comment
+    from klora.webui.messages import comment
 
     seen: list[Any] = []
     for plan in getattr(p, PLANS):

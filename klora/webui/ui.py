@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from klora.errors import KloraError
-from klora.fusion.policies import POLICIES
+from klora.fusion.policies import is_heeded, policies_with
 from klora.settings import Option, Settings
-from klora.webui.args import ARG_ORDER, NONE, Request, choices_of, read_values, setting_options, text_of
+from klora.webui.args import ARG_ORDER, NONE, FusionRequest, choices_of, read_values, setting_options, text_of
 
 TITLE = "K-LoRA"
 BASIC = ("balance", "share", "subject_strength", "style_strength")
@@ -40,7 +40,7 @@ class Names(Protocol):
         """Look for new files."""
 
 
-Analyse = Callable[[Request], tuple[Any, str]]
+Analyse = Callable[[FusionRequest], tuple[Any, str]]
 """Gives the selection map and a summary of two lines for a request; raises KloraError."""
 
 
@@ -112,16 +112,16 @@ def _add_basic(gr: Any, maker: _Maker, found: Accordion) -> None:
 def _add_advanced(gr: Any, maker: _Maker, found: Accordion) -> None:
     known = setting_options()
     names = [name for name in known if name not in BASIC]
-    shared = [name for name in names if not known[name].policies]
+    shared = [name for name in names if not policies_with(name)]
     _add_row(gr, maker, found, shared[:_IN_A_ROW])
     # Of these, only those show that the policy above heeds.
-    _add_row(gr, maker, found, [name for name in names if known[name].policies])
+    _add_row(gr, maker, found, [name for name in names if policies_with(name)])
     for start in range(_IN_A_ROW, len(shared), _IN_A_ROW):
         _add_row(gr, maker, found, shared[start : start + _IN_A_ROW])
-    follow = [name for name in known if known[name].policies or name in ("balance", "share")]
+    follow = [name for name in known if policies_with(name) or name in ("balance", "share")]
 
     def show(policy: str) -> list[Any]:
-        return [gr.update(visible=used_by(policy, name)) for name in follow]
+        return [gr.update(visible=is_heeded(name, policy)) for name in follow]
 
     found.args["policy"].change(
         show, inputs=[found.args["policy"]], outputs=[found.args[name] for name in follow], show_progress=False
@@ -132,14 +132,6 @@ def _add_row(gr: Any, maker: _Maker, found: Accordion, names: Sequence[str]) -> 
     with gr.Row(elem_classes=["klora-row"]):
         for name in names:
             found.args[name] = maker.control(name)
-
-
-def used_by(policy: str, name: str) -> bool:
-    """Tell whether a setting has a meaning under a policy."""
-    if name in ("balance", "share"):
-        return policy not in POLICIES or POLICIES[policy].balanced
-    heeded_by = setting_options()[name].policies
-    return not heeded_by or policy in heeded_by
 
 
 def _add_analysis(gr: Any, tab: str, found: Accordion, analyse: Analyse) -> None:
@@ -195,7 +187,7 @@ class _Maker:
             "label": option.label,
             "info": _HINTS.get(name, option.help),
             "elem_id": f"{self._tab}_klora_{name}",
-            "visible": used_by(str(self._defaults.get("policy", Settings().policy)), name),
+            "visible": not option.hidden and is_heeded(name, str(self._defaults.get("policy", Settings().policy))),
         }
         made = self._of_kind(name, option, value, common)
         # Its default is kept in the host's settings, and not beside it in ui-config.json too.

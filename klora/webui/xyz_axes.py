@@ -77,7 +77,7 @@ def _names() -> list[str]:
 
 
 def _confirm_names(_p: Any, values: list[Any]) -> None:
-    from klora.hosts.webui import library
+    from klora.hosts.lora_library import Library
 
     for value in values:
-        library().find(value)
+        Library().find(value)

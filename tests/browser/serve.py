@@ -12,7 +12,7 @@ import gradio as gr
 from PIL import Image
 
 from klora.errors import KloraError
-from klora.webui.args import ARG_ORDER, Request
+from klora.webui.args import ARG_ORDER, FusionRequest
 from klora.webui.ui import build
 
 NAMES = ["dog", "ink"]
@@ -29,7 +29,7 @@ class FakeLibrary:
             NAMES.append("new")
 
 
-def analyse(request: Request) -> tuple[Image.Image, str]:
+def analyse(request: FusionRequest) -> tuple[Image.Image, str]:
     if request.subject == request.style:
         raise KloraError(f"there is no LoRA named <b>{request.subject}</b>; did you mean cat?")
     return Image.new("RGB", (300, 200), "#0072B2"), f"{request.subject} × {request.style}\nsubject share 50.0%"

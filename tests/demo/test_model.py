@@ -8,8 +8,8 @@ from PIL import Image
 from safetensors import safe_open
 
 import klora.demo
-from klora.demo import pictures as pic
 from klora.demo.judge import STYLE_NAMES, SUBJECT_NAMES, Judge
+from training import pictures as pic
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -30,7 +30,7 @@ def judge():
     return Judge.load()
 
 
-def paint(pipe, prompt, steps, seed=0, n=1):
+def generate(pipe, prompt, steps, seed=0, n=1):
     noise = torch.Generator().manual_seed(seed)
     scale = CATALOGUE["recommended"]["guidance_scale"]
     return pipe([prompt] * n, num_inference_steps=steps, guidance_scale=scale, generator=noise).images
@@ -59,7 +59,7 @@ def test_every_caption_word_is_one_known_token(pipe):
 
 
 def test_the_pipeline_paints_in_the_size_and_colour_that_is_asked(pipe):
-    images = paint(pipe, "a robot on blue", steps=10, n=4)
+    images = generate(pipe, "a robot on blue", steps=10, n=4)
     assert {image.size for image in images} == {(32, 32)}
     corners = np.stack([np.asarray(image, dtype=int)[:3, :3] for image in images]).reshape(-1, 3)
     red, green, blue = np.median(corners, axis=0)
@@ -68,7 +68,7 @@ def test_the_pipeline_paints_in_the_size_and_colour_that_is_asked(pipe):
 
 
 def test_the_same_seed_gives_the_same_picture(pipe):
-    a, b = (np.asarray(paint(pipe, "a cat", steps=2)[0]) for _ in range(2))
+    a, b = (np.asarray(generate(pipe, "a cat", steps=2)[0]) for _ in range(2))
     assert np.array_equal(a, b)
 
 
@@ -95,10 +95,10 @@ def test_a_lora_file_covers_all_attention_projections(name):
 def test_diffusers_loads_both_spellings_and_the_picture_changes(pipe, judge, name):
     pytest.importorskip("peft")
     prompt = LORAS[name]["prompt"].format(family="robot")
-    before = np.asarray(paint(pipe, prompt, steps=10)[0], dtype=int)
+    before = np.asarray(generate(pipe, prompt, steps=10)[0], dtype=int)
     pipe.load_lora_weights(DEMO / "loras", weight_name=Path(LORAS[name]["file"]).name)
     try:
-        images = paint(pipe, prompt, steps=10, n=4)
+        images = generate(pipe, prompt, steps=10, n=4)
     finally:
         pipe.unload_lora_weights()
     assert np.abs(np.asarray(images[0], dtype=int) - before).mean() > 1

@@ -8,10 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klora.errors import SettingsError
-from klora.fusion.plan import Candidate, FusionPlan, make_plan
-from klora.fusion.policies import POLICIES
-from klora.fusion.policies.base import Contest
-from klora.fusion.policies.k_lora import global_gamma, trimmed_gamma
+from klora.fusion.plan import FileModule, FusionPlan, make_plan
+from klora.fusion.policies import POLICIES, resolve
+from klora.fusion.policies.base import SharedModule, global_gamma, trimmed_gamma
 from klora.fusion.scores import ModuleScore
 from klora.settings import Settings
 
@@ -22,8 +21,10 @@ def score(top: float, l1: float | None = None) -> ModuleScore:
     return ModuleScore((8, 8), 4, 4.0, top if l1 is None else l1, 0.0, {K: top})
 
 
-def candidate(name: str, subject: float | None, style: float | None, in_scope: bool = True, **l1: float) -> Candidate:
-    return Candidate(
+def file_module(
+    name: str, subject: float | None, style: float | None, in_scope: bool = True, **l1: float
+) -> FileModule:
+    return FileModule(
         name,
         None,
         in_scope,
@@ -35,8 +36,8 @@ def candidate(name: str, subject: float | None, style: float | None, in_scope: b
 
 
 def plan_of(sums: list[tuple[float, float]], architecture: str | None = "SDXL", **settings: object) -> FusionPlan:
-    candidates = [candidate(f"m{i}", *pair) for i, pair in enumerate(sums)]
-    return make_plan(candidates, Settings.parse(settings).resolve(architecture))
+    modules = [file_module(f"m{i}", *pair) for i, pair in enumerate(sums)]
+    return make_plan(modules, resolve(Settings.parse(settings), architecture))
 
 
 positive = st.floats(0.01, 100)
@@ -51,14 +52,13 @@ def test_a_module_goes_to_the_subject_while_its_ratio_reaches_the_scale() -> Non
     assert [plan.selection(module.name) for module in plan.modules] == ["cccc", "csss", "ccss"]
     assert plan.subject_share() == [1.0, 2 / 3, 1 / 3, 1 / 3]
     assert plan.share == pytest.approx((1 + 2 / 3 + 1 / 3 + 1 / 3) / 4)
-    assert [plan.switch_steps(module.name) for module in plan.modules] == [(), (1,), (2,)]
 
 
 def test_k_is_the_product_of_the_ranks_or_the_k_asked_for_and_never_more_than_the_entries() -> None:
     plan = plan_of([(1, 1)])
     assert plan.modules[0].k == 4 * 4
     big = ModuleScore((2, 2), 4, 4.0, 1.0, 0.0, {})
-    modules = [Candidate("m", None, True, "a", "b", big, big)]
+    modules = [FileModule("m", None, True, "a", "b", big, big)]
     assert make_plan(modules, Settings().resolve(None)).modules[0].k == 4
     assert make_plan(modules, Settings(k=3000).resolve(None)).modules[0].k == 4
 
@@ -71,6 +71,16 @@ def test_scaling_a_whole_file_changes_no_decision(pairs: list, scale: str, varia
     plain = plan_of(pairs, **settings)
     assert plan_of([(c * factor, s) for c, s in pairs], **settings).selections == plain.selections
     assert plan_of([(c, s * factor) for c, s in pairs], **settings).selections == plain.selections
+
+
+@given(sums, st.sampled_from(["s", "s*"]), st.sampled_from(["paper", "official"]), st.integers(1, 60), st.floats(-2, 2))
+def test_a_selection_is_what_is_decided_at_each_step(
+    pairs: list, scale: str, variant: str, steps: int, balance: float
+) -> None:
+    plan = plan_of(pairs, scale=scale, variant=variant, scope="all", steps=steps, balance=balance)
+    for module in plan.modules:
+        step_by_step = "".join(plan.decide(module.name, i / steps).letter for i in range(steps))
+        assert plan.selection(module.name) == step_by_step
 
 
 @given(sums)
@@ -104,7 +114,7 @@ def test_every_policy_gives_one_known_letter_per_step(pairs: list, scale: str, v
 
 def test_gamma_is_the_ratio_of_global_sums_and_officially_a_trimmed_mean() -> None:
     contests = [
-        Contest(f"m{i}", score(1, l1=c), score(1, l1=s), K)
+        SharedModule(f"m{i}", score(1, l1=c), score(1, l1=s), K)
         for i, (c, s) in enumerate([(1, 1), (2, 1), (3, 1), (100, 1), (1, 1), (1, 1)])
     ]
     assert global_gamma(contests) == pytest.approx(108 / 6)
@@ -113,25 +123,25 @@ def test_gamma_is_the_ratio_of_global_sums_and_officially_a_trimmed_mean() -> No
 
 
 def test_gamma_looks_only_at_contested_modules_in_scope() -> None:
-    candidates = [
-        candidate("a", 2, 1),
-        candidate("b", 50, None),
-        candidate("c", None, 70),
-        dataclasses.replace(candidate("d", 30, 1, in_scope=False)),
+    modules = [
+        file_module("a", 2, 1),
+        file_module("b", 50, None),
+        file_module("c", None, 70),
+        dataclasses.replace(file_module("d", 30, 1, in_scope=False)),
     ]
-    assert make_plan(candidates, Settings().resolve(None)).gamma == 2.0
+    assert make_plan(modules, Settings().resolve(None)).gamma == 2.0
 
 
 def test_modules_outside_the_contest_have_fixed_roles() -> None:
-    candidates = [
-        candidate("a", 1, 1),
-        candidate("b", 1, None),
-        candidate("c", None, 1),
-        candidate("d", 1, 1, in_scope=False),
+    modules = [
+        file_module("a", 1, 1),
+        file_module("b", 1, None),
+        file_module("c", None, 1),
+        file_module("d", 1, 1, in_scope=False),
     ]
 
     def letters(**settings: object) -> str:
-        plan = make_plan(candidates, Settings.parse({"steps": 1, **settings}).resolve(None))
+        plan = make_plan(modules, Settings.parse({"steps": 1, **settings}).resolve(None))
         return "".join(plan.selection(name) for name in "bcd")
 
     assert letters() == "csb"
@@ -160,7 +170,7 @@ def test_a_side_that_is_zero_everywhere_leaves_gamma_undefined_with_a_warning(
 
 
 def test_nothing_contested_is_a_warning() -> None:
-    plan = make_plan([candidate("a", 1, None), candidate("b", None, 1)], Settings().resolve(None))
+    plan = make_plan([file_module("a", 1, None), file_module("b", None, 1)], Settings().resolve(None))
     assert plan.gamma is None
     assert plan.share is None
     assert plan.subject_share() == [None] * 30
@@ -177,7 +187,7 @@ def test_more_balance_never_gives_the_subject_more(pairs: list, one: float, othe
 def test_a_share_target_takes_the_nearest_reachable_share(pairs: list, share: float, scale: str, steps: int) -> None:
     plan = plan_of(pairs, share=share, scale=scale, steps=steps)
     ratios = [
-        m.rho / s if (s := plan.policy.schedule(i / steps)) else math.inf for m in plan.modules for i in range(steps)
+        m.rho / s if (s := plan.policy.scale(i / steps)) else math.inf for m in plan.modules for i in range(steps)
     ]
     reachable = {
         sum(ratio >= threshold for ratio in ratios) / len(ratios)

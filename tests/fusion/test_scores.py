@@ -17,9 +17,10 @@ from safetensors.torch import load_file, save_file
 
 from klora.errors import LoraValueError
 from klora.fusion import scores
-from klora.fusion.scores import STANDARD_KS, ModuleScore, Workspace, score_delta, score_deltas, score_file, top_k_sums
+from klora.fusion.scores import STANDARD_KS, ModuleScore, Workspace, score_delta, score_deltas, top_k_sums
 from klora.lora.file import LoraFile
 from tests.support.lora_files import write_lora
+from tests.support.scoring import score_all
 
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1."
 
@@ -167,7 +168,7 @@ def test_scores_scale_with_the_delta(factor: float, seed: int) -> None:
 def test_a_power_of_two_as_alpha_scales_scores_exactly(tmp_path: Path) -> None:
     shapes = {ATTENTION + "to_q": (48, 40)}
     files = [LoraFile.open(write_lora(tmp_path / f"{a}.safetensors", shapes, rank=4, alpha=a)) for a in (4.0, 16.0)]
-    small, large = (score_file(file)[ATTENTION + "to_q"] for file in files)
+    small, large = (score_all(file)[ATTENTION + "to_q"] for file in files)
     assert large.alpha == 4 * small.alpha
     assert large.l1 == 4 * small.l1
     assert large.sums == {k: 4 * s for k, s in small.sums.items()}
@@ -253,7 +254,7 @@ def test_a_value_that_is_no_number_names_file_and_tensor(tmp_path: Path, bad: fl
     save_file(tensors, path)
     file = LoraFile.open(path)
     with pytest.raises(LoraValueError) as error:
-        score_file(file)
+        score_all(file)
     assert "cat.safetensors" in str(error.value)
     assert error.value.key == key
 
@@ -273,7 +274,7 @@ def test_k_below_one_is_refused() -> None:
 def test_a_file_is_scored_at_the_standard_and_the_wanted_k(tmp_path: Path) -> None:
     shapes = {ATTENTION + "to_q": (48, 40), ATTENTION + "to_k": (48, 64)}
     file = LoraFile.open(write_lora(tmp_path / "cat.safetensors", shapes, rank=4))
-    scored = score_file(file, {ATTENTION + "to_k": {72}})
+    scored = score_all(file, {ATTENTION + "to_k": {72}})
     assert list(scored) == list(file.modules)
     assert scored[ATTENTION + "to_q"].top_k(72) is None
     matrix = file.modules[ATTENTION + "to_k"].matrix()

@@ -13,8 +13,9 @@ import klora
 from klora.errors import SettingsError
 from klora.hosts.diffusers import DiffusersHost
 from klora.hosts.diffusers_refine import x0_coefficients
-from klora.hosts.references import load_clip, make_refiner, read_images
+from klora.hosts.refiner import encode_square, make_refiner, read_images
 from klora.settings import Settings
+from klora.vision import load_clip
 from tests.hosts.test_diffusers import SPELLINGS, hooks, pair_of_files
 from tests.support.pipelines import PIPELINES, run, scheduler
 
@@ -218,6 +219,6 @@ def test_several_references_may_be_given(references: dict[str, str]) -> None:
 
 
 def test_an_encoder_takes_any_size(models: dict[str, str]) -> None:
-    encode = load_clip(models["clip_model"], "cpu")
+    model = load_clip(models["clip_model"], "cpu")
     for size in ((24, 40), (64, 64), (90, 33)):
-        assert encode(torch.rand(2, 3, *size)).shape == (2, 12)
+        assert encode_square(model, torch.rand(2, 3, *size)).shape == (2, 12)

@@ -7,7 +7,8 @@ import random
 from collections.abc import Iterable
 from pathlib import Path
 
-from klora.fusion.plan import Candidate, FusionPlan, make_plan
+from klora.fusion.plan import FileModule, FusionPlan, make_plan
+from klora.fusion.policies import resolve
 from klora.fusion.scores import ModuleScore
 from klora.lora.names import kind_of, slice_of, sort_key
 from klora.settings import Settings
@@ -51,8 +52,8 @@ def plan_of(
 
     return make_plan(
         (
-            Candidate(name, slice_of(name), kind_of(name) in in_scope, f"c_{name}", f"s_{name}", score(), score())
+            FileModule(name, slice_of(name), kind_of(name) in in_scope, f"c_{name}", f"s_{name}", score(), score())
             for name in sorted(names, key=sort_key)
         ),
-        Settings.parse(settings).resolve(None),
+        resolve(Settings.parse(settings), None),
     )

@@ -21,10 +21,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.support.lora_files import unet_ldm
-from tests.support.pairs import ATTENTION, FEED_FORWARD, TEXT
+from tests.support.pairs import TEXT
+from tests.webui.fake_model import SIZE, TEXT_LAYER, Checkpoint, Clip, merge, restore
 
-SIZE = 32
-TEXT_LAYER = "text_model_encoder_layers_0_self_attn_q_proj"
 _TAG = re.compile(r"<(\w+):([^>]+)>")
 
 
@@ -51,108 +50,6 @@ def parse_prompts(prompts: list[str]) -> tuple[list[str], Data]:
     for kind, pieces in _TAG.findall(prompts[0]):
         data.setdefault(kind, []).append(ExtraNetworkParams(pieces.split(":")))
     return [_TAG.sub("", prompt) for prompt in prompts], data
-
-
-class HostLinear(nn.Linear):
-    """A layer of a host: A1111 looks at every forward whether it has to merge other LoRAs than last time."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        networks = sys.modules["networks"]
-        if hasattr(networks, "apply_weights"):
-            networks.apply_weights(self)
-        return super().forward(x)
-
-
-class DiffusionModel(nn.Module):
-    """A UNet with LDM names: a few layers, one after another."""
-
-    def __init__(self, names: list[str], seed: int) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.layers: dict[str, HostLinear] = {}
-        for name in names:
-            *path, leaf = unet_ldm(name, 4).split(".")
-            parent: nn.Module = self
-            for part in path:
-                if part not in parent._modules:
-                    parent.add_module(part, nn.Module())
-                parent = getattr(parent, part)
-            layer = HostLinear(SIZE, SIZE, bias=False)
-            with torch.no_grad():
-                layer.weight.copy_(torch.randn(SIZE, SIZE, generator=generator) / SIZE**0.5)
-            parent.add_module(leaf, layer)
-            self.layers[name] = layer
-
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Predict the noise."""
-        for layer in self.layers.values():
-            x = x + 0.1 * layer(x + condition)
-        return x
-
-
-class Clip:
-    """Forge's text encoder with the patches that are to act when it encodes."""
-
-    def __init__(self, layer: nn.Linear, patches: tuple[Any, ...] = ()) -> None:
-        self.cond_stage_model = layer
-        self.patches = patches
-
-    def clone(self) -> Clip:
-        """A copy that shares the weights."""
-        return Clip(self.cond_stage_model, self.patches)
-
-    def add_patches(self, *, filename: str, patches: Mapping[str, Any], strength_patch: float) -> None:
-        """Have a LoRA act."""
-        self.patches += tuple((filename, key, delta, strength_patch) for key, delta in patches.items())
-
-    def encode(self, x: Tensor) -> Tensor:
-        """Encode with what is patched in."""
-        weight = self.cond_stage_model.weight
-        for _, _, delta, strength in self.patches:
-            weight = weight + strength * delta
-        return x @ weight.T
-
-
-class Checkpoint:
-    """A loaded model."""
-
-    def __init__(self, family: str, name: str, seed: int, architecture: str = "SD1", names: list[str] | None = None):
-        self.diffusion = DiffusionModel(names or [*ATTENTION, *FEED_FORWARD], seed)
-        self.text = HostLinear(SIZE, SIZE, bias=False)
-        self.is_sd1, self.is_sd2, self.is_sdxl = (architecture == one for one in ("SD1", "SD2", "SDXL"))
-        self.sd_checkpoint_info = types.SimpleNamespace(name=name)
-        with torch.no_grad():
-            self.text.weight.copy_(torch.eye(SIZE))
-        if family == "forge":
-            unet = types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=self.diffusion))
-            self.forge_objects = types.SimpleNamespace(unet=unet, clip=Clip(self.text))
-            self.current_lora_hash = str([])
-            self.merged: list[Any] = []
-            self.wanted: list[Any] = []
-        else:
-            self.model = types.SimpleNamespace(diffusion_model=self.diffusion)
-            self.network_layer_mapping = {f"transformer_{TEXT_LAYER}": self.text}
-            for name, layer in self.diffusion.layers.items():
-                self.network_layer_mapping[f"diffusion_model_{unet_ldm(name, 4).replace('.', '_')}"] = layer
-            for name, layer in self.network_layer_mapping.items():
-                layer.network_layer_name = name  # type: ignore[assignment]
-
-    def encode(self, prompt: str) -> Tensor:
-        """Encode a prompt without its tags."""
-        generator = torch.Generator().manual_seed(sum(map(ord, prompt.strip())))
-        x = torch.randn(1, SIZE, generator=generator)
-        return self.forge_objects.clip.encode(x) if hasattr(self, "forge_objects") else self.text(x)
-
-    def weights(self) -> dict[str, Tensor]:
-        """Copies of all weights."""
-        return {name: layer.weight.detach().clone() for name, layer in self.diffusion.layers.items()} | {
-            "text": self.text.weight.detach().clone()
-        }
-
-    def hooks(self) -> int:
-        """How many hooks there are."""
-        modules = [*self.diffusion.modules(), self.text]
-        return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in modules)
 
 
 class Interrupted(BaseException):
@@ -468,7 +365,7 @@ class FakeHost:
                     for name, module in net.modules.items():
                         layer = layers.get(name.removeprefix("diffusion_model_"))
                         if layer is not None:
-                            _restore(layer) if sign < 0 else _merge(layer, net.unet_multiplier * module.delta)
+                            restore(layer) if sign < 0 else merge(layer, net.unet_multiplier * module.delta)
         model.merged = list(model.wanted)
 
 
@@ -509,18 +406,6 @@ class Picture:
         return torch.allclose(self.pixels, other.pixels, rtol=1e-4, atol=1e-5)
 
 
-def _merge(layer: nn.Module, delta: Tensor) -> None:
-    if not hasattr(layer, "backup"):
-        layer.backup = layer.weight.detach().clone()  # type: ignore[assignment, operator]
-    layer.weight.add_(delta)  # type: ignore[operator]
-
-
-def _restore(layer: nn.Module) -> None:
-    if hasattr(layer, "backup"):
-        layer.weight.copy_(layer.backup)  # type: ignore[operator, arg-type]
-        del layer.backup
-
-
 def _apply_weights(host: FakeHost) -> Callable[[nn.Module], None]:
     def apply_weights(layer: nn.Module) -> None:
         wanted = tuple((net.name, net.te_multiplier, net.unet_multiplier, net.dyn_dim) for net in host.loaded)
@@ -528,11 +413,11 @@ def _apply_weights(host: FakeHost) -> Callable[[nn.Module], None]:
             return
         name: str = layer.network_layer_name  # type: ignore[assignment]
         with torch.no_grad():
-            _restore(layer)
+            restore(layer)
             for net in host.loaded:
                 if name in net.modules:
                     strength = net.te_multiplier if name.startswith("transformer_") else net.unet_multiplier
-                    _merge(layer, strength * net.modules[name].delta)
+                    merge(layer, strength * net.modules[name].delta)
         layer.network_current_names = wanted  # type: ignore[assignment]
 
     return apply_weights

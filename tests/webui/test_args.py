@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from klora.errors import KloraError, SettingsError
 from klora.fusion.policies import policies_on
 from klora.fusion.policies.base import WEBUI
-from klora.settings import Settings, options
+from klora.settings import Settings, options, shown_options
 from klora.webui.args import (
     ARG_ORDER,
     NONE,
     NOT_OURS,
-    Request,
+    FusionRequest,
     choices_of,
     override_tag,
     read_args,
@@ -40,7 +40,7 @@ NAMES = st.text(st.characters(exclude_characters=":<>=\r\n", exclude_categories=
 @st.composite
 def settings_of_a_user(draw: st.DrawFn) -> dict[str, Any]:
     values: dict[str, Any] = {}
-    for name, option in options().items():
+    for name, option in shown_options().items():
         if name in NOT_OURS or draw(st.booleans()):
             continue
         if choices := choices_of(name, option):
@@ -60,7 +60,7 @@ def settings_of_a_user(draw: st.DrawFn) -> dict[str, Any]:
     return values
 
 
-def requests() -> st.SearchStrategy[Request]:
+def requests() -> st.SearchStrategy[FusionRequest]:
     return st.builds(
         lambda subject, style, values: read_values({"subject": subject, "style": style, **values}),
         NAMES,
@@ -83,7 +83,7 @@ def test_nothing_or_unticked_asks_for_nothing() -> None:
 
 def test_an_object_that_says_anything_is_meant() -> None:
     request = read_args([{"subject": "dog", "style": "ink", "beta": 0.6}, NONE, "surplus defaults of the host"])
-    assert request == Request("dog", "ink", Settings(beta=0.6))
+    assert request == FusionRequest("dog", "ink", Settings(beta=0.6))
 
 
 def test_positional_and_object_mean_the_same() -> None:
@@ -93,12 +93,12 @@ def test_positional_and_object_mean_the_same() -> None:
 
 
 @given(requests())
-def test_what_is_written_as_a_tag_reads_back_the_same(request_: Request) -> None:
+def test_what_is_written_as_a_tag_reads_back_the_same(request_: FusionRequest) -> None:
     assert find_tag(f"a dog {request_.tag} on grass") == request_.tag
 
 
 @given(requests(), st.booleans())
-def test_positional_controls_read_back_the_same(request_: Request, show_map: bool) -> None:
+def test_positional_controls_read_back_the_same(request_: FusionRequest, show_map: bool) -> None:
     values = {**request_.settings.to_dict(), "enabled": True, "subject": request_.subject, "style": request_.style}
     values["show_map"] = show_map
     read = read_args([text_of(values[name]) for name in ARG_ORDER])
@@ -123,7 +123,7 @@ def test_anything_at_all_gives_a_request_or_an_error_that_names_a_field(given_: 
     else:
         field = "none"
     assert field
-    assert request is None or isinstance(request, Request)
+    assert request is None or isinstance(request, FusionRequest)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from klora.settings import Settings
-from klora.webui.args import ARG_ORDER, Request, read_values
+from klora.webui.args import ARG_ORDER, FusionRequest, read_values
 from klora.webui.infotext import PASTERS, RESOLVED, from_infotext, rename_by_hash, to_infotext
 from tests.webui.test_args import requests
 
@@ -36,7 +36,7 @@ def quoted(value: Any) -> Any:
 
 @given(requests(), st.sampled_from(["SD1", "SDXL", "FLUX", None]), st.none() | st.floats(0, 1))
 def test_what_was_set_is_restored_and_what_was_left_open_is_what_acted(
-    request_: Request, architecture: str | None, share: float | None
+    request_: FusionRequest, architecture: str | None, share: float | None
 ) -> None:
     given_ = request_.settings
     # The modulus of s*, which is chosen on FLUX.

@@ -9,7 +9,7 @@ import pytest
 from klora.fusion.policies import policies_on
 from klora.fusion.policies.base import WEBUI
 from tests.webui.fake_host import FakeHost, Picture, Processing
-from tests.webui.test_runtime import host, nothing_left, plain
+from tests.webui.hosts import host, nothing_left, plain
 
 __all__ = ["host", "nothing_left", "plain"]
 

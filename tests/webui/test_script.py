@@ -12,7 +12,7 @@ import pytest
 
 from klora.errors import KloraError
 from klora.webui import api, options, paste, register, ui, xyz_axes
-from klora.webui.args import ARG_ORDER, Request
+from klora.webui.args import ARG_ORDER, FusionRequest
 from klora.webui.script import make_script, map_wanted
 
 
@@ -234,7 +234,7 @@ def test_credentials_are_read_and_compared() -> None:
 
 
 def test_analysing_answers_with_a_map_or_one_line() -> None:
-    def analyse(request: Request) -> tuple[Any, str]:
+    def analyse(request: FusionRequest) -> tuple[Any, str]:
         if request.style == "bad":
             raise KloraError("two\nlines")
         return "map", "first\nsecond"
@@ -242,13 +242,6 @@ def test_analysing_answers_with_a_map_or_one_line() -> None:
     assert ui.answer(analyse, {"subject": "a", "style": "b"}) == ("map", "first\nsecond")
     assert ui.answer(analyse, {"subject": "a", "style": "bad"}) == (None, "two lines")
     assert ui.answer(analyse, {"subject": "None", "style": "b"})[1] == "subject: no subject LoRA is chosen"
-
-
-def test_settings_show_where_the_policy_heeds_them() -> None:
-    assert ui.used_by("random", "seed")
-    assert not ui.used_by("k-lora", "seed")
-    assert not ui.used_by("direct", "balance")
-    assert ui.used_by("fixed", "share")
 
 
 @pytest.mark.parametrize("with_filename", [True, False])

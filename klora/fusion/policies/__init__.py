@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from klora.errors import SettingsError
 from klora.fusion.policies.b_lora import BLora
-from klora.fusion.policies.base import Policy
+from klora.fusion.policies.base import Policy, ScaledPolicy
 from klora.fusion.policies.cm_lora import CmLora
 from klora.fusion.policies.composite import Composite
 from klora.fusion.policies.direct import Direct
@@ -40,8 +40,27 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def policies_on(host: str) -> tuple[str, ...]:
-    """List the policies that run on a kind of host, `base.DIFFUSERS` or `base.WEBUI`."""
+    """The policies that run on a kind of host, `base.DIFFUSERS` or `base.WEBUI`."""
     return tuple(name for name, policy in POLICIES.items() if host in policy.hosts)
+
+
+def policies_with(setting: str) -> tuple[str, ...]:
+    """The policies whose own setting this is; empty where it is for all."""
+    return tuple(name for name, policy in POLICIES.items() if setting in policy.own_settings)
+
+
+def is_heeded(setting: str, policy: str) -> bool:
+    """Whether a setting has a meaning under a policy."""
+    if setting in ("balance", "share"):
+        return policy not in POLICIES or issubclass(POLICIES[policy], ScaledPolicy)
+    owners = policies_with(setting)
+    return not owners or policy in owners
+
+
+def resolve(settings: Settings, architecture: str | None) -> Settings:
+    """Fill in everything left to K-LoRA, for a model of `architecture` (None: unknown) and the policy in force."""
+    policy = POLICIES.get(settings.policy)
+    return settings.resolve(architecture, policy.defaults if policy else {})
 
 
 def make_policy(settings: Settings, host: str | None = None) -> Policy:
@@ -55,6 +74,6 @@ def make_policy(settings: Settings, host: str | None = None) -> Policy:
     if host is not None and host not in policy.hosts:
         reason = f"{policy.name} takes {policy.forwards} forwards of the model per evaluation"
         raise SettingsError("policy", f"{reason}, which runs with diffusers only; use {', '.join(policies_on(host))}")
-    if not policy.balanced and settings.share is not None:
+    if settings.share is not None and not issubclass(policy, ScaledPolicy):
         raise SettingsError("share", f"the policy {policy.name} takes no share target; leave it at auto")
     return policy(settings)

@@ -3,34 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from types import MappingProxyType
 
 from klora.errors import SettingsError
-from klora.fusion.policies.base import NEITHER, STYLE, SUBJECT, Moment, Weights
-from klora.fusion.policies.k_lora import KLora
+from klora.fusion.policies.base import NEITHER, STYLE, SUBJECT, Active, Moment, Policy
 
 CONTENT_BLOCK, STYLE_BLOCK = "up_blocks.0.attentions.0.", "up_blocks.0.attentions.1."
 
 
-def role(module: str) -> Weights:
-    """Say which LoRA a module of SDXL belongs to; to neither outside the two blocks."""
+def owner(module: str) -> Active:
+    """The LoRA that a module of SDXL belongs to; neither outside the two blocks."""
     if module.startswith(CONTENT_BLOCK):
         return SUBJECT
     return STYLE if module.startswith(STYLE_BLOCK) else NEITHER
 
 
-class BLora(KLora):
+class BLora(Policy):
     """The subject in one block of SDXL, the style in the next, nothing else: a filter on ordinary LoRAs."""
 
     name = "b-lora"
     title = "B-LoRA blocks"
-    source = "Frenkel et al., B-LoRA, ECCV 2024, arXiv 2403.14572"
-    balanced = False
+    defaults = MappingProxyType({"text_encoder": "none"})  # two blocks and nothing else
 
-    def weights(self, module: str, rho: float, moment: Moment) -> Weights:
-        return role(module)
+    def decide(self, module: str, rho: float, moment: Moment) -> Active:
+        return owner(module)
 
-    def outside(self, module: str, allowed: Weights, moment: Moment) -> Weights:
-        return allowed.times(role(module))
+    def decide_other(self, module: str, allowed: Active, moment: Moment) -> Active:
+        return allowed.times(owner(module))
 
     def notices(self, subject: Sequence[str], style: Sequence[str]) -> Iterable[str]:
         for side, names, block in (("subject", subject, CONTENT_BLOCK), ("style", style, STYLE_BLOCK)):
@@ -38,5 +37,5 @@ class BLora(KLora):
                 yield f"the {side} file has nothing in SDXL's {block.rstrip('.')}, so in b-lora it does nothing"
 
     def check_model(self, modules: Iterable[str]) -> None:
-        if not any(role(module) != NEITHER for module in modules):
+        if not any(owner(module) != NEITHER for module in modules):
             raise SettingsError("policy", "b-lora is for SDXL files and models, these have none of its two blocks")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from klora.fusion.schedule import Schedule, subject_wins
+from klora.fusion.scale import Scale, subject_wins
 from klora.settings import Settings
 
 if TYPE_CHECKING:
@@ -19,8 +21,8 @@ DIFFUSERS, WEBUI = "diffusers", "webui"
 """The kinds of host; A1111 and the Forge family are WebUIs."""
 
 
-class Weights(NamedTuple):
-    """How much of each LoRA's ΔW acts, before the user's strengths."""
+class Active(NamedTuple):
+    """Which LoRA is active: how much of each one's ΔW acts, before the user's strengths."""
 
     subject: float
     style: float
@@ -30,20 +32,20 @@ class Weights(NamedTuple):
         """One letter for reports: c subject, s style, b both, - neither."""
         return "-csb"[bool(self.subject) + 2 * bool(self.style)]
 
-    def times(self, other: Weights) -> Weights:
+    def times(self, other: Active) -> Active:
         """Weigh each LoRA by what `other` says of it too."""
-        return Weights(self.subject * other.subject, self.style * other.style)
+        return Active(self.subject * other.subject, self.style * other.style)
 
 
-SUBJECT = Weights(1.0, 0.0)
-STYLE = Weights(0.0, 1.0)
-BOTH = Weights(1.0, 1.0)
-NEITHER = Weights(0.0, 0.0)
+SUBJECT = Active(1.0, 0.0)
+STYLE = Active(0.0, 1.0)
+BOTH = Active(1.0, 1.0)
+NEITHER = Active(0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Contest:
-    """The numbers about one module that both files touch; `k` is how many of the largest entries are compared."""
+class SharedModule:
+    """One module that both files touch, with its scores; `k` is how many of the largest entries are compared."""
 
     name: str
     subject: ModuleScore
@@ -66,77 +68,111 @@ class Moment:
 
 
 class Forward(NamedTuple):
-    """One forward of the denoiser: the LoRAs that act in it, its weight in the mean, the steps it may be reused for."""
+    """One forward of the denoiser: the LoRAs active in it, its weight in the mean, the steps it may be reused for."""
 
-    acting: Weights
+    active: Active
     weight: float
     reuse: int = 1
 
 
-class Policy:
-    """K-LoRA's frame: a ratio ρ per module, constant while sampling, is compared with a scale of τ.
+def global_gamma(modules: Sequence[SharedModule]) -> float | None:
+    """γ = Σ_l Σ|ΔW_c| / Σ_l Σ|ΔW_s| over the contested modules (K-LoRA, Eq. 9); None where one side is zero."""
+    subject = math.fsum(module.subject.l1 for module in modules)
+    style = math.fsum(module.style.l1 for module in modules)
+    return subject / style if subject and style else None
 
-    A subclass overrides what differs. `balanced` tells whether balance and share target have a meaning, `hosts` on
-    which kinds of host the policy runs, `forwards` how many forwards of the denoiser one evaluation takes at most.
-    `measured`: the engine decides contested modules by their outputs, among the LoRAs that `weights` gives.
-    `folds_strengths`: what `combine` gives has the user's strengths in it.
+
+def trimmed_gamma(modules: Sequence[SharedModule]) -> float | None:
+    """γ as in the authors' code: the mean of the modules' L1 ratios without those of 3 × their mean or more."""
+    ratios = [module.subject.l1 / module.style.l1 for module in modules if module.style.l1]
+    if not ratios or not any(ratios):
+        return None
+    mean = math.fsum(ratios) / len(ratios)
+    kept = [ratio for ratio in ratios if ratio < 3 * mean]
+    return math.fsum(kept) / len(kept) if kept else None
+
+
+class Policy(ABC):
+    """The rule of a fusion; a subclass says with `decide` what is active in a contested module.
+
+    `hosts`: the kinds of host on which the policy runs. `forwards`: how many forwards of the denoiser one evaluation
+    takes at most. `measured`: the engine decides contested modules by their outputs, among the LoRAs that `decide`
+    gives. `refines`: latents are moved towards references. `folds_strengths`: what `combine` gives has the user's
+    strengths in it. `own_settings`: settings that only this policy and others that name them heed. `defaults`: what
+    "auto" means for a setting where it is not what it usually means.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    source: ClassVar[str]
-    balanced: ClassVar[bool] = True
     hosts: ClassVar[frozenset[str]] = frozenset({DIFFUSERS, WEBUI})
     forwards: ClassVar[int] = 1
     measured: ClassVar[bool] = False
+    refines: ClassVar[bool] = False
     folds_strengths: ClassVar[bool] = False
+    own_settings: ClassVar[frozenset[str]] = frozenset()
+    defaults: ClassVar[Mapping[str, str]] = MappingProxyType({})
 
     def __init__(self, settings: Settings) -> None:
+        """Take resolved settings."""
         self.settings = settings
-        self.strict = settings.variant == "official"
-        self.schedule = self.make_schedule(settings)
 
-    def make_schedule(self, settings: Settings) -> Schedule:
-        """Give the scale that ρ is compared with; `settings` are resolved."""
-        if settings.alpha is None or settings.beta is None:
-            raise ValueError("settings must be resolved before a policy is made of them")
-        return Schedule(settings.scale, settings.alpha, settings.beta)
+    @abstractmethod
+    def decide(self, module: str, rho: float, moment: Moment) -> Active:
+        """Say what is active in a contested module, whose ratio is ρ, at one moment."""
 
-    def measure(self, score: ModuleScore, k: int) -> float:
-        """Give the importance of one LoRA in one module: the sum of its K largest entries (paper, Eq. 1–4)."""
+    def decide_other(self, module: str, allowed: Active, moment: Moment) -> Active:
+        """Say what is active in a module that is not compared with its twin, where the settings allow `allowed`."""
+        return allowed
+
+    def importance(self, score: ModuleScore, k: int) -> float:
+        """S: the sum of the K largest entries of one LoRA in one module (K-LoRA, Eq. 1-4)."""
         value = score.top_k(k)
         if value is None:
             raise KeyError(f"no top-{k} sum is stored")
         return value
 
-    def gamma(self, contests: Sequence[Contest]) -> float | None:
-        """Give the factor that makes both LoRAs comparable; None where one side is zero everywhere."""
-        raise NotImplementedError
-
-    def standing(self, rho: float) -> float:
-        """Give what is compared with the scale, for a module whose ratio is ρ."""
-        return rho
-
-    def weights(self, module: str, rho: float, moment: Moment) -> Weights:
-        """Decide for one contested module at one moment."""
-        scale = self.schedule(moment.tau)
-        return SUBJECT if subject_wins(self.standing(rho), scale, moment.balance, self.strict) else STYLE
-
-    def outside(self, module: str, allowed: Weights, moment: Moment) -> Weights:
-        """Decide for a module that is not weighed against its twin, where the settings have `allowed` act."""
-        return allowed
+    def gamma(self, modules: Sequence[SharedModule]) -> float | None:
+        """γ, which makes both LoRAs comparable (K-LoRA, Eq. 9); None where one side is zero everywhere."""
+        return (trimmed_gamma if self.settings.variant == "official" else global_gamma)(modules)
 
     def notices(self, subject: Sequence[str], style: Sequence[str]) -> Iterable[str]:
-        """Say what a user should know, given the modules of each file."""
+        """What a user should know, given the names of the modules of each file."""
         return ()
 
-    def check_model(self, modules: Iterable[str]) -> None:
+    def check_model(self, modules: Iterable[str]) -> None:  # noqa: B027
         """Raise SettingsError where the policy can do nothing with those of the files' modules that a model has."""
 
     def combine(self, subject: Delta, style: Delta) -> tuple[Delta | None, Delta | None]:
-        """Give what acts in place of a contested module's two deltas; MismatchError for a family that will not do."""
+        """What acts in place of a contested module's two deltas; MismatchError for a family that will not do."""
         return subject, style
 
     def predictions(self, moment: Moment) -> tuple[Forward, ...]:
-        """List the forwards whose weighted mean is the model's prediction; empty where one forward as decided does."""
+        """The forwards whose weighted mean is the model's prediction; empty where one forward as decided does."""
         return ()
+
+
+class ScaledPolicy(Policy):
+    """A policy of K-LoRA's form: a ratio ρ per module, constant while sampling, is compared with a scale of τ.
+
+    Balance and share target have a meaning for these alone.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        """Take resolved settings; ValueError where α or β is open."""
+        super().__init__(settings)
+        self.strict = settings.variant == "official"
+        self.scale = self.make_scale(settings)
+
+    def make_scale(self, settings: Settings) -> Scale:
+        """The scale that ρ is compared with."""
+        if settings.alpha is None or settings.beta is None:
+            raise ValueError("settings must be resolved before a policy is made of them")
+        return Scale(settings.scale, settings.alpha, settings.beta)
+
+    def compared(self, rho: float) -> float:
+        """The number that is compared with the scale, for a module whose ratio is ρ."""
+        return rho
+
+    def decide(self, module: str, rho: float, moment: Moment) -> Active:
+        scale = self.scale(moment.tau)
+        return SUBJECT if subject_wins(self.compared(rho), scale, moment.balance, self.strict) else STYLE

@@ -20,7 +20,7 @@ class CmLora(Composite):
 
     name = "cm-lora"
     title = "CMLoRA"
-    source = "Cached Multi-LoRA Composition, arXiv 2502.04923"
+    own_settings = frozenset({"period", "refresh"})
 
     def predictions(self, moment: Moment) -> tuple[Forward, ...]:
         lead, other = (STYLE, SUBJECT) if moment.step // self.settings.period % 2 else (SUBJECT, STYLE)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from klora.fusion.policies.base import BOTH, DIFFUSERS, STYLE, SUBJECT, Forward, Moment, Weights
-from klora.fusion.policies.k_lora import KLora
+from klora.fusion.policies.base import BOTH, DIFFUSERS, STYLE, SUBJECT, Active, Forward, Moment, Policy
 
 
-class Composite(KLora):
+class Composite(Policy):
     """ε = mean ε_u,i + s·(mean ε_c,i − mean ε_u,i): each LoRA alone predicts, and the predictions are averaged.
 
     Guidance is linear in the predictions, so that the mean is taken of what the denoiser gives, before guidance.
@@ -14,12 +13,10 @@ class Composite(KLora):
 
     name = "composite"
     title = "LoRA Composite"
-    source = "Zhong et al., Multi-LoRA Composition, TMLR 2024, arXiv 2402.16843"
-    balanced = False
     hosts = frozenset({DIFFUSERS})
     forwards = 2
 
-    def weights(self, module: str, rho: float, moment: Moment) -> Weights:
+    def decide(self, module: str, rho: float, moment: Moment) -> Active:
         return BOTH
 
     def predictions(self, moment: Moment) -> tuple[Forward, ...]:

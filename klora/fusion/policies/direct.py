@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from fractions import Fraction
 
-from klora.fusion.policies.base import Moment, Weights
-from klora.fusion.policies.k_lora import KLora
+from klora.fusion.policies.base import Active, Moment, Policy
 
 
-class Direct(KLora):
+class Direct(Policy):
     """w_c·ΔW_c + w_s·ΔW_s at every step and in every module; w is the preset times the user's strength.
 
     With one strength at 0 the other LoRA acts alone, as if it were the only one loaded.
@@ -16,17 +15,16 @@ class Direct(KLora):
 
     name = "direct"
     title = "Direct merge"
-    source = "plain sum of two LoRAs"
-    balanced = False
+    own_settings = frozenset({"preset"})
 
     @property
-    def preset(self) -> Weights:
+    def preset(self) -> Active:
         """The weights that the preset names."""
         subject, style = (float(Fraction(part)) for part in self.settings.preset.split(","))
-        return Weights(subject, style)
+        return Active(subject, style)
 
-    def weights(self, module: str, rho: float, moment: Moment) -> Weights:
+    def decide(self, module: str, rho: float, moment: Moment) -> Active:
         return self.preset
 
-    def outside(self, module: str, allowed: Weights, moment: Moment) -> Weights:
+    def decide_other(self, module: str, allowed: Active, moment: Moment) -> Active:
         return allowed.times(self.preset)

@@ -7,18 +7,20 @@ published; here, of softmax distributions over the output channels of each token
 
 from __future__ import annotations
 
-from klora.fusion.policies.base import BOTH, Moment, Weights
-from klora.fusion.policies.k_lora import KLora
+from klora.fusion.policies.base import BOTH, Active, Moment, Policy
 
 
-class Dynamic(KLora):
+class Dynamic(Policy):
     """The subject is active iff D_c ≥ D_s, measured in each layer while sampling; the user's strengths matter."""
 
     name = "dynamic"
     title = "Dynamic feature-level selection"
-    source = "Dynamic Training-Free Fusion, arXiv 2602.15539 (interpretation)"
-    balanced = False
     measured = True
+    refines = True
+    own_settings = frozenset(
+        {"distance", "tokens", "reuse", "style_refs", "subject_refs", "clip_model", "dino_model"}
+        | {"style_pull", "subject_pull", "refine_step", "refine_from", "refine_to"}
+    )
 
-    def weights(self, module: str, rho: float, moment: Moment) -> Weights:
+    def decide(self, module: str, rho: float, moment: Moment) -> Active:
         return BOTH

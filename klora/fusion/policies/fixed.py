@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from klora.fusion.policies.k_lora import KLora
+from types import MappingProxyType
+
+from klora.fusion.policies.base import ScaledPolicy
 
 
-class Fixed(KLora):
+class Fixed(ScaledPolicy):
     """The subject everywhere while S(τ)·2^b ≤ 1, then the style everywhere.
 
     The paper's text says the opposite order, against its own finding that subjects form early; the order here
@@ -14,6 +16,7 @@ class Fixed(KLora):
 
     name = "fixed"
     title = "Fixed selection"
+    defaults = MappingProxyType({"scale": "s"})  # defined on S (paper, section 4.3), whatever the model
 
-    def standing(self, rho: float) -> float:
+    def compared(self, rho: float) -> float:
         return 1.0

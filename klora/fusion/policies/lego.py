@@ -4,23 +4,21 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from klora.fusion.policies.base import BOTH, Moment, Weights
-from klora.fusion.policies.k_lora import KLora
+from klora.fusion.policies.base import BOTH, Active, Moment, Policy
 
 if TYPE_CHECKING:
     from klora.lora.deltas import Delta
 
 
-class Lego(KLora):
+class Lego(Policy):
     """One LoRA of rank max(r_c, r_s), of clusters of both LoRAs' rank-wise units; strengths scale the units."""
 
     name = "lego"
     title = "LoRA-LEGO"
-    source = "Zhao et al., Merging LoRAs like Playing LEGO, ICLR 2025, arXiv 2409.16167"
-    balanced = False
+    own_settings = frozenset({"seed"})
     folds_strengths = True
 
-    def weights(self, module: str, rho: float, moment: Moment) -> Weights:
+    def decide(self, module: str, rho: float, moment: Moment) -> Active:
         return BOTH
 
     def combine(self, subject: Delta, style: Delta) -> tuple[Delta | None, Delta | None]:
@@ -33,6 +31,6 @@ class Lego(KLora):
 
 
 def subject_acts(subject: Delta) -> bool:
-    """Tell whether the subject's delta is more than zeros."""
+    """Whether the subject's delta is more than zeros."""
     factors = subject.factors()
     return factors is None or all(bool(factor.any()) for factor in (factors.up, factors.down))

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from klora.fusion.policies.base import BOTH, Moment, Weights
-from klora.fusion.policies.k_lora import KLora
+from klora.fusion.policies.base import BOTH, Active, Moment, Policy
 
 if TYPE_CHECKING:
     from klora.lora.deltas import Delta
 
 
-class NpLora(KLora):
+class NpLora(Policy):
     """ΔW_s + ΔW_c·(I − μ/(1+μ)·Q·Qᵀ) at every step, Q an orthonormal basis of the style's row space."""
 
     name = "np-lora"
     title = "NP-LoRA"
-    source = "NP-LoRA, arXiv 2511.11051"
-    balanced = False
+    own_settings = frozenset({"mu"})
 
-    def weights(self, module: str, rho: float, moment: Moment) -> Weights:
+    def decide(self, module: str, rho: float, moment: Moment) -> Active:
         return BOTH
 
     def combine(self, subject: Delta, style: Delta) -> tuple[Delta | None, Delta | None]:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from klora.fusion.policies.base import STYLE, SUBJECT, Moment, Weights
-from klora.fusion.policies.k_lora import KLora
+from klora.fusion.policies.base import STYLE, SUBJECT, Active, Moment, Policy
 
 
-class Switch(KLora):
+class Switch(Policy):
     """One LoRA in all modules, those of one file too, and the other after every `period` steps; the subject begins."""
 
     name = "switch"
     title = "LoRA Switch"
-    source = "Zhong et al., Multi-LoRA Composition, TMLR 2024, arXiv 2402.16843"
-    balanced = False
+    own_settings = frozenset({"period"})
 
-    def turn(self, moment: Moment) -> Weights:
-        """Say whose turn it is."""
+    def turn(self, moment: Moment) -> Active:
+        """Whose turn it is."""
         return STYLE if moment.step // self.settings.period % 2 else SUBJECT
 
-    def weights(self, module: str, rho: float, moment: Moment) -> Weights:
+    def decide(self, module: str, rho: float, moment: Moment) -> Active:
         return self.turn(moment)
 
-    def outside(self, module: str, allowed: Weights, moment: Moment) -> Weights:
+    def decide_other(self, module: str, allowed: Active, moment: Moment) -> Active:
         return allowed.times(self.turn(moment))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from klora.errors import MismatchError
 from klora.fusion.clusters import k_means, units
-from klora.fusion.policies import make_policy
+from klora.fusion.policies import make_policy, resolve
 from klora.fusion.projection import orthonormal, shrink
 from klora.lora.deltas import Delta
 from klora.lora.deltas.computed import FactorDelta, low_rank
@@ -34,7 +34,7 @@ def delta_of(rank: int, seed: int, scale: float = 1.0) -> FactorDelta:
 
 
 def combined(policy: str, subject: Delta, style: Delta, **settings: object) -> tuple[Delta | None, Delta | None]:
-    return make_policy(Settings.parse({"policy": policy, **settings}).resolve(None)).combine(subject, style)
+    return make_policy(resolve(Settings.parse({"policy": policy, **settings}), None)).combine(subject, style)
 
 
 def file_delta(folder: Path, family: str, name: str = NAME, seed: int = 0, **options: object) -> Delta:
@@ -133,7 +133,7 @@ def test_lego_takes_the_users_strengths_into_its_units(r_c: int, r_s: int, seed:
     subject, style = delta_of(r_c, seed), delta_of(r_s, seed + 1)
     alone = combined("lego", subject, style, subject_strength=strength, style_strength=0)[0]
     assert close(alone.matrix(), strength * subject.matrix())
-    assert make_policy(Settings(policy="lego").resolve(None)).folds_strengths
+    assert make_policy(resolve(Settings(policy="lego"), None)).folds_strengths
 
 
 def test_lego_beside_a_file_of_zeros_is_the_other() -> None:

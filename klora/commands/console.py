@@ -1,0 +1,48 @@
+"""What a command says beside its results, on stderr, and how it ends."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+import sys
+from typing import TextIO
+
+from klora.errors import KloraError
+from klora.text import one_line
+
+BAD, INTERRUPTED = 2, 130
+
+
+def warn(text: str) -> None:
+    """Write one line to stderr."""
+    print(f"klora: warning: {one_line(text)}", file=sys.stderr, flush=True)
+
+
+def fail(text: str, code: int) -> int:
+    """Write why a command ends, on one line to stderr; returns the exit code."""
+    print(f"klora: error: {one_line(text)}" if code == BAD else f"klora: {text}", file=sys.stderr, flush=True)
+    return code
+
+
+def need(what: str, *modules: str) -> None:
+    """Raise KloraError, saying what to install, where an optional package that `what` needs is missing."""
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            raise KloraError(f'{what} needs {module}; pip install "klora[demo]"')
+
+
+def never_fail_on_a_character(stream: TextIO) -> None:
+    """Let a terminal that knows no γ, or a file name that is not text, cost a question mark and not the command."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
+
+
+def settle(stream: TextIO) -> None:
+    """Send what a broken stdout cannot take nowhere, or Python would complain when it exits."""
+    try:
+        stream.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

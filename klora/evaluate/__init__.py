@@ -1,1 +1,0 @@
-"""The work of `klora evaluate`: the protocol of K-LoRA's Table 1 on files of one's own (docs/evaluate.md)."""

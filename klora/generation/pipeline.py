@@ -1,0 +1,142 @@
+"""A diffusers pipeline: loaded, on its device, and how it is called."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from klora.errors import KloraError
+from klora.generation.request import GenerationRequest
+from klora.settings import AUTO
+from klora.text import first_line
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def open_pipeline(request: GenerationRequest) -> Any:
+    """Load the model of a request and put it on its device; KloraError saying what is wrong with either."""
+    device = choose_device(request.device)
+    return load_pipeline(request.model, choose_dtype(request.dtype, device, request.model)).to(device)
+
+
+def choose_device(name: str) -> str:
+    """Give the device to use; KloraError for one that is not there."""
+    if name == AUTO:
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise KloraError(f"--device {name}: {first_line(error)}; use another, such as cpu") from None
+    return name
+
+
+def choose_dtype(name: str, device: str, model: str) -> torch.dtype:
+    """Give the type of the model's weights: fp32 on a CPU, else fp16, or bf16 for FLUX, whose range fp16 lacks."""
+    if name != AUTO:
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device == "cpu":
+        return torch.float32
+    return torch.bfloat16 if "flux" in _pipeline_class(model).lower() else torch.float16
+
+
+def load_pipeline(model: str, dtype: torch.dtype) -> Any:
+    """Load a diffusers pipeline from a folder, or from the hub; KloraError saying what is wrong with it."""
+    folder = Path(model).expanduser()
+    local = folder.exists()
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        raise KloraError(f"{model}: is not a diffusers pipeline, it has no model_index.json; give the folder that has")
+    if folder.is_file():
+        raise KloraError(f"{model}: is a file; --model takes a diffusers folder or a hub id")
+    if not local and not _HUB_ID.fullmatch(model):
+        raise KloraError(f"{model}: there is no such folder, and it is not a hub id (owner/name) either")
+    try:
+        with quiet_libraries():
+            from diffusers import DiffusionPipeline
+
+            pipe = DiffusionPipeline.from_pretrained(
+                str(folder) if local else model, dtype=dtype, local_files_only=local
+            )
+            # Releases of diffusers that know `dtype` only by its old name load fp32.
+            return pipe if pipe.dtype == dtype else pipe.to(dtype=dtype)
+    # What is wrong with a model reaches us as errors of any kind, from four libraries.
+    except Exception as error:
+        detail = f"{type(error).__name__}: {first_line(error)}"
+        if local:
+            raise KloraError(f"{model}: cannot be loaded ({detail})") from error
+        cure = "check the name and the connection, or give a folder"
+        raise KloraError(f"{model}: there is no such folder, and the hub did not give it ({detail}); {cure}") from error
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep what the libraries say while they load off the terminal; what they say while sampling is worth hearing."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    from diffusers.utils import logging as diffusers_logging
+
+    diffusers_logging.set_verbosity_error()
+    from huggingface_hub.utils import logging as hub_logging
+
+    hub_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity_warning()
+        diffusers_logging.set_verbosity_warning()
+        hub_logging.set_verbosity_warning()
+
+
+def _pipeline_class(model: str) -> str:
+    """Give the pipeline's class where its folder tells, else the model's name."""
+    try:
+        index = json.loads((Path(model).expanduser() / "model_index.json").read_text(encoding="utf-8"))
+        return str(index["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return model
+
+
+def call_arguments(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
+    """Give the arguments of the pipeline's call; KloraError for one that this kind of pipeline does not take."""
+    width, height = request.size or (None, None)
+    wanted = {
+        "prompt": request.prompt,
+        "negative_prompt": request.negative_prompt,
+        "num_inference_steps": request.settings.steps,
+        "guidance_scale": request.guidance,
+        "width": width,
+        "height": height,
+    }
+    given = {name: value for name, value in wanted.items() if value is not None}
+    known = inspect.signature(type(pipe).__call__).parameters
+    for name in given:
+        if name not in known:
+            raise KloraError(f"{type(pipe).__name__} takes no {name.replace('_', ' ')}; use a text-to-image pipeline")
+    return given
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Turn the many errors of a full memory into one line."""
+    try:
+        yield
+    except RuntimeError as error:
+        if re.search("out of memory|not enough memory", str(error)):
+            raise KloraError("out of memory; try a smaller --size, or --dtype float16 on a GPU") from error
+        raise
+
+
+def model_name(model: str) -> str:
+    """Give a hub id, or a folder's name without what leads there."""
+    local = Path(model).expanduser()
+    return local.resolve().name if local.exists() else model

@@ -1,0 +1,59 @@
+"""The LoRA files that a WebUI lists."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from klora.errors import KloraError
+
+
+@dataclass(frozen=True)
+class ListedLora:
+    """A LoRA that the host lists."""
+
+    name: str
+    path: Path
+    on_disk: Any
+
+    @property
+    def shorthash(self) -> str:
+        """The hash that the host and image sites know the file by; reads the file if the host has not yet."""
+        self.on_disk.read_hash()
+        return self.on_disk.shorthash or ""
+
+
+class Library:
+    """The LoRA files that the host lists, by the names and aliases that `<lora:…>` accepts."""
+
+    def __init__(self) -> None:
+        self._networks = importlib.import_module("networks")
+
+    def names(self) -> list[str]:
+        """List the names, as the host's own menus do."""
+        return sorted(self._networks.available_networks, key=str.casefold)
+
+    def refresh(self) -> None:
+        """Have the host look into its folders again."""
+        self._networks.list_available_networks()
+
+    def find(self, name: str) -> ListedLora:
+        """Give the LoRA of that name or alias; KloraError where there is none."""
+        on_disk = self._lookup(name)
+        if on_disk is None:
+            self.refresh()
+            on_disk = self._lookup(name)
+        if on_disk is None:
+            near = difflib.get_close_matches(name, self.names(), n=1)
+            hint = f"did you mean {near[0]}?" if near else "see the Lora tab for the names"
+            raise KloraError(f"there is no LoRA named {name!r}; {hint}")
+        return ListedLora(on_disk.name, Path(on_disk.filename), on_disk)
+
+    def _lookup(self, name: str) -> Any:
+        networks = self._networks
+        if name.lower() in networks.forbidden_network_aliases:
+            return networks.available_networks.get(name)
+        return networks.available_network_aliases.get(name)

@@ -1,0 +1,70 @@
+"""A WebUI with a loaded model, seen as a host: what A1111 and the Forge family have in common.
+
+Differences lie in `a1111` and `forge`; `loaded_model` chooses by what a loaded model can do, never by a version.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from klora.engine.bypass import Site
+from klora.engine.dynamic import Rows
+from klora.hosts.host_text_encoder import TextPart
+from klora.hosts.ldm_sites import ldm_sites
+
+
+class WebuiHost(ABC):
+    """A WebUI with a loaded model."""
+
+    def __init__(self, sd_model: Any) -> None:
+        self.sd_model = sd_model
+
+    @property
+    def model_name(self) -> str:
+        """How messages call the model."""
+        return f"the {self.architecture or ''} checkpoint {self.sd_model.sd_checkpoint_info.name}".replace("  ", " ")
+
+    @property
+    def architecture(self) -> str | None:
+        """SD1, SD2, SDXL or FLUX, as the host tells them apart; None when unknown."""
+        for flag, name in (("is_sdxl", "SDXL"), ("is_sd2", "SD2"), ("is_sd1", "SD1")):
+            if getattr(self.sd_model, flag, False):
+                return name
+        return None
+
+    @property
+    @abstractmethod
+    def diffusion_model(self) -> nn.Module:
+        """The UNet or transformer."""
+
+    def sites(self) -> Mapping[str, Site]:
+        """Give the diffusion model's modules by canonical name."""
+        return dict(ldm_sites(self.diffusion_model))
+
+    @abstractmethod
+    def text_encoder_with(self, parts: list[TextPart]) -> AbstractContextManager[None]:
+        """Have the host's own LoRA code apply `parts` to what is encoded inside the block, and to nothing else."""
+
+    @abstractmethod
+    def conditional_rows(self, evaluation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
+        """Give the rows that follow the prompt in a call of the diffusion model; None for all of them.
+
+        `evaluation` is what the host's callback was told of the evaluation that the call is part of.
+        """
+
+    @abstractmethod
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Give images (B, 3, H, W) in [0, 1] of latents as the sampler has them; gradients pass."""
+
+
+def trainable_copy(vae: nn.Module) -> nn.Module:
+    """Copy a VAE whose weights were made in inference mode, through which no gradient passes."""
+    with torch.inference_mode(False):
+        return copy.deepcopy(vae).requires_grad_(False)

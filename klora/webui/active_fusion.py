@@ -1,0 +1,187 @@
+"""A fusion at work on one processing object, from the text encoder to the last evaluation of the model."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any
+
+from klora.engine.session import Session
+from klora.engine.wrapping import Wrappers
+from klora.hosts.loaded_model import host_of
+from klora.hosts.refiner import make_refiner
+from klora.hosts.webui_host import WebuiHost
+from klora.hosts.webui_refine import DenoiserRefinement
+from klora.hosts.webui_schedule import schedule_of
+from klora.webui.attached_sessions import AttachedSessions
+from klora.webui.injection import PLANS
+from klora.webui.lora_tags import add_hashes
+from klora.webui.messages import comment, fail, logger, named_by
+from klora.webui.options import reference_folder
+from klora.webui.requested_fusion import RequestedFusion
+
+
+class ActiveFusion:
+    """What one processing object has of K-LoRA: the fusion its prompt asks for, and the session of the current pass.
+
+    Wraps three methods on the instance: `setup_conds` and `calculate_hr_conds`, for the text encoder, and `sample`,
+    whose end, however it comes, takes every hook off and the wrappers too.
+    """
+
+    def __init__(self, p: Any, attached: AttachedSessions) -> None:
+        self.p = p
+        self._attached = attached
+        self.fusion: RequestedFusion | None = None
+        self.evaluation: Any = None
+        """What the host's callback was told of the evaluation that is under way."""
+        self._session: Session | None = None
+        self._refinement: DenoiserRefinement | None = None
+        self._bound_to: tuple[Any, ...] | None = None
+        self._wrappers = Wrappers()
+        self._encoder = ExitStack()
+
+    def begin(self, fusion: RequestedFusion | None) -> None:
+        """Take what the prompt of the coming pass asks for."""
+        self.fusion = fusion
+        if not self._wrappers:
+            for name, around in (
+                ("setup_conds", self._encoding),
+                ("calculate_hr_conds", self._encoding),
+                ("sample", self._sampling),
+            ):
+                self._wrappers.wrap(self.p, name, _inside(around))
+
+    def evaluate(self, denoiser: Any, level: float) -> None:
+        """Make what the plan decides at this noise level active, in the model that is about to be evaluated."""
+        fusion = self.fusion
+        if fusion is None:
+            self._release()
+            return
+        shared = importlib.import_module("modules.shared")
+        host = host_of(shared.sd_model)
+        hires = bool(getattr(self.p, "is_hr_pass", False))
+        # Compared by identity: the objects are kept, so none can take another's place.
+        bound_to = (fusion, denoiser, host.diffusion_model)
+        if self._bound_to is None or any(a is not b for a, b in zip(self._bound_to, bound_to, strict=True)):
+            self._bind(fusion, denoiser, host, hires)
+            self._bound_to = bound_to
+        if self._session is not None:
+            # A picture made inside this one (by another extension) may have taken the hooks off.
+            self._attached.attach(self._session)
+            self._session.at_level(level)
+
+    def stop(self, reason: str) -> None:
+        """Go on without K-LoRA and say why."""
+        self.fusion = None
+        self._release()
+        fail(self.p, reason, "stopped")
+
+    def _bind(self, fusion: RequestedFusion, denoiser: Any, host: WebuiHost, hires: bool) -> None:
+        same_pass = self._bound_to is not None and self._bound_to[1] is denoiser and self._session is not None
+        sampling = self._session.sampling if same_pass and self._session else None
+        self._release()
+        with named_by(fusion.subject, fusion.style):
+            plan = fusion.plan(host, hires)
+            session = Session(
+                fusion.pair,
+                plan,
+                host.sites(),
+                model=host.model_name,
+                denoiser=host.diffusion_model,
+                conditional=lambda args, kwargs: host.conditional_rows(self.evaluation, args, kwargs),
+            )
+        with named_by(folder=reference_folder()):
+            refiner = make_refiner(plan.settings, self.evaluation.x.device if self.evaluation else "cpu")
+        if sampling is None:
+            session.start_pass(schedule_of(denoiser))
+        else:
+            # The model has changed within a pass: a refiner.
+            session.follow(sampling)
+        self._session = session
+        if refiner is not None:
+            self._refinement = DenoiserRefinement(host, session, refiner, denoiser)
+        self._report(session)
+
+    def _report(self, session: Session) -> None:
+        plans = getattr(self.p, PLANS, None)
+        if plans is None:
+            plans = []
+            setattr(self.p, PLANS, plans)
+        plans.append(session.plan)
+        coverage = session.pair.coverage
+        share = "–" if session.plan.share is None else f"{session.plan.share:.0%}"
+        logger.info(
+            "K-LoRA: %s × %s: %d modules contested, %d subject only, %d style only, %d unmatched keys; subject %s",
+            session.pair.subject.name,
+            session.pair.style.name,
+            len(coverage.contested),
+            len(coverage.subject_only),
+            len(coverage.style_only),
+            len(coverage.unmatched),
+            share,
+        )
+        for warning in session.plan.warnings:
+            comment(self.p, warning)
+        for left_out, what in (
+            (session.missing, "modules are not in the model"),
+            (coverage.unmatched, "keys are unknown"),
+        ):
+            if left_out:
+                comment(self.p, f"{len(left_out)} of the LoRAs' {what}, such as {left_out[0]}; they do nothing")
+
+    def _note_decisions(self, session: Session) -> None:
+        """Put what was decided while sampling in the place of the plan that could not know it."""
+        plans = getattr(self.p, PLANS, [])
+        if session.decisions:
+            plans[:] = [session.observed if plan is session.plan else plan for plan in plans]
+
+    def _release(self) -> None:
+        if self._session is not None:
+            self._attached.detach(self._session)
+            self._note_decisions(self._session)
+        if self._refinement is not None:
+            self._refinement.remove()
+        self._session = self._refinement = None
+        self._bound_to = None
+
+    @contextmanager
+    def _sampling(self) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            self._release()
+            self._wrappers.remove()
+
+    @contextmanager
+    def _encoding(self) -> Iterator[None]:
+        # A host may encode the hires prompt inside the encoding of the first: then what acted so far has ended.
+        self._encoder.close()
+        self._encoder.enter_context(self._text_encoder())
+        try:
+            yield
+        finally:
+            self._encoder.close()
+
+    def _text_encoder(self) -> AbstractContextManager[None]:
+        if self.fusion is None:
+            return nullcontext()
+        add_hashes(self.p, self.fusion)
+        parts = self.fusion.text_parts()
+        if not parts:
+            return nullcontext()
+        shared = importlib.import_module("modules.shared")
+        return host_of(shared.sd_model).text_encoder_with(parts)
+
+
+def _inside(around: Callable[[], AbstractContextManager[None]]) -> Callable[[Any], Any]:
+    """What wraps a method so that it runs inside a context."""
+
+    def wrapper_of(original: Any) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            with around():
+                return original(*args, **kwargs)
+
+        return wrapper
+
+    return wrapper_of

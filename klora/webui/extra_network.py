@@ -1,0 +1,114 @@
+"""The host's handler of `<klora:…>` tags, and the callback before each evaluation of the model.
+
+Both are called for every processing object, also those that run no scripts of ours (ADetailer's inner passes): a
+fusion hangs on the processing object alone."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from klora.errors import KloraError
+from klora.fusion.policies import make_policy, resolve
+from klora.fusion.policies.base import WEBUI
+from klora.hosts.loaded_model import host_of
+from klora.hosts.lora_library import Library
+from klora.lora.file import check_model
+from klora.webui.active_fusion import ActiveFusion
+from klora.webui.attached_sessions import AttachedSessions
+from klora.webui.infotext import to_infotext
+from klora.webui.lora_tags import yield_to
+from klora.webui.messages import comment, fail, logger, named_by
+from klora.webui.options import score_cache
+from klora.webui.prompt_tag import NAME, Tag
+from klora.webui.references import with_references
+from klora.webui.requested_fusion import Pairs, RequestedFusion
+
+STATE = "klora_active_fusion"
+"""Where a processing object keeps its ActiveFusion."""
+
+
+def make_extra_network() -> Any:
+    """Make the host's handler of `<klora:…>` tags."""
+    extra_networks: Any = importlib.import_module("modules.extra_networks")
+
+    class ExtraNetworkKlora(extra_networks.ExtraNetwork):
+        """Starts a fusion for every processing object whose prompt holds the tag."""
+
+        def __init__(self) -> None:
+            super().__init__(NAME)
+            self.pairs = Pairs()
+            self.attached = AttachedSessions()
+
+        def activate(self, p: Any, params_list: list[Any]) -> None:
+            """Take the tags of a prompt; called for every prompt, mostly with none."""
+            # Whatever the end of an earlier picture has left on; a pass that is under way puts its own on again.
+            self.attached.detach_all()
+            active = getattr(p, STATE, None)
+            if active is None:
+                if not params_list and not _in_hires_prompt(p):
+                    return
+                active = ActiveFusion(p, self.attached)
+                setattr(p, STATE, active)
+            try:
+                active.begin(self._fusion(p, params_list) if params_list else None)
+            except KloraError as error:
+                active.begin(None)
+                fail(p, str(error))
+            except Exception as error:
+                # The host would show it in the console alone.
+                logger.exception("K-LoRA failed")
+                active.begin(None)
+                fail(p, f"an unexpected {type(error).__name__}: {error}")
+
+        def deactivate(self, p: Any) -> None:
+            """Nothing is left to do: the end of sampling has taken everything off."""
+
+        def _fusion(self, p: Any, params_list: list[Any]) -> RequestedFusion:
+            tag = Tag.parse([str(item) for item in params_list[0].items])
+            make_policy(resolve(tag.settings, None), WEBUI)
+            if len(params_list) > 1:
+                comment(p, f"the prompt holds {len(params_list)} <{NAME}:…> tags; only the first, {tag}, counts")
+            names = Library()
+            subject, style = names.find(tag.subject), names.find(tag.style)
+            with named_by(subject, style):
+                pair = self.pairs.open(subject.path, style.path, score_cache())
+            fusion = RequestedFusion(tag, subject, style, pair, with_references(tag.settings))
+            with named_by(subject, style):
+                self._check(p, fusion)
+            yield_to(p, params_list, fusion, names)
+            return fusion
+
+        def _check(self, p: Any, fusion: RequestedFusion) -> None:
+            shared = importlib.import_module("modules.shared")
+            host = host_of(shared.sd_model)
+            # Here, and not at the first evaluation, so that the text encoder is left alone too.
+            shapes = {name: site.shape for name, site in host.sites().items()}
+            for file in (fusion.pair.subject, fusion.pair.style):
+                check_model(file, shapes, host.model_name)
+            plan = fusion.plan(host).with_steps(p.steps)
+            p.extra_generation_params.update(to_infotext(plan.settings, fusion.tag.settings, plan.share))
+
+    return ExtraNetworkKlora()
+
+
+def _in_hires_prompt(p: Any) -> bool:
+    # Activated inside p.sample, where it is too late to wrap that.
+    return bool((getattr(p, "hr_extra_network_data", None) or {}).get(NAME))
+
+
+def on_evaluation(params: Any) -> None:
+    """Follow a sampler: called by the host before each evaluation of the model, for every processing object."""
+    denoiser = params.denoiser
+    active = getattr(getattr(denoiser, "p", None), STATE, None)
+    if active is None:
+        return
+    active.evaluation = params
+    try:
+        active.evaluate(denoiser, float(params.sigma.flatten()[0]))
+    except KloraError as error:
+        active.stop(str(error))
+    except Exception as error:
+        # The host swallows what a callback raises; a picture must not be made by half a fusion in silence.
+        logger.exception("K-LoRA stopped")
+        active.stop(f"an unexpected {type(error).__name__}: {error}")

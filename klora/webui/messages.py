@@ -1,0 +1,41 @@
+"""What is said under an image, in the console and in the image's text."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from klora.errors import KloraError
+from klora.hosts.lora_library import ListedLora
+
+logger = logging.getLogger("klora")
+
+
+def comment(p: Any, text: str) -> None:
+    """Say something under the image and in the console."""
+    text = f"K-LoRA: {text}"
+    logger.warning(text)
+    p.comment(text)
+
+
+def fail(p: Any, reason: str, outcome: str = "not applied") -> None:
+    """Say under the image, in the console and in the image's text why K-LoRA did not run, or not to the end."""
+    comment(p, f"{outcome}: {reason}")
+    p.extra_generation_params["K-LoRA error"] = reason.replace("\n", " ")
+
+
+@contextmanager
+def named_by(*loras: ListedLora, folder: Path | None = None) -> Iterator[None]:
+    """Let errors about files say their names alone: an image's text must not tell where they lie on this machine."""
+    try:
+        yield
+    except KloraError as error:
+        text = str(error)
+        for lora in loras:
+            text = text.replace(str(lora.path), lora.path.name)
+        if folder is not None:
+            text = text.replace(f"{folder.resolve()}/", "").replace(str(folder.resolve()), folder.name)
+        raise KloraError(text) from error

@@ -1,0 +1,74 @@
+"""The fusion that a tag asks for, with its two files opened."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from klora.cache import ScoreCache
+from klora.fusion.plan import FusionPlan
+from klora.hosts.host_text_encoder import TextPart
+from klora.hosts.lora_library import ListedLora
+from klora.hosts.webui_host import WebuiHost
+from klora.pair import Pair
+from klora.settings import Settings
+from klora.webui.prompt_tag import Tag
+
+
+@dataclasses.dataclass(frozen=True)
+class RequestedFusion:
+    """A tag with its two files opened."""
+
+    tag: Tag
+    subject: ListedLora
+    style: ListedLora
+    pair: Pair
+    settings: Settings
+    """Those of the tag, with the files that its names of references stand for."""
+
+    def text_parts(self) -> list[TextPart]:
+        """The text-encoder parts that act, with the strengths they act with."""
+        settings = self.settings
+        weights = self.pair.text_encoder_active(settings)
+        parts = []
+        for lora, file, side, strength in (
+            (self.subject, self.pair.subject, 0, settings.subject_strength),
+            (self.style, self.pair.style, 1, settings.style_strength),
+        ):
+            deltas = {name: delta for name, delta in file.text_encoder.items() if weights[name][side]}
+            if deltas and strength:
+                parts.append(TextPart(lora, deltas, strength, file.sha256))
+        return parts
+
+    def plan(self, host: WebuiHost, hires: bool = False) -> FusionPlan:
+        """Decide for one pass; the pass that `passes` leaves out applies the pair as two plain LoRAs."""
+        settings = self.settings
+        if settings.passes not in ("both", "hires" if hires else "first"):
+            settings = dataclasses.replace(settings, policy="direct", preset="1,1", share=None)
+        return self.pair.plan(settings, host.architecture)
+
+
+class Pairs:
+    """The pairs opened last; a file that has changed on disk is opened anew."""
+
+    def __init__(self, limit: int = 2) -> None:
+        self._limit = limit
+        self._pairs: dict[tuple[Any, ...], Pair] = {}
+
+    def open(self, subject: Path, style: Path, cache: ScoreCache) -> Pair:
+        """Open two files, or give them as they were opened before."""
+        key = (*_identity(subject), *_identity(style), cache.folder)
+        pair = self._pairs.pop(key, None) or Pair.open(subject, style, cache)
+        self._pairs[key] = pair
+        while len(self._pairs) > self._limit:
+            del self._pairs[next(iter(self._pairs))]
+        return pair
+
+
+def _identity(path: Path) -> tuple[str, int, int]:
+    try:
+        status = path.stat()
+    except OSError:
+        return str(path), 0, 0
+    return str(path), status.st_mtime_ns, status.st_size

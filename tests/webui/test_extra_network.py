@@ -1,0 +1,145 @@
+"""Tags in a fake host of either family: the text encoder, plain tags beside ours, bad tags, the picture's text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from klora.hosts.webui_schedule import schedule_of
+from tests.support.lora_files import write_lora
+from tests.support.pairs import ATTENTION, FEED_FORWARD, shapes
+from tests.webui.fake_host import FakeHost, Picture
+from tests.webui.hosts import FORCED, TAG, host, nothing_left, plain
+
+__all__ = ["host", "nothing_left", "plain"]
+
+
+def test_the_text_encoder_s_part(host: FakeHost) -> None:
+    both = host.txt2img("a dog <klora:dog_te:ink_te:policy=direct>")
+    assert both.close_to(host.txt2img("a dog <lora:dog_te:1><lora:ink_te:1>"))
+    none = host.txt2img("a dog <klora:dog_te:ink_te:policy=direct:text_encoder=none>")
+    assert none.close_to(host.txt2img("a dog <lora:dog_te:1:te=0:unet=1><lora:ink_te:1:te=0:unet=1>"))
+    style = host.txt2img("a dog <klora:dog_te:ink_te:1:0.5:policy=direct:text_encoder=style>")
+    assert style.close_to(host.txt2img("a dog <lora:dog_te:1:te=0:unet=1><lora:ink_te:0.5>"))
+
+
+@pytest.mark.parametrize("firstpass", [False, True])
+def test_the_text_encoder_s_part_acts_once_in_either_pass(host: FakeHost, firstpass: bool) -> None:
+    # A host may encode the hires prompt inside the encoding of the first.
+    host.opts.hires_fix_use_firstpass_conds = firstpass
+    tag, loras = "<klora:dog_te:ink_te:policy=direct>", "<lora:dog_te:1><lora:ink_te:1>"
+    fused = host.txt2img(f"a dog {tag}", hr_prompt=f"a dog, sharp {tag}")
+    assert fused.close_to(host.txt2img(f"a dog {loras}", hr_prompt=f"a dog, sharp {loras}"))
+
+
+def test_conditionings_are_cached_by_the_whole_tag(host: FakeHost, plain: Picture) -> None:
+    tags = ("", ":0.5", ":1:0.5", ":text_encoder=none", ":text_encoder=subject")
+    pictures = [host.txt2img(f"a dog <klora:dog_te:ink_te{rest}>") for rest in tags]
+    assert not any(one.same(other) for i, one in enumerate(pictures) for other in pictures[:i])
+    assert host.txt2img("a dog").same(plain)
+    for rest, picture in zip(tags[::-1], pictures[::-1], strict=True):
+        assert host.txt2img(f"a dog <klora:dog_te:ink_te{rest}>").same(picture)
+
+
+@pytest.mark.parametrize("order", ["<lora:dog:1>{}", "{}<lora:dog:1>", "<lora:dog:0.5:te=0.5:unet=0.7>{}"])
+def test_the_same_file_in_a_plain_tag_is_silenced(host: FakeHost, order: str) -> None:
+    picture = host.txt2img("a dog " + order.format(FORCED))
+    assert "dog is in a <lora:…> tag too" in picture.comments
+    assert picture.close_to(host.txt2img(f"a dog {FORCED}"))
+
+
+def test_other_plain_tags_stay(host: FakeHost) -> None:
+    both = host.txt2img(f"a dog <lora:dog_te:0.5>{FORCED}")
+    assert both.comments == ""
+    assert both.close_to(host.txt2img("a dog <lora:dog_te:0.5><lora:dog:1>"))
+
+
+@pytest.mark.parametrize(
+    ("tag", "says"),
+    [
+        ("<klora:dog>", "<klora:dog>: it must name a subject and a style"),
+        ("<klora:dog:nobody>", "there is no LoRA named 'nobody'"),
+        ("<klora:dog:imk>", "did you mean ink?"),
+        ("<klora:dog:ink:beta=-1>", "<klora:dog:ink:beta=-1>: beta"),
+        ("<klora:dog:ink:1:2:3>", "one number too many"),
+        ("<klora:dog:../dog>", "there is no LoRA named"),
+        ("<klora:dog:broken>", "broken.safetensors"),
+        ("<klora:dog:small>", "choose two LoRAs for the same model"),
+        ("<klora:small:small>", "choose a LoRA made for this model"),
+        ("<klora:dog:nan>", "nan.safetensors"),
+    ],
+)
+def test_a_bad_tag_is_named_and_the_picture_is_made(
+    host: FakeHost, plain: Picture, tmp_path: Path, tag: str, says: str
+) -> None:
+    (tmp_path / "broken.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{broken}")
+    write_lora(tmp_path / "small.safetensors", shapes(ATTENTION, 16), rank=2)
+    bad = load_file(tmp_path / "ink.safetensors")
+    bad[next(key for key in bad if key.endswith("up.weight"))][0, 0] = float("nan")
+    save_file(bad, tmp_path / "nan.safetensors")
+    picture = host.txt2img(f"a dog {tag}")
+    assert picture.same(plain)
+    assert says in picture.comments
+    assert str(tmp_path) not in picture.comments
+    assert picture.p.extra_generation_params["K-LoRA error"]
+    assert not host.callbacks.swallowed
+
+
+def test_of_two_tags_the_first_counts(host: FakeHost) -> None:
+    picture = host.txt2img(f"a dog {FORCED}<klora:ink:dog>")
+    assert "holds 2 <klora:…> tags; only the first" in picture.comments
+    assert picture.same(host.txt2img(f"a dog {FORCED}"))
+
+
+def test_keys_that_nobody_knows_are_told_of(host: FakeHost, tmp_path: Path) -> None:
+    tensors = load_file(tmp_path / "ink.safetensors")
+    tensors["something.else"] = torch.zeros(3)
+    save_file(tensors, tmp_path / "more.safetensors")
+    picture = host.txt2img("a dog <klora:dog:more>")
+    assert "keys are unknown, such as something.else" in picture.comments
+
+
+def test_a_file_that_changes_on_disk_is_read_again(host: FakeHost, tmp_path: Path) -> None:
+    first = host.txt2img(f"a dog {TAG}")
+    write_lora(tmp_path / "ink.safetensors", shapes([*ATTENTION, *FEED_FORWARD]), rank=2, seed=9)
+    second = host.txt2img(f"a dog {TAG}")
+    assert not second.same(first)
+    assert second.comments == ""
+
+
+def test_the_image_s_text_says_what_acted(host: FakeHost) -> None:
+    params = host.txt2img(f"a dog {TAG}").p.extra_generation_params
+    assert params["K-LoRA scale"] == "s"
+    assert "K-LoRA subject share" in params
+    assert "dog: " in params["Lora hashes"]
+    assert "ink: " in params["Lora hashes"]
+    assert "K-LoRA error" not in params
+
+
+def test_an_unexpected_fault_of_ours_is_told_of(
+    host: FakeHost, plain: Picture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError("a fault")
+
+    monkeypatch.setattr("klora.engine.session.Session.at_level", fail)
+    picture = host.txt2img(f"a dog {TAG}")
+    assert picture.same(plain)
+    assert "an unexpected ZeroDivisionError: a fault" in picture.comments
+
+
+def test_timesteps_that_a_host_tells_as_noise_levels() -> None:
+    # Forge's DDIM samplers are made of timesteps, and its callback is given σ.
+    products = torch.linspace(0.999, 0.005, 1000)
+    timesteps = torch.tensor([1, 251, 501, 751])
+    sampler = SimpleNamespace(get_timesteps=lambda p, steps: timesteps)
+    p = SimpleNamespace(steps=4, is_hr_pass=False, init_images=None)
+    model = SimpleNamespace(inner_model=SimpleNamespace(alphas_cumprod=products))
+    denoiser = SimpleNamespace(p=p, sampler=sampler, inner_model=model)
+    assert schedule_of(denoiser) == [1, 251, 501, 751]
+    denoiser.classic_ddim_eps_estimation = True
+    assert schedule_of(denoiser) == [float(((1 - products) / products)[t] ** 0.5) for t in timesteps]
