@@ -42,7 +42,7 @@ def demo_pairs(catalogue: Mapping[str, Any], home: Path) -> list[DemoPair]:
 
 
 def demo_pair(catalogue: Mapping[str, Any], home: Path, subject: str, style: str) -> DemoPair:
-    """Give the pair of a subject and a style of the catalogue, by name; KloraError for a name that is not there."""
+    """The pair of a subject and a style of the catalogue, by name; KloraError for a name that is not there."""
     for given, known in ((subject, catalogue["subjects"]), (style, catalogue["styles"])):
         if given not in known:
             raise KloraError(f"{given}: is not in the demo; choose {', '.join(known)}")

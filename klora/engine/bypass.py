@@ -39,7 +39,7 @@ class Site:
         return (self.rows[1] - self.rows[0] if self.rows else out, *rest)
 
     def base_weight(self) -> Tensor:
-        """Give the weight of this site's rows, (out, in[, kh, kw]); MismatchError where it is no plain tensor."""
+        """The weight of this site's rows, (out, in[, kh, kw]); MismatchError where it is not a plain tensor."""
         weight = self.weight() if self.weight else getattr(self.module, "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.is_meta:
             raise MismatchError(
@@ -51,7 +51,7 @@ class Site:
 
 
 def module_shape(module: Any) -> tuple[int, ...]:
-    """Give the shape of a Linear's or Conv's weight from its attributes, since a quantised weight is packed."""
+    """The shape of a Linear's or Conv's weight from its attributes, since a quantised weight is packed."""
     if hasattr(module, "in_channels") and hasattr(module, "kernel_size"):
         kernel = tuple(module.kernel_size)
         size = (module.out_channels, module.in_channels // module.groups)
@@ -79,7 +79,7 @@ class Operand:
         self._chains: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     def chain(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Give the weights, from the cache when they were asked for before."""
+        """The weights, from the cache when they were asked for before."""
         if (device, dtype) not in self._chains:
             weights = tuple(weight.to(device=device, dtype=dtype) for weight in self._weights())
             if self.is_conv:
@@ -93,7 +93,7 @@ class Operand:
             self._chains.clear()
 
     def add(self, x: Tensor, y: Tensor, strength: float) -> Tensor:
-        """Give y + strength·ΔW·x; in place where autograd does not watch."""
+        """y + strength·ΔW·x; in place where autograd does not watch."""
         chain = self.chain(y.device, y.dtype)
         x = x.to(y.dtype)
         if self.factored:
@@ -105,7 +105,7 @@ class Operand:
         return self._add_linear(x, y, chain[-1], strength)
 
     def at_tokens(self, x: Tensor, y: Tensor, take: Tensor, strength: float) -> Tensor:
-        """Give strength·ΔW·x at the tokens `take` (T,) of y alone: fp32 (T, out of this site).
+        """strength·ΔW·x at the tokens `take` (T,) of y alone: fp32 (T, out of this site).
 
         A token is a row of a linear layer's flattened input, or a position of a convolution's output. A kernel larger
         than 1×1 is applied everywhere, at the LoRA's rank; what follows it, which costs most, at the tokens alone.
@@ -126,7 +126,7 @@ class Operand:
         return (x if spatial == len(before) else F.linear(x, last.flatten(1))).float().mul_(strength)
 
     def base_tokens(self, y: Tensor, take: Tensor) -> Tensor:
-        """Give the tokens `take` (T,) of this site's rows of y: fp32 (T, out)."""
+        """The tokens `take` (T,) of this site's rows of y: fp32 (T, out)."""
         tokens = tokens_of(y, take, self.is_conv).float()
         return tokens[:, slice(*self.site.rows)] if self.site.rows else tokens
 
@@ -164,7 +164,7 @@ class Operand:
 
 
 def tokens_of(y: Tensor, take: Tensor, is_conv: bool) -> Tensor:
-    """Give the tokens `take` (T,) of y (…, C), or of the output y (B, C, H, W) of a convolution: (T, C)."""
+    """The tokens `take` (T,) of y (…, C), or of the output y (B, C, H, W) of a convolution: (T, C)."""
     if not is_conv:
         return y.reshape(-1, y.shape[-1])[take]
     size = y.shape[2] * y.shape[3]
@@ -172,7 +172,7 @@ def tokens_of(y: Tensor, take: Tensor, is_conv: bool) -> Tensor:
 
 
 def _watched(x: Tensor, y: Tensor) -> bool:
-    """Tell whether autograd records what happens to y, so that it must not be changed in place."""
+    """Whether autograd records what happens to y, so that it must not be changed in place."""
     return torch.is_grad_enabled() and (x.requires_grad or y.requires_grad)
 
 
@@ -193,7 +193,7 @@ class Part:
         self.strengths = strengths
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """Give y with what acts added, in place where possible."""
+        """y with what acts added, in place where possible."""
         for operand in self.operands:
             # Also what is not active: its becoming active then allocates nothing.
             if operand is not None and operand.factored:

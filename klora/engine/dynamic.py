@@ -65,14 +65,14 @@ class Rows:
         return self.stop > self.start
 
     def within(self, length: int) -> slice:
-        """Give the rows in a tensor of `length` rows: of a multiple of the batch, else all."""
+        """The rows in a tensor of `length` rows: of a multiple of the batch, else all."""
         if not self or length % self.of:
             return slice(0, length)
         return slice(self.start * length // self.of, self.stop * length // self.of)
 
 
 def subsample(count: int, limit: int, device: torch.device | None = None) -> Tensor:
-    """Give min(count, limit) indices below `count`, evenly spread, always the same."""
+    """min(count, limit) indices below `count`, evenly spread, always the same."""
     picked = min(count, limit)
     return torch.arange(picked, device=device) * count // max(1, picked)
 
@@ -109,7 +109,7 @@ class Chooser:
 
     @property
     def sees_condition(self) -> bool:
-        """Tell whether the call under way has rows that follow the prompt."""
+        """Whether the call under way has rows that follow the prompt."""
         return self.rows is None or bool(self.rows)
 
     @torch.no_grad()
@@ -157,7 +157,7 @@ class MeasuredPart(Part):
     _choice: Choice | None = None
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """Give y with the output of the LoRA that diverges more added."""
+        """y with the output of the LoRA that diverges more added."""
         subject, style = self.operands
         if subject is None or style is None:
             raise ValueError("a choice needs two LoRAs")

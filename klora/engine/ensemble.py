@@ -80,7 +80,7 @@ class Ensemble:
 
 
 def weighted_mean(outputs: Sequence[Any], weights: Sequence[float]) -> Any:
-    """Give Σ w·ε of tensors, or of the first tensors of tuples or model outputs, in the form of the first output."""
+    """Σ w·ε of tensors, or of the first tensors of tuples or model outputs, in the form of the first output."""
     first = outputs[0]
     if isinstance(first, Tensor):
         mean = first * weights[0]

@@ -35,7 +35,7 @@ class Progress:
         return len(self.points)
 
     def tau(self, level: float) -> float:
-        """Give τ in [0, 1]: i/N at point i, between points linear in log(level), from the last point to 0 linear."""
+        """τ in [0, 1]: i/N at point i, between points linear in log(level), from the last point to 0 linear."""
         if level >= self.points[0]:
             return 0.0
         # The index of the first point at or below `level`.
@@ -60,7 +60,7 @@ class SamplingPass:
         self._start: float | None = None
 
     def tau(self, level: float) -> float:
-        """Give τ in [0, 1] at a noise level."""
+        """τ in [0, 1] at a noise level."""
         tau = self.progress.tau(level)
         if self._start is None:
             self._start = tau if self.relative and tau < 1 else 0.0
@@ -69,7 +69,7 @@ class SamplingPass:
 
 
 def _fraction(above: float, level: float, below: float) -> float:
-    """Give how much of the way from `above` down to `below` is done at `level`."""
+    """How much of the way from `above` down to `below` is done at `level`."""
     if below > 0:
         return math.log(above / level) / math.log(above / below)
     return (above - level) / (above - below)

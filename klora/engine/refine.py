@@ -26,7 +26,7 @@ class Goal:
     weight: float
 
     def loss(self, images: Tensor) -> Tensor:
-        """Give w·(1 − cos), the mean over the references, of each of `images` (B, 3, H, W): (B,)."""
+        """w·(1 − cos), the mean over the references, of each of `images` (B, 3, H, W): (B,)."""
         features = F.normalize(self.encode(images).float(), dim=-1)
         references = F.normalize(self.references.float().to(features.device), dim=-1)
         return self.weight * (1 - (features @ references.t()).mean(-1))
@@ -42,11 +42,11 @@ class Refiner:
     stop: float
 
     def acts(self, tau: float) -> bool:
-        """Tell whether τ lies in the window."""
+        """Whether τ lies in the window."""
         return self.start <= tau <= self.stop
 
     def shift(self, x_t: Tensor, x0_of: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]) -> Tensor:
-        """Give what is to be taken from x_t: m·∇loss/‖∇loss‖ of each latent of the batch, in the shape of x_t.
+        """What is to be taken from x_t: m·∇loss/‖∇loss‖ of each latent of the batch, in the shape of x_t.
 
         `x0_of` predicts x0 from x_t, `decode` makes images of it, (B, 3, H, W) in [0, 1]. Zero where the gradient
         vanishes or is not finite (a decoder that overflows in half precision).

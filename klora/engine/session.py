@@ -161,7 +161,7 @@ class Session:
             self._chooser.rows = self._conditional(args, kwargs)
 
     def _deltas(self, name: str) -> tuple[Delta | None, Delta | None]:
-        """Give what acts in a module of the diffusion model for each LoRA."""
+        """What acts in a module of the diffusion model for each LoRA."""
         subject, style = self.pair.subject.modules.get(name), self.pair.style.modules.get(name)
         if subject is None or style is None or not self.plan.by_name[name].contested:
             return subject, style

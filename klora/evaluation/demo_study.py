@@ -75,11 +75,11 @@ class Recognition:
         self._digest = hashlib.sha256(weights.read_bytes()).hexdigest()
 
     def key(self, pair: StudyPair) -> str:
-        """Give a digest of the judge, and what it is asked for."""
+        """A digest of the judge, and what it is asked for."""
         return f"{self._digest} {pair.name}"
 
     def __call__(self, image: Image, pair: StudyPair) -> dict[str, float]:
-        """Give 1 for what the judge names rightly, else 0."""
+        """1 for what the judge names rightly, else 0."""
         verdict = self.judge([image])[0]
         subject, style = verdict.subject == pair.subject.name, verdict.style == pair.style.name
         return {

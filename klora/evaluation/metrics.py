@@ -32,14 +32,14 @@ class Scorer(Protocol):
     in_harmonic_mean: Sequence[str]
 
     def key(self, pair: StudyPair) -> str:
-        """Give a digest of all that decides the scores of this pair's pictures, but for the pictures."""
+        """A digest of all that decides the scores of this pair's pictures, but for the pictures."""
 
     def __call__(self, image: Image, pair: StudyPair) -> dict[str, float]:
-        """Give every metric of a picture of `pair`."""
+        """Every metric of a picture of `pair`."""
 
 
 def mean_cosine(features: Tensor, references: Tensor) -> float:
-    """Give the mean cosine over all pairs of a row of `features` (n, d) and one of `references` (m, d)."""
+    """The mean cosine over all pairs of a row of `features` (n, d) and one of `references` (m, d)."""
     a, b = (torch.nn.functional.normalize(x.double(), dim=-1) for x in (features, references))
     return float((a @ b.T).mean())
 
@@ -61,14 +61,14 @@ class ClipDino:
         self._references: dict[tuple[int, tuple[Path, ...]], Tensor] = {}
 
     def key(self, pair: StudyPair) -> str:
-        """Give a digest of both models and of the pair's reference pictures."""
+        """A digest of both models and of the pair's reference pictures."""
         files = (*pair.subject.references, *pair.style.references)
         digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
         text = repr((*self._identities, len(pair.subject.references), digests))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def __call__(self, image: Image, pair: StudyPair) -> dict[str, float]:
-        """Give the mean cosines of one picture with all references of its style and of its subject."""
+        """The mean cosines of one picture with all references of its style and of its subject."""
         clip, dino = features_of(self.clip, image), features_of(self.dino, image)
         return {
             "style_similarity": mean_cosine(clip, self._of(self.clip, pair.style.references)),

@@ -37,7 +37,7 @@ class Record:
 
 
 def digest_of(facts: Mapping[str, Any]) -> str:
-    """Give the sha256 of facts, whatever their order."""
+    """The sha256 of facts, whatever their order."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -59,7 +59,7 @@ class PictureFiles:
         return self.folder / "pictures" / slug(self.method) / name
 
     def read_picture(self) -> tuple[Image, dict[str, Any]] | None:
-        """Give the picture and what is known of its making, where it is there and whole."""
+        """The picture and what is known of its making, where it is there and whole."""
         from PIL import Image as Images
 
         try:
@@ -79,7 +79,7 @@ class PictureFiles:
         return generated.image.convert("RGB"), facts
 
     def read_record(self, scorer: str) -> Record | None:
-        """Give the results, where they are there and of this picture and this `scorer` (its key)."""
+        """The results, where they are there and of this picture and this `scorer` (its key)."""
         try:
             found = json.loads(self._scores.read_text(encoding="utf-8"))
             fits = (found["key"], found["scorer"]) == (self.key, scorer)

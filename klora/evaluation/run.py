@@ -82,7 +82,7 @@ def evaluate_study(asked: Evaluation) -> Iterator[str]:
 
 
 def _process_state(device: str) -> Any:
-    """Give accelerate's view of the processes; one, unless `accelerate launch` started more."""
+    """Accelerate's view of the processes; one, unless `accelerate launch` started more."""
     from accelerate import PartialState
 
     return PartialState(cpu=True) if device == "cpu" else PartialState()
@@ -167,7 +167,7 @@ class _Worker:
         )
 
     def _common_facts(self) -> dict[str, Any]:
-        """Give what decides a picture and is the same for all of them."""
+        """What decides a picture and is the same for all of them."""
         import diffusers
         import transformers
 

@@ -49,7 +49,7 @@ def resampled_means(values: Array, resamples: int = RESAMPLES, seed: int = SEED)
 def estimates(
     values: Array, statistic: Callable[[Array], Array], resamples: int = RESAMPLES, seed: int = SEED
 ) -> list[list[Estimate]]:
-    """Give `statistic` of the means of `values` (methods, units, metrics), with percentile intervals.
+    """`statistic` of the means of `values` (methods, units, metrics), with percentile intervals.
 
     `statistic` takes means (…, methods, metrics) and gives (…, rows, columns), as what is returned.
     """

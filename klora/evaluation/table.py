@@ -110,7 +110,7 @@ def _cell(estimate: Estimate, style: str) -> str:
 
 
 def summary_lines(results: Results) -> list[tuple[str, ...]]:
-    """Give the lines of a CSV, one for each method, scores as fractions; left-out methods have a reason only."""
+    """The lines of a CSV, one for each method, scores as fractions; left-out methods have a reason only."""
     ends = ("", "_low", "_high")
     header = ("method", "pictures", *(f"{name}{end}" for name in results.headings for end in ends))
     lines = [(*header, "seconds_per_image", "forwards_per_step", "note")]
@@ -124,7 +124,7 @@ def summary_lines(results: Results) -> list[tuple[str, ...]]:
 
 
 def picture_lines(records: Sequence[Record], metrics: Sequence[str]) -> list[tuple[str, ...]]:
-    """Give the lines of a CSV, one for each picture."""
+    """The lines of a CSV, one for each picture."""
     lines = [("method", "subject", "style", "seed", *metrics, "seconds", "forwards_per_step", "picture")]
     for r in records:
         scores = [f"{r.scores[name]:.6f}" for name in metrics]

@@ -18,7 +18,7 @@ ITERATIONS = 50
 
 
 def units(delta: Delta, strength: float) -> Tensor:
-    """Give the units (a, b) of strength·ΔW as rows, fp64 (≤ r, in·kh·kw + out), without those that are zero.
+    """The units (a, b) of strength·ΔW as rows, fp64 (≤ r, in·kh·kw + out), without those that are zero.
 
     How a product is split into its two factors is arbitrary; here a and b have the same length, so that both count
     alike in the clustering. Raises MismatchError for a family that has no such units.
@@ -56,7 +56,7 @@ def k_means(points: Tensor, k: int, seed: int) -> Tensor:
 
 
 def merge_units(deltas: Sequence[Delta], strengths: Sequence[float], seed: int) -> FactorDelta:
-    """Give one LoRA of rank k = max(r), at most the number of units, in the place of the first of `deltas`.
+    """One LoRA of rank k = max(r), at most the number of units, in the place of the first of `deltas`.
 
     Units are normalised and clustered; each centroid gets the mean norm of its cluster's units.
     """

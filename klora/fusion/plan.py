@@ -101,7 +101,7 @@ class FusionPlan:
 
     @property
     def undecided(self) -> bool:
-        """Tell whether contested modules are decided while sampling, and nothing of it is known yet."""
+        """Whether contested modules are decided while sampling, and nothing of it is known yet."""
         return self.policy.measured and not self.record
 
     def with_steps(self, steps: int) -> FusionPlan:

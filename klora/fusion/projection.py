@@ -24,7 +24,7 @@ def shrink(A: Tensor, Q: Tensor, mu: float) -> Tensor:
 
 
 def project(subject: Delta, style: Delta, mu: float) -> Delta:
-    """Give ΔW_c·(I − μ/(1+μ)·Q·Qᵀ), Q spanning the rows of ΔW_s; of a low-rank subject only `down` changes.
+    """ΔW_c·(I − μ/(1+μ)·Q·Qᵀ), Q spanning the rows of ΔW_s; of a low-rank subject only `down` changes.
 
     The row space of a style without factors (LoHa, LoKr, full) is that of its whole ΔW. Raises MismatchError for DoRA,
     whose difference depends on the weight it is applied to.

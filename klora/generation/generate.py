@@ -71,14 +71,14 @@ def _counted(denoiser: torch.nn.Module) -> Iterator[list[None]]:
 
 
 def session_notices(session: Session) -> list[str]:
-    """Give what a person should know of a fusion: about the pair, and about what the model lacks."""
+    """What a person should know of a fusion: about the pair, and about what the model lacks."""
     missing = session.missing
     lacking = [f"the model lacks {len(missing)} modules of the files, such as {missing[0]}"] if missing else []
     return [*notices(session.pair, session.plan), *lacking]
 
 
 def _facts(request: GenerationRequest, pipe: Any, session: Session, image: Image, seed: int) -> dict[str, Any]:
-    """Give all that made a picture, ready for JSON. Files and folders go by name: a path may tell who made it."""
+    """All that made a picture, ready for JSON. Files and folders go by name: a path may tell who made it."""
     pair, plan = session.pair, session.observed
     default = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
     return {

@@ -16,7 +16,7 @@ _NUMBERED = re.compile(r"(\d{5,})-.*\.png")
 
 
 def next_number(folder: Path) -> int:
-    """Give the number after the highest in use, so that no picture is ever overwritten."""
+    """The number after the highest in use, so that no picture is ever overwritten."""
     taken = [int(match[1]) for path in folder.iterdir() if (match := _NUMBERED.fullmatch(path.name))]
     return max(taken, default=-1) + 1
 

@@ -27,7 +27,7 @@ def open_pipeline(request: GenerationRequest) -> Any:
 
 
 def choose_device(name: str) -> str:
-    """Give the device to use; KloraError for one that is not there."""
+    """The device to use; KloraError for one that is not there."""
     if name == AUTO:
         return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -38,7 +38,7 @@ def choose_device(name: str) -> str:
 
 
 def choose_dtype(name: str, device: str, model: str) -> torch.dtype:
-    """Give the type of the model's weights: fp32 on a CPU, else fp16, or bf16 for FLUX, whose range fp16 lacks."""
+    """The type of the model's weights: fp32 on a CPU, else fp16, or bf16 for FLUX, whose range fp16 lacks."""
     if name != AUTO:
         dtype: torch.dtype = getattr(torch, name)
         return dtype
@@ -98,7 +98,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 def _pipeline_class(model: str) -> str:
-    """Give the pipeline's class where its folder tells, else the model's name."""
+    """The pipeline's class where its folder tells, else the model's name."""
     try:
         index = json.loads((Path(model).expanduser() / "model_index.json").read_text(encoding="utf-8"))
         return str(index["_class_name"])
@@ -107,7 +107,7 @@ def _pipeline_class(model: str) -> str:
 
 
 def call_arguments(pipe: Any, request: GenerationRequest) -> dict[str, Any]:
-    """Give the arguments of the pipeline's call; KloraError for one that this kind of pipeline does not take."""
+    """The arguments of the pipeline's call; KloraError for one that this kind of pipeline does not take."""
     width, height = request.size or (None, None)
     wanted = {
         "prompt": request.prompt,
@@ -137,6 +137,6 @@ def memory_errors() -> Iterator[None]:
 
 
 def model_name(model: str) -> str:
-    """Give a hub id, or a folder's name without what leads there."""
+    """A hub id, or a folder's name without what leads there."""
     local = Path(model).expanduser()
     return local.resolve().name if local.exists() else model

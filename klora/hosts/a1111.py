@@ -76,7 +76,7 @@ class A1111Host(WebuiHost):
         return net
 
     def _module(self, networks: Any, key: str) -> tuple[str, nn.Module] | None:
-        """Give the host's name of a text-encoder module and the module; attention in one piece lacks q, k and v."""
+        """The host's name of a text-encoder module and the module; attention in one piece lacks q, k and v."""
         mapping = self.sd_model.network_layer_mapping
         is_sd2 = "model_transformer_resblocks" in mapping
         for name in (

@@ -55,11 +55,11 @@ class DiffusersHost:
         return ARCHITECTURE_OF_WIDTH.get(width) if isinstance(width, int) else None
 
     def sites(self) -> Mapping[str, Site]:
-        """Give the denoiser's Linear and Conv modules by canonical name, which is their path."""
+        """The denoiser's Linear and Conv modules by canonical name, which is their path."""
         return dict(_sites(self.denoiser))
 
     def text_sites(self) -> Mapping[str, Site]:
-        """Give the text encoders' Linear modules by canonical name."""
+        """The text encoders' Linear modules by canonical name."""
         return {
             f"{component}.{_with_text_model(name)}": site
             for component in TEXT_ENCODERS
@@ -68,7 +68,7 @@ class DiffusersHost:
         }
 
     def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
-        """Give the rows that follow the prompt in a call of the denoiser: pipelines batch [unconditional, conditional].
+        """The rows that follow the prompt in a call of the denoiser: pipelines batch [unconditional, conditional].
 
         None, for all, without guidance, and where guidance takes two calls, of which the conditional one comes first.
         """
@@ -78,7 +78,7 @@ class DiffusersHost:
         return Rows(batch // 2, batch, batch) if guided and batch % 2 == 0 else None
 
     def decode_latents(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Give images (B, 3, H, W) in [0, 1] of latents as the denoiser has them; gradients pass.
+        """Images (B, 3, H, W) in [0, 1] of latents as the denoiser has them; gradients pass.
 
         `grid` is the number of rows and columns of tokens, for FLUX, whose latents (B, tokens, 4·C) are packed.
         """
@@ -111,7 +111,7 @@ class DiffusersHost:
         return list(inspect.signature(type(self.denoiser).forward).parameters)[1:]
 
     def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Give an argument of a call of the denoiser, however it was passed; None where it was not, or has none."""
+        """An argument of a call of the denoiser, however it was passed; None where it was not, or has none."""
         if name in kwargs:
             return kwargs[name]
         if name not in self.inputs:
@@ -120,7 +120,7 @@ class DiffusersHost:
         return args[position] if position < len(args) else None
 
     def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """Give the timesteps that the denoiser is called with."""
+        """The timesteps that the denoiser is called with."""
         return torch.as_tensor(self.argument("timestep", args, kwargs))
 
 
@@ -147,7 +147,7 @@ def _slices(name: str, module: nn.Module) -> Iterator[tuple[str, Site]]:
 
 
 def _replaced_by_fused(attention: nn.Module, name: str) -> bool:
-    """Tell whether a projection stands unused beside the fused one that replaces it."""
+    """Whether a projection stands unused beside the fused one that replaces it."""
     leaf = name.rpartition(".")[2]
     return getattr(attention, "fused_projections", False) and any(
         leaf in parts and hasattr(attention, fused) for fused, parts in FUSED_PROJECTIONS.items()
@@ -155,7 +155,7 @@ def _replaced_by_fused(attention: nn.Module, name: str) -> bool:
 
 
 def _weight(module: Any) -> Tensor:
-    """Give a module's weight, fetched from accelerate's store where sequential offload keeps it away."""
+    """A module's weight, fetched from accelerate's store where sequential offload keeps it away."""
     weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     if weights_map is not None and module.weight.is_meta:
         return weights_map["weight"]

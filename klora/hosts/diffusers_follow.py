@@ -79,7 +79,7 @@ class _Follower:
             self.then()
 
     def _levels(self, dtype: torch.dtype) -> list[float]:
-        """Give the schedule as the denoiser will see it, rounded to the type in which pipelines pass timesteps."""
+        """The schedule as the denoiser will see it, rounded to the type in which pipelines pass timesteps."""
         scheduler = self.host.pipe.scheduler
         levels = scheduler.timesteps
         # Flow schedulers of older diffusers keep no count, and list no midpoints.

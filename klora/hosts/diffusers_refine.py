@@ -15,7 +15,7 @@ from klora.hosts.diffusers import DiffusersHost
 
 
 def x0_coefficients(scheduler: Any, timestep: Tensor | float) -> tuple[float, float]:
-    """Give (a, b) with x0 = a·x_t + b·model output, for a scheduler's parametrisation at one of its timesteps.
+    """(a, b) with x0 = a·x_t + b·model output, for a scheduler's parametrisation at one of its timesteps.
 
     Three conventions are told apart by what a scheduler has: flows (x = (1−σ)·x0 + σ·noise), σ-space samples
     (x = x0 + σ·noise, whose initial noise is larger than 1) and variance-preserving ones (x = √ᾱ·x0 + √(1−ᾱ)·noise).
@@ -42,7 +42,7 @@ def x0_coefficients(scheduler: Any, timestep: Tensor | float) -> tuple[float, fl
 
 
 def _sigma(scheduler: Any, timestep: Tensor | float) -> float | None:
-    """Give the noise level of a timestep, None for schedulers that know ᾱ alone."""
+    """The noise level of a timestep, None for schedulers that know ᾱ alone."""
     sigmas = getattr(scheduler, "sigmas", None)
     if sigmas is None:
         return None

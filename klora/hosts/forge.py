@@ -34,7 +34,7 @@ class ForgeHost(WebuiHost):
         return self.sd_model.forge_objects.unet.model.diffusion_model
 
     def sites(self) -> Mapping[str, Site]:
-        """Give the diffusion model's modules by canonical name."""
+        """The diffusion model's modules by canonical name."""
         return {name: with_plain_weight(site) for name, site in super().sites().items()}
 
     @contextmanager

@@ -32,7 +32,7 @@ def kohya_text_key(name: str, several: bool) -> str:
 
 
 def host_tensors(delta: Delta) -> dict[str, Tensor]:
-    """Give a delta under the key endings that every WebUI reads: as factors where it has them, else as a whole.
+    """A delta under the key endings that every WebUI reads: as factors where it has them, else as a whole.
 
     Raises MismatchError for a DoRA of another family than LoRA.
     """

@@ -11,7 +11,7 @@ from klora.lora.names import resolve
 
 
 def ldm_sites(diffusion_model: nn.Module) -> Iterator[tuple[str, Site]]:
-    """Give the sites of a model with LDM module names, fused weights slice by slice."""
+    """The sites of a model with LDM module names, fused weights slice by slice."""
     for path, module in diffusion_model.named_modules():
         shape = weight_shape(module)
         if shape is None:
@@ -22,7 +22,7 @@ def ldm_sites(diffusion_model: nn.Module) -> Iterator[tuple[str, Site]]:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
-    """Give the shape of a linear or convolution weight, however it is stored; None for any other module."""
+    """The shape of a linear or convolution weight, however it is stored; None for any other module."""
     if hasattr(module, "in_features") or hasattr(module, "kernel_size"):
         return module_shape(module)
     weight = getattr(module, "weight", None)

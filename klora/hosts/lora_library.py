@@ -41,7 +41,7 @@ class Library:
         self._networks.list_available_networks()
 
     def find(self, name: str) -> ListedLora:
-        """Give the LoRA of that name or alias; KloraError where there is none."""
+        """The LoRA of that name or alias; KloraError where there is none."""
         on_disk = self._lookup(name)
         if on_disk is None:
             self.refresh()

@@ -45,7 +45,7 @@ class WebuiHost(ABC):
         """The UNet or transformer."""
 
     def sites(self) -> Mapping[str, Site]:
-        """Give the diffusion model's modules by canonical name."""
+        """The diffusion model's modules by canonical name."""
         return dict(ldm_sites(self.diffusion_model))
 
     @abstractmethod
@@ -54,14 +54,14 @@ class WebuiHost(ABC):
 
     @abstractmethod
     def conditional_rows(self, evaluation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
-        """Give the rows that follow the prompt in a call of the diffusion model; None for all of them.
+        """The rows that follow the prompt in a call of the diffusion model; None for all of them.
 
         `evaluation` is what the host's callback was told of the evaluation that the call is part of.
         """
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Give images (B, 3, H, W) in [0, 1] of latents as the sampler has them; gradients pass."""
+        """Images (B, 3, H, W) in [0, 1] of latents as the sampler has them; gradients pass."""
 
 
 def trainable_copy(vae: nn.Module) -> nn.Module:

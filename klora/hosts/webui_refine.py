@@ -47,7 +47,7 @@ class DenoiserRefinement:
 
 
 def _gives_noise(denoiser: Any) -> bool:
-    """Tell whether a denoiser predicts the noise: A1111's for timesteps, Forge's in its DDIM mode."""
+    """Whether a denoiser predicts the noise: A1111's for timesteps, Forge's in its DDIM mode."""
     return hasattr(denoiser, "alphas") or bool(getattr(denoiser, "classic_ddim_eps_estimation", False))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def schedule_of(denoiser: Any) -> list[float]:
-    """Give the noise levels of the whole schedule that a sampler's denoiser is in.
+    """The noise levels of the whole schedule that a sampler's denoiser is in.
 
     Asks the sampler as its own `sample` and `sample_img2img` do, so that any scheduler and override counts. For
     img2img and hires this is the schedule of which the pass runs the end.

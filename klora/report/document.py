@@ -16,7 +16,7 @@ SCHEMA = 1
 
 
 def document(pair: Pair, plan: FusionPlan) -> dict[str, Any]:
-    """Give everything that a plan decides, ready for JSON: every number is finite or null.
+    """Everything that a plan decides, ready for JSON: every number is finite or null.
 
     `policy` is there only where the rule is not K-LoRA's own.
     """

@@ -61,7 +61,7 @@ def selection_map(plan: FusionPlan, title: str | None = None) -> Images.Image:
 
 
 def blocks(plan: FusionPlan) -> list[Block]:
-    """Give the runs of neighbouring modules that lie in one block, in network order."""
+    """The runs of neighbouring modules that lie in one block, in network order."""
     found, start = [], 0
     for label, run in itertools.groupby(plan.modules, key=lambda module: block_of(module.name)):
         stop = start + len(list(run))
@@ -191,7 +191,7 @@ def _draw_ratios(axes: Axes, plan: FusionPlan, low: float, high: float) -> None:
 
 
 def _limits(plan: FusionPlan, thresholds: list[float]) -> tuple[float, float]:
-    """Give the ends of the ρ axis: all finite ρ and scale(0) and scale(1), with room, over at most 8 decades."""
+    """The ends of the ρ axis: all finite ρ and scale(0) and scale(1), with room, over at most 8 decades."""
     seen = [module.rho for module in plan.contested if module.rho and math.isfinite(module.rho)]
     seen += [value for value in (*thresholds[:1], *thresholds[-1:]) if value > 0]
     if not seen:

@@ -61,7 +61,7 @@ def _heading(draw: object, place: tuple[int, int], heading: tuple[str, str], fon
 
 
 def _font(size: int) -> FreeTypeFont:
-    """Give the font that comes with matplotlib, which has the signs we write on every system."""
+    """The font that comes with matplotlib, which has the signs we write on every system."""
     import matplotlib
     from PIL import ImageFont
 

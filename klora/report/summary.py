@@ -36,7 +36,7 @@ def summarise(pair: Pair, plan: FusionPlan) -> str:
 
 
 def notices(pair: Pair, plan: FusionPlan) -> list[str]:
-    """Give what a user should be warned of, one line each."""
+    """What a user should be warned of, one line each."""
     found = list(plan.warnings)
     if unmatched := pair.coverage.unmatched:
         found.append(f"{len(unmatched)} keys were not understood and do nothing, such as {unmatched[0]}")
@@ -59,7 +59,7 @@ def describe_scale(scale: Scale) -> str:
 
 
 def ranks(file: LoraFile) -> list[int]:
-    """Give the distinct ranks of a file's diffusion-model modules, ascending."""
+    """The distinct ranks of a file's diffusion-model modules, ascending."""
     return sorted({delta.rank for delta in file.modules.values()})
 
 

@@ -29,7 +29,7 @@ def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
 
 
 def analyse(request: FusionRequest) -> tuple[Images.Image, str]:
-    """Give the selection map and two lines about it."""
+    """The selection map and two lines about it."""
     pair, plan = plan_of(request)
     return draw(plan, f"{request.subject} × {request.style}"), "\n".join(two_lines(request, pair, plan))
 
@@ -63,7 +63,7 @@ def gallery_map(plan: FusionPlan, tag: Tag | None) -> Images.Image:
 
 
 def map_text(plan: FusionPlan, tag: Tag | None) -> str:
-    """Give the text that the gallery shows below the map."""
+    """The text that the gallery shows below the map."""
     from klora.report.summary import describe_rule
 
     return f"{_title(tag)}: {describe_rule(plan)}"

@@ -68,7 +68,7 @@ class UnknownLoraError(KloraError):
 
 
 def analysis(body: Any) -> dict[str, Any]:
-    """Give what `klora analyze --json` writes, for LoRAs that the host lists; with "picture" the PNG in base64.
+    """What `klora analyze --json` writes, for LoRAs that the host lists; with "picture" the PNG in base64.
 
     Raises SettingsError, UnknownLoraError, or KloraError for files that do not go together.
     """
@@ -108,14 +108,14 @@ def credentials_of(api_auth: str | None) -> dict[str, str]:
 
 
 def is_allowed(known: Mapping[str, str], user: str, password: str) -> bool:
-    """Tell whether a password is right, in a time that does not tell how much of it is."""
+    """Whether a password is right, in a time that does not tell how much of it is."""
     expected = known.get(user)
     same = secrets.compare_digest(password.encode(), (expected or "").encode())
     return expected is not None and same
 
 
 def _guard() -> list[Any]:
-    """Give the dependencies that ask for what --api-auth asks for."""
+    """The dependencies that ask for what --api-auth asks for."""
     known = credentials_of(getattr(importlib.import_module("modules.shared").cmd_opts, "api_auth", None))
     if not known:
         return []

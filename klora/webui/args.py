@@ -75,7 +75,7 @@ def choices_of(name: str, option: Option) -> tuple[str, ...]:
 
 
 def text_of(value: Any) -> Any:
-    """Give a setting's value as a control and JSON write it: what K-LoRA chooses is "auto"."""
+    """A setting's value as a control and JSON write it: what K-LoRA chooses is "auto"."""
     return "auto" if value is None else value
 
 
@@ -104,7 +104,7 @@ def read_values(values: Mapping[str, Any]) -> FusionRequest:
 
 
 def named(args: Sequence[Any]) -> dict[str, Any]:
-    """Give `args` by name, without those that are None; SettingsError for what is no argument."""
+    """`args` by name, without those that are None; SettingsError for what is no argument."""
     if args and isinstance(args[0], Mapping):
         # The host fills up with the controls' defaults.
         given = {check_name(name): value for name, value in args[0].items() if value is not None}
@@ -123,13 +123,13 @@ def override(values: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
 
 
 def override_tag(tag: Tag, overrides: Mapping[str, Any]) -> Tag:
-    """Give the tag with `overrides`; SettingsError for a bad one."""
+    """The tag with `overrides`; SettingsError for a bad one."""
     values = {name: value for name, value in tag.settings.to_dict().items() if name not in NOT_OURS}
     return read_values(override({"subject": tag.subject, "style": tag.style, **values}, overrides)).tag
 
 
 def check_name(name: Any) -> str:
-    """Give an argument's name as ours, dashes or not; SettingsError for an unknown one."""
+    """An argument's name as ours, dashes or not; SettingsError for an unknown one."""
     found = name.replace("-", "_") if isinstance(name, str) else ""
     if found not in ARG_ORDER:
         near = difflib.get_close_matches(found, ARG_ORDER, n=1)

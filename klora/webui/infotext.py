@@ -26,7 +26,7 @@ _TAG = re.compile(rf"<{NAME}:([^:>]+):([^:>]+)")
 
 
 def key_of(setting: str) -> str:
-    """Give the key of a setting."""
+    """The key of a setting."""
     return PREFIX + setting.replace("_", " ")
 
 
@@ -59,7 +59,7 @@ def from_infotext(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def tag_of(params: Mapping[str, Any]) -> Tag | None:
-    """Give the tag of a pasted prompt."""
+    """The tag of a pasted prompt."""
     try:
         return find_tag(str(params.get("Prompt") or ""))
     except KloraError:

@@ -78,7 +78,7 @@ def rewrite(prompt: str, overrides: Mapping[str, Any]) -> str:
 
 
 def pair_of(p: Any) -> Tag | None:
-    """Give the tag that `p` ran with, None where there is none or a bad one."""
+    """The tag that `p` ran with, None where there is none or a bad one."""
     try:
         return find_tag(p.all_prompts[0]) if getattr(p, "all_prompts", None) else None
     except KloraError:

@@ -58,33 +58,33 @@ def register_options() -> None:
 
 
 def default_key(setting: str) -> str:
-    """Give the host's name of the option that holds a setting's default."""
+    """The host's name of the option that holds a setting's default."""
     return f"{NAME}_default_{setting}"
 
 
 def defaults() -> dict[str, Any]:
-    """Give the accordion's first values that the user chose."""
+    """The accordion's first values that the user chose."""
     return changed_defaults(lambda name: _option(default_key(name), getattr(Settings(), name)), DEFAULTED)
 
 
 def map_always_wanted() -> bool:
-    """Tell whether every picture comes with its selection map."""
+    """Whether every picture comes with its selection map."""
     return bool(_option(SHOW_MAP, False))
 
 
 def reference_folder() -> Path:
-    """Give the folder whose pictures a prompt may name as references."""
+    """The folder whose pictures a prompt may name as references."""
     folder = str(_option(REFERENCES, "") or "").strip()
     return Path(folder or Path(importlib.import_module("modules.paths").data_path) / f"{NAME}-references")
 
 
 def reference_models() -> dict[str, str]:
-    """Give the models that compare with references, by setting."""
+    """The models that compare with references, by setting."""
     return {name: str(_option(key, "") or getattr(Settings(), name)) for name, key in MODELS.items()}
 
 
 def score_cache() -> ScoreCache:
-    """Give the cache of scores in the folder, and of the size, that the settings say."""
+    """The cache of scores in the folder, and of the size, that the settings say."""
     from klora.cache import ScoreCache
 
     folder = str(_option(CACHE_FOLDER, "") or "").strip()

@@ -18,7 +18,7 @@ def on_pasted(_infotext: str, params: dict[str, Any]) -> None:
 
 
 def name_here(name: str, shorthash: str) -> str | None:
-    """Give the name here of the LoRA with that hash; None where there is none, or `name` is that very file."""
+    """The name here of the LoRA with that hash; None where there is none, or `name` is that very file."""
     networks = importlib.import_module("networks")
     same = networks.available_network_aliases.get(name)
     if same is not None and same.shorthash == shorthash:

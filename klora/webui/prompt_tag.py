@@ -69,7 +69,7 @@ class Tag:
 
 
 def find_tag(prompt: str) -> Tag | None:
-    """Give the first tag of a prompt, None where there is none; KloraError for a bad one."""
+    """The first tag of a prompt, None where there is none; KloraError for a bad one."""
     found = _TAG.search(prompt)
     return Tag.parse(found.group(1).split(":")) if found else None
 

@@ -56,7 +56,7 @@ def make_script() -> type:
 
 
 def listed() -> Names:
-    """Give the host's LoRAs; none where it knows no LoRAs at all."""
+    """The host's LoRAs; none where it knows no LoRAs at all."""
     try:
         from klora.hosts.lora_library import Library
 
@@ -77,7 +77,7 @@ class _NoLoras:
 
 
 def map_wanted(args: Sequence[Any]) -> bool:
-    """Tell whether the arguments ask for the map, whoever asks for the fusion."""
+    """Whether the arguments ask for the map, whoever asks for the fusion."""
     try:
         return truth("show_map", named(args).get("show_map", False))
     except KloraError:

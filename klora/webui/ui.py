@@ -154,7 +154,7 @@ def _add_analysis(gr: Any, tab: str, found: Accordion, analyse: Analyse) -> None
 
 
 def answer(analyse: Analyse, values: Mapping[str, Any]) -> tuple[Any, str]:
-    """Give the map and two lines about a pair, or no map and one line that says what is wrong."""
+    """The map and two lines about a pair, or no map and one line that says what is wrong."""
     try:
         return analyse(read_values(values))
     except KloraError as error:
@@ -207,7 +207,7 @@ class _Maker:
 
 
 def changed_defaults(read: Callable[[str], Any], names: Sequence[str]) -> dict[str, Any]:
-    """Give the defaults that `read` finds for settings, without those that are impossible."""
+    """The defaults that `read` finds for settings, without those that are impossible."""
     found = {}
     for name, option in setting_options().items():
         if name in names:
