@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from klora.atomic import write_whole
-from klora.errors import LoraFileError
 from klora.fusion.scores import SCORING_VERSION, STANDARD_KS, FileScores, ModuleScore, score_deltas
+from klora.lora import disk
 from klora.lora.file import LoraFile
 
 T = TypeVar("T")
@@ -28,7 +28,6 @@ MAX_ENTRY_BYTES = 64 * 2**20
 MAX_SPECIAL_KS = 32
 # The names of all that the cache writes, and so of all that it may delete.
 SCORES, DIGEST, PART = "scores-", "digest-", ".part-"
-CLOCK_TICK_NS = 20_000_000
 LEFT_OVER_S = 3600
 
 
@@ -52,12 +51,11 @@ class ScoreCache:
         with NaN or infinity.
         """
         wanted = wanted or {}
-        digest = self._digest_of(file)
+        digest = self._digest(Path(os.path.abspath(file.path)), file.identity)
         stored = self._load_scores(digest, file)
         scores = _complete(file, stored, wanted)
         if scores != stored:
-            # The digest of what is mapped, should the file at this path have been replaced since it was opened.
-            self._save_scores(file.sha256, file, scores)
+            self._save_scores(digest, file, scores)
         return scores
 
     def sha256(self, path: str | os.PathLike[str]) -> str:
@@ -66,25 +64,16 @@ class ScoreCache:
         Raises LoraFileError where there is no such file or it cannot be read.
         """
         path = Path(os.path.abspath(path))
-        try:
-            status = _settled(path)
-            known = self._load(self._digest_entry(path), _parse_digest)
-            if known and known[0] == _identity(status):
-                return known[1]
-            digest = _hash_file(path)
-            unchanged = _identity(os.stat(path)) == _identity(status)
-        except (OSError, ValueError) as error:
-            reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-            raise LoraFileError(str(path), reason, "check the path and its permissions") from None
-        if unchanged:
-            self._save(self._digest_entry(path), {"identity": _identity(status), "sha256": digest})
-        return digest
+        return self._digest(path, disk.identity(path))
 
-    def _digest_of(self, file: LoraFile) -> str:
-        try:
-            return self.sha256(file.path)
-        except LoraFileError:  # deleted since it was opened
-            return file.sha256
+    def _digest(self, path: Path, identity: disk.Identity) -> str:
+        """The digest of the file that had this identity; LoraFileError where it is not known and the file changed."""
+        known = self._load(self._digest_entry(path), _parse_digest)
+        if known and known[0] == identity:
+            return known[1]
+        digest = disk.sha256(path, identity)
+        self._save(self._digest_entry(path), {"identity": identity, "sha256": digest})
+        return digest
 
     def _load_scores(self, digest: str, file: LoraFile, quiet: bool = False) -> FileScores:
         """The stored scores, or nothing where there are none or they are not of this file."""
@@ -221,30 +210,7 @@ def _limit(score: ModuleScore) -> ModuleScore:
     return replace(score, sums={k: s for k, s in score.sums.items() if k not in dropped})
 
 
-def _settled(path: Path) -> os.stat_result:
-    """The status of a regular file, once its times are old enough that a later change must show in them."""
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        raise LoraFileError(str(path), "is not a regular file", "give a .safetensors file")
-    age = time.time_ns() - max(status.st_mtime_ns, status.st_ctime_ns)
-    if 0 <= age < CLOCK_TICK_NS:
-        time.sleep((CLOCK_TICK_NS - age) / 1e9)
-    return os.stat(path)
-
-
-def _identity(status: os.stat_result) -> list[int]:
-    return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-
-
-def _parse_digest(data: Any) -> tuple[list[int], str]:
+def _parse_digest(data: Any) -> tuple[disk.Identity, str]:
     if not re.fullmatch("[0-9a-f]{64}", data["sha256"]):
         raise ValueError("it holds no digest")
-    return data["identity"], data["sha256"]
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    return disk.Identity(*data["identity"]), data["sha256"]

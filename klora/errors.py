@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from klora.text import printable
+
 
 class KloraError(Exception):
     """Base of all errors raised on purpose; its text is one line meant for the user."""
@@ -19,10 +21,11 @@ class SettingsError(KloraError):
 class LoraFileError(KloraError):
     """A LoRA file cannot be read or understood.
 
-    Attributes: `file` (its path), `key` (the tensor or module at fault, if one is), `reason`, `cure`.
+    Attributes: `file` (its path), `key` (the tensor or module at fault, if one is), `reason`, `cure`; all printable.
     """
 
     def __init__(self, file: str, reason: str, cure: str, key: str | None = None) -> None:
+        file, key = printable(file), key and printable(key)
         where = f"{file}: {key}" if key else file
         super().__init__(" ".join(f"{where}: {reason}; {cure}".split()))
         self.file = file

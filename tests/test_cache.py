@@ -14,6 +14,7 @@ from klora import cache as cache_module
 from klora.cache import ScoreCache
 from klora.errors import LoraFileError, LoraValueError
 from klora.fusion.scores import STANDARD_KS, FileScores, score_delta, score_deltas
+from klora.lora import disk
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
 from tests.support.lora_files import write_lora
@@ -51,8 +52,8 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The files that are really read for their digest."""
     calls: list[Path] = []
-    plain = cache_module._hash_file
-    monkeypatch.setattr(cache_module, "_hash_file", lambda path: calls.append(path) or plain(path))
+    plain = disk.sha256
+    monkeypatch.setattr(disk, "sha256", lambda path, known: calls.append(path) or plain(path, known))
     return calls
 
 
@@ -255,6 +256,7 @@ def test_two_processes_at_once_leave_a_sound_entry(file: LoraFile, folder: Path)
     program = """
 import sys, warnings
 from klora.cache import ScoreCache
+from klora.lora import disk
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
 warnings.simplefilter("error")
@@ -278,8 +280,9 @@ def test_a_digest_is_remembered_until_the_file_changes(
 ) -> None:
     cache = ScoreCache(folder)
     first = cache.sha256(file.path)
-    assert cache.sha256(str(file.path)) == ScoreCache(folder).sha256(file.path) == first == file.sha256
+    assert cache.sha256(str(file.path)) == ScoreCache(folder).sha256(file.path) == first
     assert len(hashed) == 1
+    assert file.sha256 == first
     data = bytearray(file.path.read_bytes())
     data[-1] ^= 1
     times = file.path.stat()
@@ -302,15 +305,16 @@ def test_scores_belong_to_the_tensors_that_were_opened(file: LoraFile, folder: P
     replaced = LoraFile.open(file.path)
     other = write_lora(file.path.with_name("other.safetensors"), SHAPES, rank=4, alpha=3.0, seed=99)
     os.replace(other, file.path)
-    cache.scores(replaced, {})
+    with pytest.raises(LoraFileError, match="changed while it was in use"):
+        cache.scores(replaced, {})
     now = LoraFile.open(file.path)
     assert cache.scores(now, {}) == score_all(now)
 
 
-def test_a_file_deleted_after_opening_is_still_scored(file: LoraFile, folder: Path) -> None:
-    expected = score_all(file)
+def test_a_file_deleted_after_opening_is_not_scored(file: LoraFile, folder: Path) -> None:
     file.path.unlink()
-    assert ScoreCache(folder).scores(file, {}) == expected
+    with pytest.raises(LoraFileError, match="does not exist"):
+        ScoreCache(folder).scores(file, {})
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "null byte"])

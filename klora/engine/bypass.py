@@ -68,6 +68,8 @@ class Operand:
     """
 
     def __init__(self, delta: Delta, site: Site) -> None:
+        # Nothing is read from the file while the model is at work.
+        self._held = delta.tensors()
         delta.check_finite()
         if delta.needs_base:
             # Raises now what would else end a forward of the model.

@@ -90,10 +90,11 @@ def score_delta(delta: Delta, ks: Iterable[int] = STANDARD_KS, workspace: Worksp
     entries = math.prod(delta.shape)
     inner = [k for k in wanted if k < entries]
     k_max = inner[-1] if inner else 0
-    for margin in MARGINS:
-        l1, fro2, largest, enough = _read(delta, k_max, margin, workspace)
-        if enough:
-            break
+    with delta.loaded():
+        for margin in MARGINS:
+            l1, fro2, largest, enough = _read(delta, k_max, margin, workspace)
+            if enough:
+                break
     sums = dict(zip(inner, top_k_sums(largest, inner), strict=True))
     # The whole, whose sum is rounded more, is never less than its part.
     l1 = max([l1, *sums.values()])

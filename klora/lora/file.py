@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from klora.errors import LoraFileError, LoraValueError, MismatchError, UnsupportedFormatError
 from klora.lora import peft_alpha
 from klora.lora.container import TensorFile
-from klora.lora.deltas import Delta, Group, Stored, load_delta
+from klora.lora.deltas import Delta, Group, load_delta
 from klora.lora.deltas.base import size, squeeze
 from klora.lora.keys import refused_family, split_key
 from klora.lora.names import Target, is_flux, kernel_of, resolve, sort_key
@@ -27,48 +28,55 @@ class LoraFile:
     were not understood; `architecture` is "SD1", "SD2", "SDXL", "FLUX", or None where the file does not tell.
     """
 
-    def __init__(self, tensors: TensorFile, sha256: str | None = None) -> None:
+    def __init__(self, tensors: TensorFile) -> None:
         self.path = tensors.path
         self.name = tensors.path.stem
+        self.identity = tensors.identity
         self.metadata = tensors.metadata
         self.modules: dict[str, Delta] = {}
         self.text_encoder: dict[str, Delta] = {}
         self.unmatched: list[str] = []
         self._tensors = tensors
-        self._sha256 = sha256
         self._load()
         self.architecture = _architecture(self.modules)
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], sha256: str | None = None) -> LoraFile:
-        """Open a .safetensors file, memory-mapped; `sha256` is its hex digest where it is known already.
+    def open(cls, path: str | os.PathLike[str]) -> LoraFile:
+        """Read the header of a .safetensors file and understand it.
 
         Raises LoraFileError naming file, key and cure for anything that cannot be read or understood, and its
         subclass UnsupportedFormatError for pickles, OFT, BOFT, GLoRA and IA3. Values are checked when they are used.
         """
-        return cls(TensorFile(Path(path)), sha256)
+        return cls(TensorFile(Path(path)))
 
     def __repr__(self) -> str:
         return f"LoraFile({str(self.path)!r}, {len(self.modules)} modules, {self.architecture})"
 
-    @property
+    @cached_property
     def sha256(self) -> str:
-        """Hex digest of the file's bytes, computed once."""
-        if self._sha256 is None:
-            self._sha256 = self._tensors.sha256()
-        return self._sha256
+        """Hex digest of the file that was opened; LoraFileError where it has changed since."""
+        return self._tensors.sha256()
 
     def _load(self) -> None:
         groups = self._group_keys()
+        targets = {prefix: resolve(prefix) for prefix in groups}
+        alphas = self._alphas(
+            slots["alpha"] for prefix, slots in groups.items() if targets[prefix] and "alpha" in slots
+        )
         configs = peft_alpha.read(self.metadata, self._tensors.file)
         for prefix, slots in groups.items():
-            if (targets := resolve(prefix)) is None:
+            if not (found := targets[prefix]):
                 self.unmatched.extend(slots.values())
                 continue
-            group = self._group(prefix, slots, targets[0], configs)
+            group = self._group(prefix, slots, found[0])
+            if "alpha" in slots:
+                group.alpha = alphas[slots["alpha"]]
+                group.used.add("alpha")
+            elif config := configs.get(found[0].component):
+                group.alpha, group.rslora = config.of(found[0].path), config.rslora
             delta = load_delta(group)
             if delta is not None:
-                self._add(targets, delta)
+                self._add(found, delta)
             self.unmatched.extend(key for slot, key in slots.items() if delta is None or slot not in group.used)
         if not self.modules and not self.text_encoder:
             raise _no_modules(self._tensors.file, list(self._tensors.entries))
@@ -81,7 +89,7 @@ class LoraFile:
         for key, entry in self._tensors.entries.items():
             if family := refused_family(key, len(entry.shape)):
                 cure = "use a LoRA, LoCon, DoRA, LoHa, LoKr or full-difference file"
-                raise UnsupportedFormatError(self._tensors.file, f"is of the {family} family", cure, printable(key))
+                raise UnsupportedFormatError(self._tensors.file, f"is of the {family} family", cure, key)
             if (split := split_key(key)) is None:
                 self.unmatched.append(key)
                 continue
@@ -91,22 +99,16 @@ class LoraFile:
             slots[split[1]] = key
         return groups
 
-    def _group(
-        self, prefix: str, slots: dict[str, str], target: Target, configs: Mapping[str, peft_alpha.AlphaConfig]
-    ) -> Group:
-        file = self._tensors.file
-        tensors = {s: Stored(printable(key), self._tensors.weight(key)) for s, key in slots.items() if s != "alpha"}
-        group = Group(file, printable(prefix), tensors, kernel=kernel_of(target.name))
-        if "alpha" in slots:
-            group.alpha = self._tensors.number(slots["alpha"])
-            group.used.add("alpha")
-            if not math.isfinite(group.alpha):
-                raise LoraValueError(file, "is NaN or infinity", "use another file", printable(slots["alpha"]))
-            return group
-        component, _, path = target.name.partition(".") if target.text_encoder else ("unet", "", target.name)
-        if config := configs.get(component):
-            group.alpha, group.rslora = config.of(path), config.rslora
-        return group
+    def _alphas(self, keys: Iterable[str]) -> dict[str, float]:
+        alphas = self._tensors.numbers(keys)
+        for key, alpha in alphas.items():
+            if not math.isfinite(alpha):
+                raise LoraValueError(self._tensors.file, "is NaN or infinity", "use another file", key)
+        return alphas
+
+    def _group(self, prefix: str, slots: dict[str, str], target: Target) -> Group:
+        tensors = {slot: self._tensors.weight(key) for slot, key in slots.items() if slot != "alpha"}
+        return Group(self._tensors.file, printable(prefix), tensors, kernel=kernel_of(target.name))
 
     def _add(self, targets: tuple[Target, ...], delta: Delta) -> None:
         ranges = [_rows(target, delta) for target in targets]
@@ -137,7 +139,7 @@ def _in_order(table: dict[str, Delta]) -> dict[str, Delta]:
 
 def _twice(file: str, first: str, second: str) -> LoraFileError:
     reason = f"names the same weight as {printable(first)}"
-    return LoraFileError(file, reason, "keep one of the two: the file was merged wrongly", printable(second))
+    return LoraFileError(file, reason, "keep one of the two: the file was merged wrongly", second)
 
 
 def _no_modules(file: str, keys: list[str]) -> LoraFileError:

@@ -50,6 +50,16 @@ class Target:
     fused: bool = False
     text_encoder: bool = False
 
+    @property
+    def component(self) -> str:
+        """The part of a pipeline that it is in: "unet" (also FLUX's transformer), "text_encoder", "text_encoder_2"."""
+        return self.name.split(".")[0] if self.text_encoder else "unet"
+
+    @property
+    def path(self) -> str:
+        """Its path in that component."""
+        return self.name.partition(".")[2] if self.text_encoder else self.name
+
     def rows(self, out: int, width: int) -> tuple[int, int]:
         """Rows [start, stop) of this target in the file's own (out, width) matrix."""
         return slice_rows(self.slice, out, width) if self.fused and self.slice else (0, out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
@@ -39,6 +40,9 @@ class Matrix:
         self.read += stop - start
         rows = self.values[start:stop].reshape(stop - start, -1)
         return rows.clone() if out is None else out.copy_(rows)
+
+    def loaded(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
 
     def check_finite(self) -> None:
         if not torch.isfinite(self.values).all():

@@ -127,7 +127,7 @@ def test_impossible_rows_are_an_index_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_factors_are_unscaled_views_in_the_files_dtype_and_fp32_for_fp8(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_factors_are_unscaled_in_the_files_dtype_and_fp32_for_fp8(tmp_path: Path, dtype: torch.dtype) -> None:
     path = write_lora(tmp_path / "x.safetensors", SHAPES, family="lora-cp", rank=RANK, alpha=ALPHA, dtype=dtype)
     for name, delta in LoraFile.open(path).modules.items():
         factors = delta.factors()
@@ -140,10 +140,6 @@ def test_factors_are_unscaled_views_in_the_files_dtype_and_fp32_for_fp8(tmp_path
         assert factors.up.shape == (SHAPES[name][0], RANK)
         assert factors.down.shape == (RANK, SHAPES[name][1])
         assert (factors.mid is not None) == (name == CONV)
-        again = delta.factors()
-        assert again is not None
-        assert again.down is factors.down
-        assert again.up is factors.up
 
 
 def test_a_kernel_stays_in_down_and_families_without_factors_say_so(tmp_path: Path, family: str) -> None:
@@ -154,11 +150,10 @@ def test_a_kernel_stays_in_down_and_families_without_factors_say_so(tmp_path: Pa
         assert factors.down.shape == (RANK, 8, 3, 3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn])
-def test_slices_of_a_fused_weight_share_one_down(tmp_path: Path, dtype: torch.dtype) -> None:
+def test_slices_of_a_fused_weight_share_one_down(tmp_path: Path) -> None:
     shapes = {f"single_transformer_blocks.0.{leaf}": (12, 12) for leaf in ("attn.to_q", "attn.to_k", "attn.to_v")}
     shapes["single_transformer_blocks.0.proj_mlp"] = (48, 12)
-    file = LoraFile.open(write_lora(tmp_path / "x.safetensors", shapes, spelling="flux-kohya", alpha=1.0, dtype=dtype))
+    file = LoraFile.open(write_lora(tmp_path / "x.safetensors", shapes, spelling="flux-kohya", alpha=1.0))
     assert {name: delta.shape for name, delta in file.modules.items()} == shapes
     assert {delta.key for delta in file.modules.values()} == {"lora_unet_single_blocks_0_linear1"}
     downs = [factors.down for delta in file.modules.values() if (factors := delta.factors())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import ClassVar, NamedTuple, TypeVar
 
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor
 
 from klora.errors import LoraFileError, LoraValueError
+from klora.lora.container import Stored
 
 D = TypeVar("D", bound="Delta")
 
 FULL_RANK = 64
-_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class Factors(NamedTuple):
@@ -27,36 +28,9 @@ class Factors(NamedTuple):
     mid: Tensor | None = None
 
 
-class Stored:
-    """A tensor of the file under its full key: a lazy view of the mapped file, cast only when used."""
-
-    def __init__(self, key: str, data: Tensor) -> None:
-        self.key = key
-        self.data = data
-        self._native: Tensor | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape as stored."""
-        return tuple(self.data.shape)
-
-    def native(self) -> Tensor:
-        """The tensor in the file's dtype, always the same object; fp8, which cannot be computed with, becomes fp32."""
-        if self._native is None:
-            self._native = self.data if self.data.dtype in _PLAIN else self.data.float()
-        return self._native
-
-    def fp32(self) -> Tensor:
-        """The tensor in fp32."""
-        return self.data.float()
-
-    def view(self, *shape: int) -> Stored:
-        """The same tensor in another shape."""
-        return Stored(self.key, self.data.reshape(shape))
-
-    def narrow(self, dim: int, start: int, stop: int) -> Stored:
-        """The part [start, stop) of one dimension."""
-        return Stored(self.key, self.data.narrow(dim, start, stop - start))
+def cp_down(core: Tensor, down: Tensor) -> Tensor:
+    """The core (m, r, kh, kw) of a CP decomposition times down (r, in), for all of the kernel: (m, in·kh·kw)."""
+    return torch.einsum("mnkl,ni->mikl", core, down).reshape(len(core), -1)
 
 
 @dataclass
@@ -181,7 +155,7 @@ class Delta(ABC):
         return block
 
     def factors(self) -> Factors | None:
-        """The unscaled factors in the file's dtype (fp8 as fp32), always the same tensors; None if there are none."""
+        """The unscaled factors in the file's dtype (fp8 as fp32), or None for a family without them."""
         return None
 
     def matrix(self, base_weight: Tensor | None = None) -> Tensor:
@@ -203,11 +177,22 @@ class Delta(ABC):
         return self._part(start, stop, (stop - start, *self.shape[1:]))
 
     def stored(self) -> Iterator[Stored]:
-        """The tensors it is made of."""
+        """The tensors of the file that it is made of."""
         for entry in fields(self):
             value = getattr(self, entry.name)
             if isinstance(value, Stored):
                 yield value
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The tensors it is made of, in memory: as long as somebody holds them, the file is not read again."""
+        return tuple(stored.data() for stored in self.stored())
+
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """Read its tensors once, for all that is asked of it inside."""
+        held = self.tensors()
+        yield
+        del held
 
     def check_finite(self) -> None:
         """Raise LoraValueError, naming file and full tensor key, when a tensor holds NaN or infinity."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import Delta, Factors, Group
+from klora.lora.deltas.base import Delta, Factors, Group, Stored
 from klora.lora.deltas.lora import LoraDelta
 
 
@@ -17,10 +18,7 @@ def low_rank(delta: Delta) -> tuple[Tensor, Tensor] | None:
         return delta.up, delta.down.reshape(delta.rank, -1)
     if not isinstance(delta, LoraDelta):
         return None
-    down = delta.down.fp32()
-    if delta.mid is not None:
-        down = torch.einsum("mnkl,ni->mikl", delta.mid.fp32(), down)
-    return delta.up.fp32(), down.reshape(delta.rank, -1)
+    return delta.up.fp32(), delta.flat_down()
 
 
 @dataclass(eq=False)
@@ -70,6 +68,10 @@ class ProjectedDelta(Delta):
     def load(cls, group: Group) -> ProjectedDelta | None:
         """No file holds any."""
         return None
+
+    def stored(self) -> Iterator[Stored]:
+        """Those of the source."""
+        return self.source.stored()
 
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         self.source.rows(start, stop, out=block)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -36,13 +37,14 @@ class DoraDelta(Delta):
         if slot is None or direction is None:
             return None
         magnitude = group.take(slot, slot, 1, 2, 4)
+        count = math.prod(magnitude.shape)
         out, columns = direction.shape[:2]
         # LyCORIS writes (out, 1…) or (1, in, 1…); PEFT always one per output, (out,) or (1, out, 1, 1).
-        per_row = magnitude.data.numel() == out and (slot == "magnitude" or magnitude.shape[0] == out)
-        if not per_row and (slot == "magnitude" or magnitude.data.numel() != columns):
+        per_row = count == out and (slot == "magnitude" or magnitude.shape[0] == out)
+        if not per_row and (slot == "magnitude" or count != columns):
             raise group.error(magnitude, f"is {size(magnitude.shape)}, for a direction of {size(direction.shape)}")
         common = (group.file, group.key, direction.rank, direction.alpha, direction.scale, direction.shape)
-        return cls(*common, direction, magnitude.view(-1), by_column=not per_row)
+        return cls(*common, direction, magnitude.view(count), by_column=not per_row)
 
     def matrix(self, base_weight: Tensor | None = None) -> Tensor:
         """W' − W0 on the device of the `base_weight` W0, fp32; ValueError without one, MismatchError for its shape."""
@@ -76,5 +78,5 @@ class DoraDelta(Delta):
                 "use a file with split q, k, v or trained with wd_on_output",
                 self.magnitude.key,
             )
-        magnitude = self.magnitude.narrow(0, start, stop)
+        magnitude = self.magnitude.rows(start, stop)
         return replace(self, shape=shape, direction=self.direction.part(start, stop), magnitude=magnitude)

@@ -28,7 +28,7 @@ class FullDelta(Delta):
         return cls(group.file, group.key, rank, float(rank), 1.0, shape, diff.view(*shape))
 
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
-        block.copy_(self.diff.data[start:stop].reshape(block.shape))
+        block.copy_(self.diff.data()[start:stop].reshape(block.shape))
 
     def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> FullDelta:
-        return replace(self, shape=shape, diff=self.diff.narrow(0, start, stop))
+        return replace(self, shape=shape, diff=self.diff.rows(start, stop))

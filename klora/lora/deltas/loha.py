@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from klora.errors import LoraFileError
-from klora.lora.deltas.base import Delta, Group, Stored, size, squeeze, with_kernel
+from klora.lora.deltas.base import Delta, Group, Stored, cp_down, size, squeeze, with_kernel
 
 _SLOTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
@@ -16,7 +16,10 @@ _CORES = ("hada_t1", "hada_t2")
 
 @dataclass(eq=False)
 class LohaDelta(Delta):
-    """`w1_a` is (out, r), `w1_b` (r, in·kh·kw); with the core `t1` (r, r, kh, kw): (r, out) and (r, in). 2 likewise."""
+    """`w1_a` is (out, r), `w1_b` (r, in·kh·kw); with the core `t1` (r, r, kh, kw): (r, out) and (r, in). 2 likewise.
+
+    `row` is the first row of the product that is meant.
+    """
 
     w1_a: Stored
     w1_b: Stored
@@ -24,6 +27,7 @@ class LohaDelta(Delta):
     w2_b: Stored
     t1: Stored | None = None
     t2: Stored | None = None
+    row: int = 0
 
     family = "loha"
 
@@ -45,20 +49,16 @@ class LohaDelta(Delta):
 
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         for a, b, core, factor in ((self.w1_a, self.w1_b, self.t1, 1), (self.w2_a, self.w2_b, self.t2, 2)):
-            left = a.data[start:stop].float() if core is None else a.data[:, start:stop].float().t()
-            right = b.fp32()
-            if core is not None:
-                right = torch.einsum("mnkl,ni->mikl", core.fp32(), right).reshape(len(right), -1)
+            first, last = self.row + start, self.row + stop
+            left = a.data()[first:last].float() if core is None else a.data()[:, first:last].float().t()
+            right = b.fp32() if core is None else cp_down(core.fp32(), b.fp32())
             if factor == 1:
                 torch.addmm(block, left, right, beta=0, alpha=self.scale, out=block)
             else:
                 block.mul_(left @ right)
 
     def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> LohaDelta:
-        dim = 0 if self.t1 is None else 1
-        return replace(
-            self, shape=shape, w1_a=self.w1_a.narrow(dim, start, stop), w2_a=self.w2_a.narrow(dim, start, stop)
-        )
+        return replace(self, shape=shape, row=self.row + start)
 
 
 def _shape(group: Group, a: Stored, b: Stored, core: Stored | None) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import FULL_RANK, Delta, Group, Stored, size, squeeze, with_kernel
+from klora.lora.deltas.base import FULL_RANK, Delta, Group, Stored, cp_down, size, squeeze, with_kernel
 
 
 @dataclass(eq=False)
@@ -50,12 +50,17 @@ class LokrDelta(Delta):
         return cls(group.file, group.key, rank, alpha, scale, shape, w1, w2, w1_right, w2_right, t2)
 
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
-        w1 = self.w1.fp32() if self.w1_right is None else self.w1.fp32() @ self.w1_right.fp32()
-        second_rows = self.w2.shape[0] if self.t2 is None else self.w2.shape[1]
+        height = self.w2.shape[0] if self.t2 is None else self.w2.shape[1]
         rows = torch.arange(self.row + start, self.row + stop)
-        w2, place = self._second(rows % second_rows, second_rows)
-        w1 = w1[rows // second_rows] * self.scale
+        w1 = self._first(rows // height) * self.scale
+        w2, place = self._second(rows % height, height)
         torch.mul(w1[:, :, None], w2[place][:, None, :], out=block.view(len(rows), w1.shape[1], w2.shape[1]))
+
+    def _first(self, rows: Tensor) -> Tensor:
+        """These rows of w1, fp32; no others are formed."""
+        first, last = int(rows[0]), int(rows[-1]) + 1
+        w1 = self.w1.data()[first:last].float()
+        return (w1 if self.w1_right is None else w1 @ self.w1_right.fp32())[rows - first]
 
     def _second(self, rows: Tensor, height: int) -> tuple[Tensor, Tensor]:
         """(w2 rows, the place of each wanted row among them): no more rows of w2 than are wanted."""
@@ -65,8 +70,7 @@ class LokrDelta(Delta):
         right = self.w2_right.fp32()
         if self.t2 is None:
             return self.w2.native()[wanted].float() @ right, place
-        right = torch.einsum("mnkl,ni->mikl", self.t2.fp32(), right).reshape(len(self.t2.data), -1)
-        return self.w2.native()[:, wanted].float().t() @ right, place
+        return self.w2.native()[:, wanted].float().t() @ cp_down(self.t2.fp32(), right), place
 
     def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> LokrDelta:
         return replace(self, shape=shape, row=self.row + start)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import Delta, Factors, Group, Stored, size, squeeze
+from klora.lora.deltas.base import Delta, Factors, Group, Stored, cp_down, size, squeeze
 
 
 @dataclass(eq=False)
@@ -48,12 +48,14 @@ class LoraDelta(Delta):
             return None
         return Factors(self.up.native(), self.down.native(), self.mid.native() if self.mid else None)
 
-    def _fill(self, start: int, stop: int, block: Tensor) -> None:
+    def flat_down(self) -> Tensor:
+        """The second factor as one matrix, core included: (r, in·kh·kw), fp32."""
         down = self.down.fp32()
-        if self.mid is not None:
-            down = torch.einsum("mnkl,ni->mikl", self.mid.fp32(), down)
-        up = self.up.data[start:stop].float()
-        torch.addmm(block, up, down.reshape(self.rank, -1), beta=0, alpha=self.scale, out=block)
+        return down.reshape(self.rank, -1) if self.mid is None else cp_down(self.mid.fp32(), down)
+
+    def _fill(self, start: int, stop: int, block: Tensor) -> None:
+        up = self.up.data()[start:stop].float()
+        torch.addmm(block, up, self.flat_down(), beta=0, alpha=self.scale, out=block)
 
     def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> LoraDelta:
-        return replace(self, shape=shape, up=self.up.narrow(0, start, stop))
+        return replace(self, shape=shape, up=self.up.rows(start, stop))

@@ -1,0 +1,175 @@
+"""Files that change while they are in use: what was read is one state of the file, and nothing crashes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from klora.engine.bypass import Operand, Site
+from klora.errors import LoraFileError
+from klora.fusion.scores import score_delta
+from klora.lora import disk
+from klora.lora.file import LoraFile
+from tests.support.lora_files import FAMILIES, write_lora
+
+NAME = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+SHAPES = {NAME: (64, 64)}
+
+
+def overwrite(path: Path) -> None:
+    """Other bytes, of the same size and date."""
+    times = path.stat()
+    with open(path, "r+b") as stream:
+        stream.seek(-200, os.SEEK_END)
+        stream.write(bytes(200))
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def replace(path: Path) -> None:
+    times = path.stat()
+    other = write_lora(path.with_name("other.safetensors"), SHAPES, seed=7)
+    os.utime(other, ns=(times.st_atime_ns, times.st_mtime_ns))
+    os.replace(other, path)
+
+
+CHANGES: dict[str, Callable[[Path], None]] = {
+    "empty": lambda path: os.truncate(path, 0),
+    "truncate": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "overwrite": overwrite,
+    "replace": replace,
+    "delete": lambda path: path.unlink(),
+}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return write_lora(tmp_path / "cat.safetensors", SHAPES)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_file_that_changed_after_opening_is_told_as_such(path: Path, change: str) -> None:
+    file = LoraFile.open(path)
+    CHANGES[change](path)
+    for read in (file.modules[NAME].tensors, file.modules[NAME].matrix, lambda: file.sha256):
+        with pytest.raises(LoraFileError, match=r"cat\.safetensors: (changed while it was in use|does not exist); \w+"):
+            read()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_applied_no_longer_depends_on_the_file(tmp_path: Path, family: str, change: str) -> None:
+    path = write_lora(tmp_path / "cat.safetensors", SHAPES, family=family)
+    linear, x = nn.Linear(64, 64), torch.randn(5, 64)
+    operand = Operand(LoraFile.open(path).modules[NAME], Site(linear))
+    expected = Operand(LoraFile.open(path).modules[NAME], Site(linear)).add(x, torch.zeros(5, 64), 1.0)
+    CHANGES[change](path)
+    for _ in range(2):
+        assert operand.add(x, torch.zeros(5, 64), 1.0).equal(expected)
+        operand.release()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_nothing_stays_open_or_mapped(path: Path) -> None:
+    def held() -> list[str]:
+        opened = [os.path.realpath(f"/proc/self/fd/{entry}") for entry in os.listdir("/proc/self/fd")]
+        return [line for line in (*opened, *Path("/proc/self/maps").read_text().splitlines()) if str(path) in line]
+
+    with open(path, "rb"):
+        assert held()
+    file = LoraFile.open(path)
+    assert not held()
+    score_delta(file.modules[NAME])
+    operand = Operand(file.modules[NAME], Site(nn.Linear(64, 64)))
+    operand.chain(torch.device("cpu"), torch.float32)
+    assert file.sha256
+    assert not held()
+
+
+def test_tensors_are_read_once_while_they_are_held(path: Path) -> None:
+    delta = LoraFile.open(path).modules[NAME]
+    held = delta.tensors()
+    assert all(one is two for one, two in zip(held, delta.tensors(), strict=True))
+    path.unlink()
+    assert delta.matrix().isfinite().all()
+    del held
+    with pytest.raises(LoraFileError, match="does not exist"):
+        delta.matrix()
+
+
+def test_a_file_that_is_written_all_the_time_is_never_read_half_and_half(tmp_path: Path) -> None:
+    paths = [write_lora(tmp_path / f"{seed}.safetensors", SHAPES, seed=seed) for seed in (0, 1)]
+    contents = [path.read_bytes() for path in paths]
+    whole = [LoraFile.open(path).modules[NAME].tensors() for path in paths]
+    shared = tmp_path / "shared.safetensors"
+    shared.write_bytes(contents[0])
+    stop = threading.Event()
+
+    def write() -> None:
+        for turn in range(10**6):
+            with open(shared, "r+b") as stream:
+                stream.write(contents[turn % 2])
+            if stop.wait(0.03 * (turn % 3)):
+                return
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    outcomes = set()
+    end = time.monotonic() + 1.5
+    while time.monotonic() < end:
+        try:
+            found = LoraFile.open(shared).modules[NAME].tensors()
+        except LoraFileError as error:
+            outcomes.add(error.reason)
+            continue
+        outcomes.add(next(i for i in (0, 1) if all(a.equal(b) for a, b in zip(found, whole[i], strict=True))))
+    stop.set()
+    writer.join()
+    assert outcomes <= {0, 1, "changed while it was in use", "is being written"}
+    assert outcomes & {0, 1}
+
+
+def test_a_file_whose_date_never_settles_is_being_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", lambda _: os.utime(path))
+    os.utime(path)
+    with pytest.raises(LoraFileError, match="is being written; try again"):
+        disk.identity(path)
+
+
+PROGRAM = """
+import os, sys, torch
+from safetensors import safe_open
+from klora.lora.file import LoraFile
+
+def ours(path):
+    tensors = LoraFile.open(path).modules[sys.argv[3]].tensors()
+    os.truncate(path, 0)
+    return tensors
+
+def package(path):
+    with safe_open(path, "pt") as file:
+        tensors = [file.get_tensor(key) for key in file.keys()]
+    os.truncate(path, 0)
+    return tensors
+
+print(sum(float(tensor.sum()) for tensor in {"ours": ours, "package": package}[sys.argv[1]](sys.argv[2])))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only known of Linux")
+def test_the_safetensors_package_maps_files_and_so_dies_where_this_does_not(tmp_path: Path) -> None:
+    """Why `lora/` reads files itself: should this fail, read docs/architecture.md again."""
+    shapes = {NAME: (512, 512)}
+    for reader, code in (("ours", 0), ("package", -7)):
+        path = write_lora(tmp_path / f"{reader}.safetensors", shapes)
+        command = [sys.executable, "-c", PROGRAM, reader, str(path), NAME]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert done.returncode == code, done.stderr
