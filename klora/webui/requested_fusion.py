@@ -11,6 +11,7 @@ from klora.fusion.plan import FusionPlan
 from klora.hosts.host_text_encoder import TextPart
 from klora.hosts.lora_library import ListedLora
 from klora.hosts.webui_host import WebuiHost
+from klora.lora.disk import identity
 from klora.pair import Pair
 from klora.settings import Settings
 from klora.webui.prompt_tag import Tag
@@ -58,17 +59,9 @@ class Pairs:
 
     def open(self, subject: Path, style: Path, cache: ScoreCache) -> Pair:
         """Open two files, or give them as they were opened before."""
-        key = (*_identity(subject), *_identity(style), cache.folder)
+        key = (subject, identity(subject), style, identity(style), cache.folder)
         pair = self._pairs.pop(key, None) or Pair.open(subject, style, cache)
         self._pairs[key] = pair
         while len(self._pairs) > self._limit:
             del self._pairs[next(iter(self._pairs))]
         return pair
-
-
-def _identity(path: Path) -> tuple[str, int, int]:
-    try:
-        status = path.stat()
-    except OSError:
-        return str(path), 0, 0
-    return str(path), status.st_mtime_ns, status.st_size
