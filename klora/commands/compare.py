@@ -95,7 +95,7 @@ class Row:
 
 
 def compare_pair(request: GenerationRequest, methods: Sequence[Method], warn: Callable[[str], None]) -> Iterator[str]:
-    """Paint the pictures of a request by every method; write each, the contact sheet and the table, and say where.
+    """Generate the pictures of a request by every method; write each, the contact sheet and the table, and say where.
 
     A method that does not run on this model or with this pair is named with its reason. Raises KloraError for a
     model or a file that does not do, and where no method runs.

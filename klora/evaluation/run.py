@@ -62,7 +62,7 @@ class Batch(NamedTuple):
 
 
 def evaluate_study(asked: Evaluation) -> Iterator[str]:
-    """Paint and score what is not on disk yet, then write the tables and say where (the first process only).
+    """Generate and score what is not on disk yet, then write the tables and say where (the first process only).
 
     Raises KloraError for a model, a file or a setting that does not do, and where no method runs.
     """

@@ -247,8 +247,8 @@ def _above(entries: int, threshold: float, workspace: Workspace) -> Floats:
     values = workspace.block[:width].numpy()
     above = np.greater(values, np.float32(threshold), out=workspace.above[:width])
     groups = np.flatnonzero(np.logical_or.reduce(above.reshape(GROUP, -1), axis=0))
-    candidates = values.reshape(GROUP, -1).take(groups, axis=1).ravel()
-    return candidates.take(np.flatnonzero(candidates > threshold))
+    likely = values.reshape(GROUP, -1).take(groups, axis=1).ravel()
+    return likely.take(np.flatnonzero(likely > threshold))
 
 
 def _padded(entries: int) -> int:
