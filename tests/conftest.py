@@ -1,4 +1,4 @@
-"""What holds for all tests: caches of their own, no network, quiet libraries, one thread."""
+"""What holds for all tests: caches of their own, no network, quiet libraries, one thread, no deadlines."""
 
 from __future__ import annotations
 
@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
+
+# A machine may be busy with other things: how long an example takes says nothing about it.
+settings.register_profile("klora", deadline=None)
+settings.load_profile("klora")
 
 
 @pytest.fixture(scope="session", autouse=True)

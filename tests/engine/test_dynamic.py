@@ -179,6 +179,20 @@ def test_a_decision_holds_for_as_many_steps_as_wished(reuse: int, steps: int) ->
 
 
 @torch.no_grad()
+def test_a_sampler_that_goes_back_decides_anew() -> None:
+    module = module_of("linear")
+    layer, part = measured(module, delta_of("linear", 1), delta_of("linear", 2), reuse=4)
+    layer.attach()
+    made = []
+    for step in (3, 5, 2, 4, 1):
+        part.chooser.at(step / 8, step)
+        module(input_of("linear", step))
+        made.append(part._choice.step)
+    layer.detach()
+    assert made == [3, 3, 2, 2, 1]
+
+
+@torch.no_grad()
 def test_a_new_pass_decides_anew() -> None:
     module = module_of("linear")
     layer, part = measured(module, delta_of("linear", 1), delta_of("linear", 2))

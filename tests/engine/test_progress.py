@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klora.engine.progress import Progress
+from klora.engine.progress import Progress, SamplingPass
 
 schedules = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=60, unique=True)
 
@@ -61,3 +61,26 @@ def test_any_number_of_steps_follows_the_same_curve(steps: int) -> None:
     reference = {10.0: 0.10, 1.0: 0.513, 0.1: 0.868}
     for sigma, tau in reference.items():
         assert progress.tau(sigma) == pytest.approx(tau, abs=0.05)
+
+
+def test_a_relative_pass_runs_from_0_to_1_wherever_it_begins() -> None:
+    sampling = SamplingPass([8.0, 4.0, 2.0, 1.0], relative=True)
+    assert [sampling.tau(level) for level in (4.0, 2.0, 1.0, 0.0)] == pytest.approx([0, 1 / 3, 2 / 3, 1])
+
+
+def test_a_relative_pass_that_goes_back_behind_its_beginning_is_at_its_beginning() -> None:
+    sampling = SamplingPass([8.0, 4.0, 2.0, 1.0], relative=True)
+    assert sampling.tau(2.0) == 0.0
+    assert sampling.tau(8.0) == 0.0
+    assert sampling.tau(1.0) == pytest.approx(0.5)
+
+
+def test_a_relative_pass_that_begins_at_the_end_stays_there() -> None:
+    sampling = SamplingPass([8.0, 4.0], relative=True)
+    assert sampling.tau(0.0) == 1.0
+    assert sampling.tau(4.0) == 0.5
+
+
+def test_an_absolute_pass_begins_where_its_noise_lies() -> None:
+    sampling = SamplingPass([8.0, 4.0, 2.0, 1.0])
+    assert [sampling.tau(level) for level in (2.0, 8.0, 1.0)] == [0.5, 0.0, 0.75]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klora.errors import SettingsError
-from klora.fusion.plan import FileModule, FusionPlan, make_plan
+from klora.fusion.plan import FileModule, FusionPlan, balance_for_share, make_plan
 from klora.fusion.policies import POLICIES, resolve
 from klora.fusion.policies.base import SharedModule, global_gamma, trimmed_gamma
 from klora.fusion.scores import ModuleScore
@@ -113,13 +113,18 @@ def test_every_policy_gives_one_known_letter_per_step(pairs: list, scale: str, v
 
 
 def test_gamma_is_the_ratio_of_global_sums_and_officially_a_trimmed_mean() -> None:
-    contests = [
+    shared = [
         SharedModule(f"m{i}", score(1, l1=c), score(1, l1=s), K)
         for i, (c, s) in enumerate([(1, 1), (2, 1), (3, 1), (100, 1), (1, 1), (1, 1)])
     ]
-    assert global_gamma(contests) == pytest.approx(108 / 6)
+    assert global_gamma(shared) == pytest.approx(108 / 6)
     # The mean is 18; 100 is at least 3 × 18 and dropped; the mean of the others is 8/5.
-    assert trimmed_gamma(contests) == pytest.approx(8 / 5)
+    assert trimmed_gamma(shared) == pytest.approx(8 / 5)
+
+
+def test_a_ratio_of_exactly_three_times_the_mean_is_trimmed() -> None:
+    shared = [SharedModule(f"m{i}", score(1, l1=c), score(1, l1=1), K) for i, c in enumerate([1, 1, 1, 9])]
+    assert trimmed_gamma(shared) == 1.0
 
 
 def test_gamma_looks_only_at_contested_modules_in_scope() -> None:
@@ -132,7 +137,7 @@ def test_gamma_looks_only_at_contested_modules_in_scope() -> None:
     assert make_plan(modules, Settings().resolve(None)).gamma == 2.0
 
 
-def test_modules_outside_the_contest_have_fixed_roles() -> None:
+def test_modules_that_are_not_contested_have_fixed_roles() -> None:
     modules = [
         file_module("a", 1, 1),
         file_module("b", 1, None),
@@ -195,6 +200,17 @@ def test_a_share_target_takes_the_nearest_reachable_share(pairs: list, share: fl
         if 0 < threshold < math.inf
     }
     assert abs(plan.share - share) <= min(abs(r - share) for r in reachable) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("ratios", "share", "balance"),
+    # Of shares that are equally near, that of the smaller change: 0 and 1/2 are, then 1/2 and 1, on either side of 0.
+    [((2.0, 0.5), 0.25, 0.0), ((2.0, 0.5), 0.75, 0.0), ((8.0, 4.0), 0.75, 1.0), ((1 / 8, 1 / 4), 0.25, -1.0)],
+)
+def test_of_shares_equally_near_the_balance_nearest_to_0_is_taken(
+    ratios: tuple[float, ...], share: float, balance: float
+) -> None:
+    assert balance_for_share(ratios, [1.0], share) == balance
 
 
 def test_a_share_target_is_met_for_the_number_of_steps_sampled() -> None:

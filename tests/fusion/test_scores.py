@@ -104,7 +104,7 @@ KINDS = (
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     kind=st.sampled_from(KINDS),
     rows=st.integers(1, 90),
@@ -136,7 +136,7 @@ def test_a_matrix_of_real_size_is_scored_exactly(kind: str, monkeypatch: pytest.
     assert score.fro2 == pytest.approx(np.square(ordered).sum(), rel=5e-7, abs=0)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.lists(st.floats(0, 2.0**99, width=32) | st.sampled_from([0.0, 1.0, 2.0]), max_size=200),
     st.lists(st.integers(1, 250), max_size=5),
@@ -146,7 +146,7 @@ def test_top_k_sums_of_any_values(values: list[float], ks: list[int]) -> None:
     assert top_k_sums(np.array(values, dtype=np.float32), ks) == pytest.approx(expected, rel=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(kind=st.sampled_from(KINDS), seed=st.integers(0, 2**16))
 def test_prefix_sums_rise_and_flatten(kind: str, seed: int) -> None:
     values = make(kind, 40, 60, seed)
@@ -159,7 +159,7 @@ def test_prefix_sums_rise_and_flatten(kind: str, seed: int) -> None:
     assert sums[-1] <= score.l1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(factor=st.floats(1e-4, 1e4), seed=st.integers(0, 2**16))
 def test_scores_scale_with_the_delta(factor: float, seed: int) -> None:
     values = make("low rank", 40, 60, seed)

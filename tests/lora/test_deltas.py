@@ -94,7 +94,7 @@ def test_the_rank_is_the_files_dim_and_min_64_where_there_is_none(tmp_path: Path
 
 
 @given(data=st.data(), family=st.sampled_from(FAMILIES), name=st.sampled_from(list(SHAPES)))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_rows_of_any_part_are_the_rows_of_the_matrix(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, family: str, name: str
 ) -> None:

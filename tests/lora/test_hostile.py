@@ -357,7 +357,7 @@ def only_klora_errors(path: Path) -> None:
         assert rows.shape == (min(2, delta.shape[0]), delta.columns)
 
 
-FUZZ = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+FUZZ = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @given(st.binary(max_size=200))

@@ -1,0 +1,232 @@
+"""A session on bare linear layers: what is active at which τ, how it is attached, and that it leaves nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from klora.cache import ScoreCache
+from klora.engine.bypass import Site
+from klora.engine.dynamic import Rows
+from klora.engine.progress import SamplingPass
+from klora.engine.session import Session, selection_of
+from klora.errors import MismatchError, SettingsError
+from klora.fusion.policies.base import BOTH, SUBJECT, Active
+from klora.pair import Pair
+from klora.settings import Settings
+from tests.support.lora_files import write_lora
+
+BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+TO_Q, TO_K, FF = f"{BLOCK}.attn1.to_q", f"{BLOCK}.attn1.to_k", f"{BLOCK}.ff.net.2"
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+SIZE = 16
+ALWAYS_SUBJECT = {"alpha": 0.0, "beta": 0.0}
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Pair:
+    """A subject with to_q, to_k, a feed-forward and a text-encoder module; a style with to_q, to_k and text encoder."""
+    shape = (SIZE, SIZE)
+    subject = write_lora(tmp_path / "dog.safetensors", dict.fromkeys((TO_Q, TO_K, FF, TEXT), shape), rank=4, seed=1)
+    style = write_lora(tmp_path / "ink.safetensors", dict.fromkeys((TO_Q, TO_K, TEXT), shape), rank=2, seed=2)
+    return Pair.open(subject, style, ScoreCache(tmp_path / "cache"))
+
+
+def model(*names: str) -> dict[str, nn.Linear]:
+    torch.manual_seed(0)
+    return {name: nn.Linear(SIZE, SIZE) for name in names}
+
+
+def session_of(
+    pair: Pair, layers: Mapping[str, nn.Linear], text: Mapping[str, nn.Linear] | None = None, **settings: Any
+) -> Session:
+    def sites(modules: Mapping[str, nn.Linear] | None) -> dict[str, Site]:
+        return {name: Site(module) for name, module in (modules or {}).items()}
+
+    plan = pair.plan(Settings.parse({"steps": 4, **settings}))
+    return Session(pair, plan, sites(layers), sites(text), "the test model")
+
+
+@torch.no_grad()
+def change(layer: nn.Linear) -> Tensor:
+    """What the hooks of a layer add to its weight."""
+    return layer(torch.eye(SIZE)).T - (layer.weight + layer.bias[:, None])
+
+
+def acts(layer: nn.Linear, *expected: tuple[Tensor, float]) -> bool:
+    wanted = sum((strength * matrix for matrix, strength in expected), torch.zeros(SIZE, SIZE))
+    return torch.allclose(change(layer), wanted, atol=1e-6)
+
+
+def test_what_the_plan_decides_is_active_at_every_level(pair: Pair) -> None:
+    layers = model(TO_Q, TO_K, FF)
+    session = session_of(pair, layers)
+    subject, style = pair.subject.modules, pair.style.modules
+    with session:
+        session.start_pass([900.0, 600.0, 300.0, 100.0])
+        for step, level in enumerate([900.0, 600.0, 300.0, 100.0]):
+            session.at_level(level)
+            assert session.tau == step / 4
+            for name in (TO_Q, TO_K):
+                winner = subject if session.plan.selection(name)[step] == "c" else style
+                assert acts(layers[name], (winner[name].matrix(), 1.0))
+            assert acts(layers[FF], (subject[FF].matrix(), 1.0))
+
+
+def test_strengths_multiply_what_is_active(pair: Pair) -> None:
+    layers = model(TO_Q)
+    with session_of(pair, layers, subject_strength=0.5, style_strength=-2.0, policy="direct"):
+        assert acts(layers[TO_Q], (pair.subject.modules[TO_Q].matrix(), 0.5), (pair.style.modules[TO_Q].matrix(), -2.0))
+
+
+def test_only_the_loras_asked_for_are_active(pair: Pair) -> None:
+    layers = model(TO_Q, FF)
+    with session_of(pair, layers, policy="direct") as session:
+        session.set_active(SUBJECT)
+        assert acts(layers[TO_Q], (pair.subject.modules[TO_Q].matrix(), 1.0))
+        session.set_active(Active(0.0, 1.0))
+        assert acts(layers[FF])
+        session.set_active(BOTH)
+        assert not acts(layers[TO_Q], (pair.subject.modules[TO_Q].matrix(), 1.0))
+
+
+def test_text_encoders_are_changed_for_the_whole_session(pair: Pair) -> None:
+    text = model(TEXT)
+    subject, style = pair.subject.text_encoder[TEXT].matrix(), pair.style.text_encoder[TEXT].matrix()
+    for who, expected in {
+        "both": ((subject, 1.0), (style, 0.5)),
+        "subject": ((subject, 1.0),),
+        "style": ((style, 0.5),),
+        "none": (),
+    }.items():
+        with session_of(pair, model(TO_Q), text, text_encoder=who, style_strength=0.5) as session:
+            session.set_tau(0.9)
+            assert acts(text[TEXT], *expected)
+        assert not text[TEXT]._forward_hooks
+
+
+def test_a_text_encoder_of_another_size_is_refused_by_file_and_key(pair: Pair) -> None:
+    # A module that is larger, and one that is smaller in one direction alone.
+    for shape in ((SIZE, 2 * SIZE), (2 * SIZE, SIZE), (SIZE - 1, SIZE)):
+        text = {TEXT: nn.Linear(shape[1], shape[0])}
+        with pytest.raises(MismatchError, match=r"dog\.safetensors: lora_te.*does not fit the text encoder's"):
+            session_of(pair, model(TO_Q), text, text_encoder="none")
+
+
+def test_hooks_come_off_with_the_outermost_block_whatever_ended_it(pair: Pair) -> None:
+    layers = model(TO_Q)
+    session = session_of(pair, layers)
+
+    def fails() -> None:
+        with session:
+            with session:
+                assert len(layers[TO_Q]._forward_hooks) == 1
+            assert len(layers[TO_Q]._forward_hooks) == 1
+            raise RuntimeError("a fault")
+
+    with pytest.raises(RuntimeError, match="a fault"):
+        fails()
+    assert not layers[TO_Q]._forward_hooks
+    session.attach()
+    session.attach()
+    assert len(layers[TO_Q]._forward_hooks) == 1
+    session.detach()
+    session.detach()
+    assert not layers[TO_Q]._forward_hooks
+
+
+def test_modules_that_the_model_lacks_are_listed(pair: Pair) -> None:
+    assert set(session_of(pair, model(TO_Q)).missing) == {TO_K, FF}
+    assert session_of(pair, model(TO_Q, TO_K, FF)).missing == ()
+
+
+def test_a_level_needs_a_pass_first(pair: Pair) -> None:
+    with pytest.raises(RuntimeError, match="start_pass"):
+        session_of(pair, model(TO_Q)).at_level(1.0)
+
+
+def test_a_pass_has_its_own_number_of_steps_and_begins_anew(pair: Pair) -> None:
+    session = session_of(pair, model(TO_Q))
+    session.start_pass([3.0, 2.0, 1.0])
+    assert session.plan.steps == 3
+    assert session.moment.tau == 0.0
+    session.at_level(1.0)
+    assert (session.moment.tau, session.moment.step) == (2 / 3, 2)
+    session.start_pass([2.0, 1.0])
+    assert (session.plan.steps, session.moment.tau) == (2, 0.0)
+
+
+def test_a_pass_may_go_on_in_another_session(pair: Pair) -> None:
+    begun = SamplingPass([4.0, 3.0, 2.0, 1.0], relative=True)
+    begun.tau(3.0)
+    other = session_of(pair, model(TO_Q))
+    other.follow(begun)
+    other.at_level(3.0)
+    assert other.tau == 0.0
+    other.at_level(2.0)
+    assert other.tau == pytest.approx(1 / 3)
+
+
+def test_progress_relative_begins_at_0_wherever_the_pass_does(pair: Pair) -> None:
+    levels = [4.0, 3.0, 2.0, 1.0]
+    for progress, expected in (("absolute", 0.5), ("relative", 0.0)):
+        session = session_of(pair, model(TO_Q), progress=progress)
+        session.start_pass(levels)
+        session.at_level(2.0)
+        assert session.tau == expected
+
+
+def test_a_policy_that_can_do_nothing_with_the_model_says_so(pair: Pair) -> None:
+    with pytest.raises(SettingsError, match="SDXL"):
+        session_of(pair, model(TO_Q), policy="b-lora")
+
+
+class Denoiser(nn.Module):
+    """Calls one layer, as a model does."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+@torch.no_grad()
+def test_what_is_decided_while_sampling_is_kept_for_the_reports(pair: Pair) -> None:
+    layers = model(TO_Q, TO_K, FF)
+    denoiser = Denoiser(layers[TO_Q])
+    plan = pair.plan(Settings(policy="dynamic", steps=4))
+    seen: list[Tensor] = []
+
+    def rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+        seen.append(args[0])
+        return Rows(1, 2, 2)
+
+    sites = {name: Site(layer) for name, layer in layers.items()}
+    session = Session(pair, plan, sites, None, "the test model", denoiser, rows)
+    assert session.observed is plan
+    with session:
+        session.start_pass([4.0, 3.0, 2.0, 1.0])
+        for level in (4.0, 2.0):
+            session.at_level(level)
+            denoiser(torch.randn(2, SIZE))
+    assert len(seen) == 2
+    assert not denoiser._forward_pre_hooks
+    assert [tau for tau, _ in session.decisions[TO_Q]] == [0.0, 0.5]
+    first, second = (letter for _, letter in session.decisions[TO_Q])
+    assert session.observed.selection(TO_Q) == 2 * first + 2 * second
+    assert set(session.observed.record or ()) == {TO_Q}
+    assert dataclasses.replace(session.observed, record=None) == session.plan
+
+
+def test_decisions_of_one_step_count_with_the_last_and_reach_to_both_ends() -> None:
+    assert selection_of([(0.5, "s"), (0.6, "c")], 4) == "sscc"
+    assert selection_of([(0.25, "c"), (0.75, "s")], 4) == "cccs"
+    assert selection_of([(1.0, "s"), (0.0, "c")], 2) == "cc"
