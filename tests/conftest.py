@@ -12,6 +12,8 @@ from hypothesis import settings
 
 # A machine may be busy with other things: how long an example takes says nothing about it.
 settings.register_profile("klora", deadline=None)
+# The same few examples each time: thousands of mutants are tried with them (docs/mutation.md).
+settings.register_profile("mutation", deadline=None, derandomize=True, max_examples=25, database=None)
 settings.load_profile("klora")
 
 
