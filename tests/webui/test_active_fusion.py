@@ -9,8 +9,9 @@ import torch
 
 from klora.webui.register import register
 from tests.support.pairs import ATTENTION, FEED_FORWARD
-from tests.webui.fake_host import FakeHost, Picture, Processing
+from tests.webui.fake_host import FakeHost, Picture
 from tests.webui.fake_model import Checkpoint
+from tests.webui.fake_processing import Processing
 from tests.webui.hosts import FORCED, TAG, host, nothing_left, plain, taus
 
 __all__ = ["host", "nothing_left", "plain"]

@@ -8,7 +8,8 @@ import pytest
 
 from klora.fusion.policies import policies_on
 from klora.fusion.policies.base import WEBUI
-from tests.webui.fake_host import FakeHost, Picture, Processing
+from tests.webui.fake_host import FakeHost, Picture
+from tests.webui.fake_processing import Processing
 from tests.webui.hosts import host, nothing_left, plain
 
 __all__ = ["host", "nothing_left", "plain"]
