@@ -17,7 +17,7 @@ from klora.hosts.webui_schedule import schedule_of
 from klora.webui.attached_sessions import AttachedSessions
 from klora.webui.injection import PLANS
 from klora.webui.lora_tags import add_hashes
-from klora.webui.messages import comment, fail, logger, named_by
+from klora.webui.messages import comment, fail, logger, named_by, reason_of
 from klora.webui.options import reference_folder
 from klora.webui.requested_fusion import RequestedFusion
 
@@ -25,8 +25,8 @@ from klora.webui.requested_fusion import RequestedFusion
 class ActiveFusion:
     """What one processing object has of K-LoRA: the fusion its prompt asks for, and the session of the current pass.
 
-    Wraps three methods on the instance: `setup_conds` and `calculate_hr_conds`, for the text encoder, and `sample`,
-    whose end, however it comes, takes every hook off and the wrappers too.
+    Wraps four methods on the instance: `setup_conds`, `calculate_hr_conds` and `cached_params`, for the text encoder,
+    and `sample`, whose end, however it comes, takes every hook off and the wrappers too.
     """
 
     def __init__(self, p: Any, attached: AttachedSessions) -> None:
@@ -40,6 +40,7 @@ class ActiveFusion:
         self._bound_to: tuple[Any, ...] | None = None
         self._wrappers = Wrappers()
         self._encoder = ExitStack()
+        self._encoded_with: tuple[Any, ...] = ()
 
     def begin(self, fusion: RequestedFusion | None) -> None:
         """Take what the prompt of the coming pass asks for."""
@@ -51,6 +52,7 @@ class ActiveFusion:
                 ("sample", self._sampling),
             ):
                 self._wrappers.wrap(self.p, name, _inside(around))
+            self._wrappers.wrap(self.p, "cached_params", self._cached_by)
 
     def evaluate(self, denoiser: Any, level: float) -> None:
         """Make what the plan decides at this noise level active, in the model that is about to be evaluated."""
@@ -71,11 +73,11 @@ class ActiveFusion:
             self._attached.attach(self._session)
             self._session.at_level(level)
 
-    def stop(self, reason: str) -> None:
+    def stop(self, error: Exception) -> None:
         """Go on without K-LoRA and say why."""
         self.fusion = None
         self._release()
-        fail(self.p, reason, "stopped")
+        fail(self.p, reason_of(error), "stopped")
 
     def _bind(self, fusion: RequestedFusion, denoiser: Any, host: WebuiHost, hires: bool) -> None:
         same_pass = self._bound_to is not None and self._bound_to[1] is denoiser and self._session is not None
@@ -157,21 +159,36 @@ class ActiveFusion:
     def _encoding(self) -> Iterator[None]:
         # A host may encode the hires prompt inside the encoding of the first: then what acted so far has ended.
         self._encoder.close()
-        self._encoder.enter_context(self._text_encoder())
+        self._encoded_with = ()
+        if self.fusion is not None:
+            try:
+                with named_by(self.fusion.subject, self.fusion.style):
+                    self._encoder.enter_context(self._text_encoder(self.fusion))
+            except Exception as error:
+                # The host would end the job.
+                self._encoded_with = ()
+                self.stop(error)
         try:
             yield
         finally:
             self._encoder.close()
 
-    def _text_encoder(self) -> AbstractContextManager[None]:
-        if self.fusion is None:
-            return nullcontext()
-        add_hashes(self.p, self.fusion)
-        parts = self.fusion.text_parts()
+    def _text_encoder(self, fusion: RequestedFusion) -> AbstractContextManager[None]:
+        add_hashes(self.p, fusion)
+        parts = fusion.text_parts()
+        self._encoded_with = (True, *((part.sha256, part.strength, *part.deltas) for part in parts))
         if not parts:
             return nullcontext()
         shared = importlib.import_module("modules.shared")
         return host_of(shared.sd_model).text_encoder_with(parts)
+
+    def _cached_by(self, cached_params: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        """Cache conditionings by the files that acted too: the host knows the prompt, whose tags are but names."""
+
+        def wrapper(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            return (*cached_params(*args, **kwargs), self._encoded_with)
+
+        return wrapper
 
 
 def _inside(around: Callable[[], AbstractContextManager[None]]) -> Callable[[Any], Any]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from klora.errors import KloraError
 from klora.fusion.policies import make_policy, resolve
 from klora.fusion.policies.base import WEBUI
 from klora.hosts.loaded_model import host_of
@@ -18,7 +17,7 @@ from klora.webui.active_fusion import ActiveFusion
 from klora.webui.attached_sessions import AttachedSessions
 from klora.webui.infotext import to_infotext
 from klora.webui.lora_tags import yield_to
-from klora.webui.messages import comment, fail, logger, named_by
+from klora.webui.messages import comment, fail, named_by, reason_of
 from klora.webui.options import score_cache
 from klora.webui.prompt_tag import NAME, Tag
 from klora.webui.references import with_references
@@ -52,14 +51,9 @@ def make_extra_network() -> Any:
                 setattr(p, STATE, active)
             try:
                 active.begin(self._fusion(p, params_list) if params_list else None)
-            except KloraError as error:
-                active.begin(None)
-                fail(p, str(error))
             except Exception as error:
-                # The host would show it in the console alone.
-                logger.exception("K-LoRA failed")
                 active.begin(None)
-                fail(p, f"an unexpected {type(error).__name__}: {error}")
+                fail(p, reason_of(error))
 
         def deactivate(self, p: Any) -> None:
             """Nothing is left to do: the end of sampling has taken everything off."""
@@ -106,9 +100,6 @@ def on_evaluation(params: Any) -> None:
     active.evaluation = params
     try:
         active.evaluate(denoiser, float(params.sigma.flatten()[0]))
-    except KloraError as error:
-        active.stop(str(error))
     except Exception as error:
         # The host swallows what a callback raises; a picture must not be made by half a fusion in silence.
-        logger.exception("K-LoRA stopped")
-        active.stop(f"an unexpected {type(error).__name__}: {error}")
+        active.stop(error)

@@ -27,6 +27,15 @@ def fail(p: Any, reason: str, outcome: str = "not applied") -> None:
     p.extra_generation_params["K-LoRA error"] = reason.replace("\n", " ")
 
 
+def reason_of(error: Exception) -> str:
+    """What an error says to a user; one that is not meant for users goes to the console as a whole."""
+    if isinstance(error, KloraError):
+        return str(error)
+    logger.error("K-LoRA failed", exc_info=error)
+    # The text of an error of the file system would tell where a file lies on this machine.
+    return f"an unexpected {type(error).__name__}: {getattr(error, 'strerror', None) or error}"
+
+
 @contextmanager
 def named_by(*loras: ListedLora, folder: Path | None = None) -> Iterator[None]:
     """Let errors about files say their names alone: an image's text must not tell where they lie on this machine."""

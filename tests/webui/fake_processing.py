@@ -138,9 +138,12 @@ class Processing:
         if self.enable_hr:
             self.hr_prompts, self.hr_extra_network_data = parse_prompts(self.all_hr_prompts)
 
+    def cached_params(self, prompt: str, data: Data) -> tuple[Any, ...]:
+        """What a conditioning is cached by: what the user wrote, not what the text encoder has merged."""
+        return prompt, data, self.host.sd_model
+
     def _cached(self, name: str, prompt: str, data: Data) -> Tensor:
-        # Keyed on what the user wrote, not on what the text encoder has merged.
-        key = (prompt, {kind: [one.items for one in found] for kind, found in data.items()}, self.host.sd_model)
+        key = self.cached_params(prompt, data)
         cached = getattr(type(self), name)
         if cached is None or cached[0] != key:
             cached = (key, self.host.sd_model.encode(prompt))

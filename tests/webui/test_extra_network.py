@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from klora.errors import MismatchError
 from klora.hosts.webui_schedule import schedule_of
+from klora.lora.deltas import Delta
 from tests.support.lora_files import write_lora
 from tests.support.pairs import ATTENTION, FEED_FORWARD, shapes
-from tests.webui.fake_host import FakeHost, Picture
+from tests.webui.fake_host import FakeHost, Picture, Processing
 from tests.webui.hosts import FORCED, TAG, host, nothing_left, plain
 
 __all__ = ["host", "nothing_left", "plain"]
@@ -43,6 +46,37 @@ def test_conditionings_are_cached_by_the_whole_tag(host: FakeHost, plain: Pictur
     assert host.txt2img("a dog").same(plain)
     for rest, picture in zip(tags[::-1], pictures[::-1], strict=True):
         assert host.txt2img(f"a dog <klora:dog_te:ink_te{rest}>").same(picture)
+
+
+def _rewrite_text_encoder(path: Path, factor: float) -> None:
+    tensors = load_file(path)
+    for key in tensors:
+        if key.startswith("lora_te") and key.endswith("up.weight"):
+            tensors[key] = factor * tensors[key]
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("values", [{}, {"hr_prompt": "a dog, sharp <klora:dog:ink_te>"}], ids=["first pass", "hires"])
+def test_a_conditioning_is_that_of_the_files_as_they_are(
+    host: FakeHost, tmp_path: Path, values: dict[str, Any]
+) -> None:
+    def fresh() -> Picture:
+        Processing.cached_c = Processing.cached_hr_c = None
+        return host.txt2img("a dog <klora:dog:ink_te>", **values)
+
+    path = tmp_path / "ink_te.safetensors"
+    hidden = path.rename(tmp_path / "ink_te.hidden")
+    without = fresh()
+    hidden.rename(path)
+    first = host.txt2img("a dog <klora:dog:ink_te>", **values)
+    assert first.same(fresh())
+    assert not first.same(without)
+    _rewrite_text_encoder(path, 3.0)
+    second = host.txt2img("a dog <klora:dog:ink_te>", **values)
+    assert second.same(fresh())
+    assert not second.same(first)
+    path.unlink()
+    assert host.txt2img("a dog <klora:dog:ink_te>", **values).same(without)
 
 
 @pytest.mark.parametrize("order", ["<lora:dog:1>{}", "{}<lora:dog:1>", "<lora:dog:0.5:te=0.5:unet=0.7>{}"])
@@ -130,6 +164,20 @@ def test_an_unexpected_fault_of_ours_is_told_of(
     picture = host.txt2img(f"a dog {TAG}")
     assert picture.same(plain)
     assert "an unexpected ZeroDivisionError: a fault" in picture.comments
+
+
+@pytest.mark.parametrize("fault", [MismatchError, OSError])
+def test_a_text_encoder_s_part_that_cannot_be_applied_stops_the_fusion_and_not_the_job(
+    host: FakeHost, plain: Picture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: type[Exception]
+) -> None:
+    def fail(delta: Delta) -> None:
+        raise fault(f"{delta.file}: a fault") if fault is MismatchError else OSError(5, "a fault", delta.file)
+
+    monkeypatch.setattr(f"klora.hosts.{host.family}.host_tensors", fail)
+    picture = host.txt2img("a dog <klora:dog:ink_te>")
+    assert picture.same(plain)
+    assert "a fault" in picture.comments
+    assert str(tmp_path) not in picture.comments
 
 
 def test_timesteps_that_a_host_tells_as_noise_levels() -> None:
