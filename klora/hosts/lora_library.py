@@ -19,12 +19,6 @@ class ListedLora:
     path: Path
     on_disk: Any
 
-    @property
-    def shorthash(self) -> str:
-        """The hash that the host and image sites know the file by; reads the file if the host has not yet."""
-        self.on_disk.read_hash()
-        return self.on_disk.shorthash or ""
-
 
 class Library:
     """The LoRA files that the host lists, by the names and aliases that `<lora:…>` accepts."""

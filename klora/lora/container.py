@@ -53,6 +53,10 @@ class TensorFile:
         """Hex digest of the file that was opened; LoraFileError where it has changed since."""
         return disk.sha256(self.path, self.identity)
 
+    def tensors_sha256(self) -> str:
+        """The same of what follows the header."""
+        return disk.sha256(self.path, self.identity, self._start)
+
     def _number(self, stream: BinaryIO, key: str) -> float:
         entry = self.entries[key]
         if math.prod(entry.shape) != 1 or entry.dtype not in NUMBERS:

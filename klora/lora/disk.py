@@ -71,10 +71,11 @@ def read_into(stream: BinaryIO, offset: int, room: memoryview) -> None:
         room = room[count:]
 
 
-def sha256(path: Path, known: Identity | None = None) -> str:
-    """Hex digest of a file that must be as it was when `known` was taken; LoraFileError where it is not."""
+def sha256(path: Path, known: Identity | None = None, start: int = 0) -> str:
+    """Hex digest of a file from byte `start` on, as it was when `known` was taken; LoraFileError where it is not."""
     digest = hashlib.sha256()
     with reading(path, known) as (stream, _):
+        stream.seek(start)
         while block := stream.read(2**20):
             digest.update(block)
     return digest.hexdigest()

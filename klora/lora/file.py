@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from klora.lora.keys import refused_family, split_key
 from klora.lora.names import Target, is_flux, kernel_of, resolve, sort_key
 from klora.text import printable
 
+_DIGEST = re.compile("[0-9a-f]{12,64}")
 ARCHITECTURE_OF_WIDTH = {768: "SD1", 1024: "SD2", 2048: "SDXL"}
 
 
@@ -56,6 +58,15 @@ class LoraFile:
     def sha256(self) -> str:
         """Hex digest of the file that was opened; LoraFileError where it has changed since."""
         return self._tensors.sha256()
+
+    @cached_property
+    def model_hash(self) -> str:
+        """The digest by which trainers, WebUIs and image sites know a LoRA: of its tensors, or what its metadata say.
+
+        LoraFileError where the file has changed since it was opened.
+        """
+        said = self.metadata.get("sshs_model_hash", "")
+        return said if _DIGEST.fullmatch(said) else self._tensors.tensors_sha256()
 
     def _load(self) -> None:
         groups = self._group_keys()

@@ -82,11 +82,7 @@ class OnDisk:
     """A LoRA file that the host lists."""
 
     def __init__(self, path: Path) -> None:
-        self.name, self.filename, self.shorthash = path.stem, str(path), ""
-
-    def read_hash(self) -> None:
-        """Find out the hash."""
-        self.shorthash = f"{sum(map(ord, self.name)):08x}"
+        self.name, self.filename = path.stem, str(path)
 
 
 class FakeHost:
@@ -99,6 +95,7 @@ class FakeHost:
         self.opts = types.SimpleNamespace(lora_add_hashes_to_infotext=True, hires_fix_use_firstpass_conds=False)
         self.callbacks = Callbacks()
         self.registry: dict[str, Any] = {"lora": ExtraNetworkLora(self)}
+        self.aliases: dict[str, Any] = {"lyco": self.registry["lora"]}
         self.loaded: list[Any] = []
         self.evaluations = 0
         self.interrupted = False
@@ -133,24 +130,33 @@ class FakeHost:
                 p.setup_conds()
                 pictures.append(p.sample())
             if p.extra_network_data:
-                self._each(p.extra_network_data, lambda network, params: network.deactivate(p))
+                self._each(self._handlers(p.extra_network_data), lambda network, params: network.deactivate(p))
         finally:
             p.close()
         return Picture(torch.cat(pictures), p)
 
     def activate(self, p: Any, data: Data) -> None:
         """Tell the handlers: first those that are named, in the order of the prompt, then all others, of no tags."""
-        self._each(data, lambda network, params: network.activate(p, params))
-        others = {name: [] for name in self.registry if name not in data}
+        named = self._handlers(data)
+        self._each(named, lambda network, params: network.activate(p, params))
+        others: dict[Any, Any] = {network: [] for network in self.registry.values() if network not in named}
         self._each(others, lambda network, params: network.activate(p, params))
 
-    def _each(self, data: Mapping[str, Any], call: Callable[[Any, Any], None]) -> None:
+    def _handlers(self, data: Data) -> dict[Any, list[ExtraNetworkParams]]:
+        # Lists of their own, made before any handler is told.
+        found: dict[Any, list[ExtraNetworkParams]] = {}
         for name, params in data.items():
-            if name in self.registry:
-                try:
-                    call(self.registry[name], params)
-                except Exception as error:
-                    self.callbacks.swallowed.append(error)
+            network = self.registry.get(name) or self.aliases.get(name)
+            if network is not None:
+                found.setdefault(network, []).extend(params)
+        return found
+
+    def _each(self, data: Mapping[Any, Any], call: Callable[[Any, Any], None]) -> None:
+        for network, params in data.items():
+            try:
+                call(network, params)
+            except Exception as error:
+                self.callbacks.swallowed.append(error)
 
     def load_networks(self, wanted: list[tuple[str, float, float]]) -> None:
         """Remember what is wanted; it is merged later, when it is needed."""
@@ -286,6 +292,7 @@ def _modules(host: FakeHost) -> Iterator[types.ModuleType]:
     shared = types.ModuleType("modules.shared")
     shared.__class__ = type("Shared", (types.ModuleType,), {"sd_model": property(lambda _: host.sd_model)})
     shared.opts = host.opts  # type: ignore[attr-defined]
+    shared.cmd_opts = types.SimpleNamespace(no_hashing=False)  # type: ignore[attr-defined]
     yield module("modules", __path__=[])
     yield shared
     yield module("modules.paths", data_path=str(host.folder))
@@ -295,8 +302,10 @@ def _modules(host: FakeHost) -> Iterator[types.ModuleType]:
         "modules.extra_networks",
         ExtraNetwork=ExtraNetwork,
         extra_network_registry=host.registry,
+        extra_network_aliases=host.aliases,
         register_extra_network=lambda network: host.registry.__setitem__(network.name, network),
     )
+    yield module("extra_networks_lora", ExtraNetworkLora=ExtraNetworkLora)
     networks = module(
         "networks",
         loaded_networks=host.loaded,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,8 @@ from klora.hosts.webui_schedule import schedule_of
 from klora.lora.deltas import Delta
 from tests.support.lora_files import write_lora
 from tests.support.pairs import ATTENTION, FEED_FORWARD, shapes
-from tests.webui.fake_host import FakeHost, Picture, Processing
+from tests.webui.fake_host import ExtraNetworkLora, FakeHost, Picture
+from tests.webui.fake_processing import ExtraNetworkParams, Processing
 from tests.webui.hosts import FORCED, TAG, host, nothing_left, plain
 
 __all__ = ["host", "nothing_left", "plain"]
@@ -84,6 +86,47 @@ def test_the_same_file_in_a_plain_tag_is_silenced(host: FakeHost, order: str) ->
     picture = host.txt2img("a dog " + order.format(FORCED))
     assert "dog is in a <lora:…> tag too" in picture.comments
     assert picture.close_to(host.txt2img(f"a dog {FORCED}"))
+
+
+class LoraControl(ExtraNetworkLora):
+    """A handler of an extension, which remembers what a tag said first and then uses the host's code."""
+
+    def __init__(self, host: FakeHost) -> None:
+        super().__init__(host)
+        self.first: dict[str, str] = {}
+
+    def activate(self, p: Any, params_list: list[ExtraNetworkParams]) -> None:
+        for params in params_list:
+            name, *numbers = params.positional
+            params.positional = [name, self.first.setdefault(name, (*numbers, "1")[0])]
+        super().activate(p, params_list)
+
+
+@pytest.mark.parametrize("order", ["<{kind}:dog:0.7>{tag}", "{tag}<{kind}:dog:0.7>"])
+@pytest.mark.parametrize("kind", ["lora", "lyco", "loractl"])
+def test_whatever_ends_in_the_host_s_lora_code_is_silenced_for_the_same_file(
+    host: FakeHost, kind: str, order: str
+) -> None:
+    if kind == "loractl":
+        host.registry["lora"] = host.aliases["loractl"] = LoraControl(host)
+    other = f"<{kind}:dog_te:0.5>"
+    picture = host.txt2img("a dog " + order.format(kind=kind, tag=FORCED) + other)
+    assert f"dog is in a <{kind}:…> tag too" in picture.comments
+    assert picture.close_to(host.txt2img(f"a dog {FORCED}{other}"))
+    assert not picture.close_to(host.txt2img(f"a dog {FORCED}"))
+    again = host.txt2img("a dog <klora:nobody:ink>" + f"<{kind}:dog:0.7>{other}")
+    assert again.close_to(host.txt2img(f"a dog <{kind}:dog:0.7>{other}"))
+
+
+def test_the_hashes_are_those_of_the_files_as_they_are(host: FakeHost, tmp_path: Path) -> None:
+    path = tmp_path / "ink.safetensors"
+    for seed in (2, 9):
+        write_lora(path, shapes([*ATTENTION, *FEED_FORWARD]), rank=8, seed=seed)
+        content = path.read_bytes()
+        digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+        assert f"ink: {digest[:12]}" in host.txt2img(f"a dog {TAG}").p.extra_generation_params["Lora hashes"]
+    save_file(load_file(path), path, {"sshs_model_hash": "0123456789abcdef"})
+    assert "ink: 0123456789ab" in host.txt2img(f"a dog {TAG}").p.extra_generation_params["Lora hashes"]
 
 
 def test_other_plain_tags_stay(host: FakeHost) -> None:
