@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -12,6 +13,7 @@ from klora.fusion.plan import FusionPlan
 from klora.fusion.policies.base import ScaledPolicy
 from klora.lora.names import block_of
 from klora.report.summary import WHO, absent_share, describe_rule
+from klora.report.words import share_in_words
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,11 +23,29 @@ if TYPE_CHECKING:
 # Told apart by colour-blind people (Okabe & Ito's blue and orange) and, by their lightness, in print without colours.
 COLOURS = {"c": "#0072B2", "s": "#E69F00", "b": "#2B2B2B", "-": "#E4E4E4"}
 
+# Shown at half its size the type is still of 11 pixels.
 DPI = 100
-WIDTH, LEFT, RIGHT, SIDE = 1500, 84, 44, 120
-TITLE, MAP, LABELS, PROFILE, BOTTOM = 84, 420, 66, 250, 56
-HEIGHT = TITLE + MAP + LABELS + PROFILE + BOTTOM
-_TEXT: dict[str, Any] = {"fontsize": 9, "color": "#333333"}
+WIDTH, LEFT, RIGHT, SIDE = 1200, 92, 40, 130
+TITLE, MAP, LABELS, PROFILE, BOTTOM = 158, 440, 96, 280, 116
+LEGEND = 58
+_POINTS = 72 / DPI
+_FONT: dict[str, Any] = {"fontsize": 22 * _POINTS}
+
+
+class Theme(NamedTuple):
+    """The colours of a picture; `cells` by the letter of a selection."""
+
+    background: str
+    ink: str
+    faint: str
+    line: str
+    band: str
+    cells: Mapping[str, str]
+
+
+LIGHT = Theme("#FFFFFF", "#222222", "#4B5563", "#9CA3AF", "#F3EBDD", COLOURS)
+_CELLS_IN_THE_DARK = {"c": "#3B97D3", "s": "#E69F00", "b": "#D5D9E0", "-": "#323B49"}
+DARK = Theme("#111827", "#F3F4F6", "#C3C9D2", "#6B7280", "#2A2F3A", _CELLS_IN_THE_DARK)
 
 
 class Block(NamedTuple):
@@ -41,23 +61,222 @@ def selection_map(plan: FusionPlan, title: str | None = None) -> Images.Image:
 
     `title` names what was fused; the share is always added. Needs matplotlib, uses none of its global state.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from PIL import Image
+    drawing = _Drawing(plan, LIGHT, TITLE, TITLE + MAP + LABELS + PROFILE + BOTTOM)
+    drawing.heading(title)
+    cells = drawing.cells()
+    profile = drawing.profile()
+    drawing.block_labels(cells, cells, profile)
+    return drawing.image()
 
-    figure = Figure(figsize=(WIDTH / DPI, HEIGHT / DPI), dpi=DPI, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
-    width = WIDTH - LEFT - SIDE - RIGHT
-    cells = _place(figure, LEFT, TITLE, width, MAP)
-    share = _place(figure, LEFT + width + 10, TITLE, SIDE, MAP)
-    profile = _place(figure, LEFT, TITLE + MAP + LABELS, width, PROFILE)
-    _draw_heading(figure, plan, title)
-    _draw_cells(cells, plan)
-    _draw_share(share, plan)
-    _draw_profile(profile, plan)
-    _draw_blocks((cells, profile), blocks(plan), width / max(1, len(plan.modules)))
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+def selection_cells(plan: FusionPlan, theme: Theme = LIGHT) -> Images.Image:
+    """Draw only who acts where and when, without a heading; `cells_box` tells where the cells lie."""
+    drawing = _Drawing(plan, theme, LEGEND, LEGEND + MAP + LABELS)
+    drawing.legend(LEGEND)
+    cells = drawing.cells()
+    drawing.block_labels(cells, cells)
+    return drawing.image()
+
+
+def cells_box() -> tuple[float, float, float, float]:
+    """Give left, top, right and bottom of the cells in `selection_cells`, as fractions of its width and height."""
+    height = LEGEND + MAP + LABELS
+    return LEFT / WIDTH, LEGEND / height, (WIDTH - SIDE - RIGHT) / WIDTH, (LEGEND + MAP) / height
+
+
+class _Drawing:
+    """One figure of a plan; places are counted in pixels from the top left corner."""
+
+    def __init__(self, plan: FusionPlan, theme: Theme, top: int, height: int) -> None:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        self.plan, self.theme, self.top, self.height = plan, theme, top, height
+        self.width = WIDTH - LEFT - SIDE - RIGHT
+        self.figure: Figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor=theme.background)
+        self._canvas = FigureCanvasAgg(self.figure)
+
+    def image(self) -> Images.Image:
+        """Give the finished picture."""
+        from PIL import Image
+
+        self._canvas.draw()
+        return Image.fromarray(np.asarray(self._canvas.buffer_rgba())).convert("RGB")
+
+    def heading(self, title: str | None) -> None:
+        """Write what was fused and what came of it, and below the picture the rule."""
+        plan = self.plan
+        heading = title or plan.policy.title
+        self._line(14, heading, 30, self.theme.ink, fontweight="bold")
+        self._line(58, describe_share(plan), 24, self.theme.ink)
+        self._line(self.height - 40, describe_rule(plan), 20, self.theme.faint)
+        self.legend(TITLE)
+
+    def _line(self, top: int, text: str, pixels: int, colour: str, **font: Any) -> None:
+        # A "$" in a file name would begin a formula.
+        text = text.replace("$", r"\$")
+        # In a fixed width, as little smaller as it takes.
+        size = pixels * min(1.0, (WIDTH - 60) / (0.56 * pixels * max(1, len(text))))
+        self.figure.text(
+            30 / WIDTH, 1 - top / self.height, text, va="top", fontsize=size * _POINTS, color=colour, **font
+        )
+
+    def legend(self, bottom: int) -> None:
+        """Name the colours on a line of its own that ends at `bottom`; at the left, as buttons lie at the right."""
+        from matplotlib.patches import Patch
+
+        used = set("".join(self.plan.selections.values()))
+        shown = {x: colour for x, colour in self.theme.cells.items() if x in used or x in "cs"}
+        self.figure.legend(
+            handles=[Patch(color=colour, label=WHO[x]) for x, colour in shown.items()],
+            loc="lower left",
+            bbox_to_anchor=(LEFT / WIDTH, 1 - (bottom - 2) / self.height),
+            ncols=4,
+            frameon=False,
+            borderaxespad=0,
+            borderpad=0.3,
+            handlelength=1,
+            handleheight=1,
+            columnspacing=1.4,
+            labelcolor=self.theme.ink,
+            **_FONT,
+        )
+
+    def _place(self, left: int, top: int, width: int, height: int) -> Axes:
+        box = (left / WIDTH, 1 - (top + height) / self.height, width / WIDTH, height / self.height)
+        axes: Axes = self.figure.add_axes(box, facecolor=self.theme.background)
+        axes.tick_params(labelsize=22 * _POINTS, colors=self.theme.faint)
+        for spine in axes.spines.values():
+            spine.set_color(self.theme.line)
+        return axes
+
+    def cells(self) -> Axes:
+        """Draw who acts where and when, and the subject's share at the side."""
+        from matplotlib.ticker import MaxNLocator
+
+        axes = self._place(LEFT, self.top, self.width, MAP)
+        if self.plan.modules:
+            self._fill(axes)
+        else:
+            axes.set(xlim=(0, 1), ylim=(self.plan.steps, 0))
+        axes.set_xticks([])
+        axes.set_ylabel("step", color=self.theme.ink, **_FONT)
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=(1, 2, 5, 10)))
+        self._share()
+        return axes
+
+    def _fill(self, axes: Axes) -> None:
+        from matplotlib.colors import ListedColormap
+
+        colours = self.theme.cells
+        letters = np.array([list(selection) for selection in self.plan.selections.values()])
+        codes = np.zeros(letters.shape, dtype=np.uint8)
+        for code, letter in enumerate(colours):
+            codes[letters == letter] = code
+        axes.imshow(
+            codes.T,
+            cmap=ListedColormap(list(colours.values())),
+            vmin=-0.5,
+            vmax=len(colours) - 0.5,
+            aspect="auto",
+            interpolation="nearest",
+            extent=(0, len(self.plan.modules), self.plan.steps, 0),
+        )
+
+    def _share(self) -> None:
+        axes = self._place(LEFT + self.width + 14, self.top, SIDE, MAP)
+        shares = [math.nan if share is None else share for share in self.plan.subject_share()]
+        rows = np.arange(self.plan.steps + 1)
+        axes.fill_betweenx(rows, 0, [*shares, shares[-1]], step="post", color=self.theme.cells["c"], linewidth=0)
+        axes.set(xlim=(0, 1), ylim=(self.plan.steps, 0), yticks=[], xticks=[0, 1])
+        axes.set_xticklabels(["0", "100 %"], ha="right")
+        axes.get_xticklabels()[0].set_horizontalalignment("left")
+        axes.set_title("share", color=self.theme.ink, pad=8, **_FONT)
+
+    def profile(self) -> Axes:
+        """Draw the ρ of every module, and which values the scale takes."""
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+        axes = self._place(LEFT, self.top + MAP + LABELS, self.width, PROFILE)
+        thresholds = _thresholds(self.plan)
+        low, high = _limits(self.plan, thresholds)
+        axes.set(yscale="log", xlim=(0, max(1, len(self.plan.modules))), ylim=(low, high), xticks=[])
+        if thresholds:
+            self._draw_thresholds(axes, thresholds, low, high)
+        self._draw_ratios(axes, low, high)
+        axes.set_ylabel("ρ", color=self.theme.ink, **_FONT)
+        shaded = "; shaded: the values that the scale takes" if thresholds else ""
+        axes.set_xlabel(f"module, in network order{shaded}", color=self.theme.faint, labelpad=12, **_FONT)
+        subs = (1, 1.5, 2, 3, 5, 7) if high / low < 6 else (1, 2, 5) if high / low < 60 else (1,)
+        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        return axes
+
+    def _draw_thresholds(self, axes: Axes, thresholds: list[float], low: float, high: float) -> None:
+        start, end = thresholds[0], thresholds[-1]
+        axes.axhspan(max(min(thresholds), low), max(*thresholds, low), color=self.theme.band, linewidth=0)
+        marks = [(start, "start"), (end, "end")]
+        for value, name in [(start, "start, end")] if math.isclose(start, end) else marks:
+            if low <= value <= high:
+                axes.axhline(value, color=self.theme.faint, linewidth=1.5, linestyle="--")
+                place = axes.get_yaxis_transform()
+                axes.text(1.012, value, name, transform=place, va="center", color=self.theme.ink, **_FONT)
+
+    def _draw_ratios(self, axes: Axes, low: float, high: float) -> None:
+        """Draw each module's ρ in the colour of the LoRA that always acts there, dark where both have their steps.
+
+        One that lies beyond the axis (0, infinite) is a triangle at the edge.
+        """
+        groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
+        for i, module in enumerate(self.plan.modules):
+            if module.rho is None:
+                continue
+            letters = set(self.plan.selections[module.name])
+            colour = self.theme.cells[letters.pop() if len(letters) == 1 else "b"]
+            marker = "^" if module.rho > high else "v" if module.rho < low else "o"
+            groups.setdefault((marker, colour), []).append((i + 0.5, min(max(module.rho, low), high)))
+        size = min(60.0, max(10.0, 6000 / max(1, len(self.plan.contested))))
+        for (marker, colour), points in groups.items():
+            x, y = zip(*points, strict=True)
+            axes.scatter(x, y, s=size, marker=marker, color=colour, linewidth=0, zorder=3)
+
+    def block_labels(self, cells: Axes, *panels: Axes) -> None:
+        """Draw the borders of the blocks through the panels, and their names below `cells` where there is room."""
+        found, column = blocks(self.plan), self.width / max(1, len(self.plan.modules))
+        if column > 30:
+            for start in range(1, found[-1].stop if found else 0):
+                cells.axvline(start, color=self.theme.background, linewidth=0.5, alpha=0.4)
+        for block in found[1:]:
+            for axes in panels:
+                colour = self.theme.background if axes is cells else self.theme.line
+                axes.axvline(block.start, color=colour, linewidth=1.5)
+        for block in found:
+            label, space = short_label(block.label), (block.stop - block.start) * column
+            if space < 26:
+                continue
+            cells.annotate(
+                label,
+                ((block.start + block.stop) / 2, 0),
+                xycoords=cells.get_xaxis_transform(),
+                xytext=(0, -8),
+                textcoords="offset points",
+                ha="center",
+                va="top",
+                rotation=0 if space > 13 * len(label) else 90,
+                annotation_clip=False,
+                color=self.theme.ink,
+                **_FONT,
+            )
+
+
+def describe_share(plan: FusionPlan) -> str:
+    """Say on one line what came of it: the subject's share, when it has it, and of how many steps."""
+    steps = f"{plan.steps} steps"
+    if plan.share is None:
+        return f"{absent_share(plan)} · {steps}"
+    share, when = share_in_words(plan)
+    return ", ".join(filter(None, (f"subject {share}", when))) + f" · {steps}"
 
 
 def blocks(plan: FusionPlan) -> list[Block]:
@@ -70,124 +289,12 @@ def blocks(plan: FusionPlan) -> list[Block]:
     return found
 
 
-def _place(figure: Figure, left: int, top: int, width: int, height: int) -> Axes:
-    """Add axes at pixels counted from the top left corner."""
-    box = (left / WIDTH, 1 - (top + height) / HEIGHT, width / WIDTH, height / HEIGHT)
-    axes: Axes = figure.add_axes(box)
-    axes.tick_params(labelsize=9, colors="#333333")
-    for spine in axes.spines.values():
-        spine.set_color("#888888")
-    return axes
-
-
-def _draw_heading(figure: Figure, plan: FusionPlan, title: str | None) -> None:
-    from matplotlib.patches import Patch
-
-    share = absent_share(plan) if plan.share is None else f"subject share {plan.share:.1%}"
-    # A "$" in a file name would begin a formula.
-    heading = f"{title or plan.policy.title} · {share}".replace("$", r"\$")
-    left = LEFT / WIDTH
-    figure.text(left, 1 - 14 / HEIGHT, heading, va="top", fontsize=14, fontweight="bold", color="#222222")
-    figure.text(left, 1 - 46 / HEIGHT, describe_rule(plan), va="top", fontsize=10, color="#555555")
-    used = set("".join(plan.selections.values()))
-    patches = [Patch(color=colour, label=WHO[x]) for x, colour in COLOURS.items() if x in used or x in "cs"]
-    figure.legend(
-        handles=patches,
-        loc="upper right",
-        bbox_to_anchor=(1 - RIGHT / WIDTH, 1 - 34 / HEIGHT),
-        ncols=4,
-        frameon=False,
-        fontsize=10,
-    )
-
-
-def _draw_cells(axes: Axes, plan: FusionPlan) -> None:
-    from matplotlib.colors import ListedColormap
-    from matplotlib.ticker import MaxNLocator
-
-    if plan.modules:
-        letters = np.array([list(selection) for selection in plan.selections.values()])
-        codes = np.zeros(letters.shape, dtype=np.uint8)
-        for code, letter in enumerate(COLOURS):
-            codes[letters == letter] = code
-        axes.imshow(
-            codes.T,
-            cmap=ListedColormap(list(COLOURS.values())),
-            vmin=-0.5,
-            vmax=len(COLOURS) - 0.5,
-            aspect="auto",
-            interpolation="nearest",
-            extent=(0, len(plan.modules), plan.steps, 0),
-        )
-    else:
-        axes.set(xlim=(0, 1), ylim=(plan.steps, 0))
-    axes.set_xticks([])
-    axes.set_ylabel("step", **_TEXT)
-    axes.yaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
-
-
-def _draw_share(axes: Axes, plan: FusionPlan) -> None:
-    shares = [math.nan if share is None else share for share in plan.subject_share()]
-    rows = np.arange(plan.steps + 1)
-    axes.fill_betweenx(rows, 0, [*shares, shares[-1]], step="post", color=COLOURS["c"], linewidth=0)
-    axes.set(xlim=(0, 1), ylim=(plan.steps, 0), yticks=[], xticks=[0, 0.5, 1])
-    axes.set_xticklabels(["0", "50", "100 %"])
-    axes.set_xlabel("subject share", **_TEXT)
-
-
-def _draw_profile(axes: Axes, plan: FusionPlan) -> None:
-    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
-
-    thresholds = _thresholds(plan)
-    low, high = _limits(plan, thresholds)
-    axes.set(yscale="log", xlim=(0, max(1, len(plan.modules))), ylim=(low, high))
-    if thresholds:
-        _draw_thresholds(axes, thresholds, low, high)
-    _draw_ratios(axes, plan, low, high)
-    axes.set_ylabel("ρ = S_c / (γ·S_s)", **_TEXT)
-    axes.set_xlabel("module, in network order (shaded: the values that the scale takes)", **_TEXT)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=(1, 2, 5, 10)))
-    subs = (1, 1.5, 2, 3, 5, 7) if high / low < 20 else (1, 2, 5) if high / low < 1000 else (1,)
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
 def _thresholds(plan: FusionPlan) -> list[float]:
     """What ρ must reach at each step, and at the end; nothing where the policy has no scale."""
     policy = plan.policy
     if not isinstance(policy, ScaledPolicy):
         return []
     return [policy.scale(i / plan.steps) * 2.0**plan.balance for i in range(plan.steps + 1)]
-
-
-def _draw_thresholds(axes: Axes, thresholds: list[float], low: float, high: float) -> None:
-    start, end = thresholds[0], thresholds[-1]
-    axes.axhspan(max(min(thresholds), low), max(*thresholds, low), color="#F3EBDD", linewidth=0)
-    marks = [(start, "scale(0)"), (end, "scale(1)")]
-    for value, name in [(start, "scale(0), scale(1)")] if math.isclose(start, end) else marks:
-        if low <= value <= high:
-            axes.axhline(value, color="#555555", linewidth=1, linestyle="--")
-            axes.text(1.008, value, name, transform=axes.get_yaxis_transform(), va="center", **_TEXT)
-
-
-def _draw_ratios(axes: Axes, plan: FusionPlan, low: float, high: float) -> None:
-    """Draw each module's ρ in the colour of the LoRA that always acts there, dark where both have their steps.
-
-    One that lies beyond the axis (0, infinite) is a triangle at the edge.
-    """
-    groups: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for i, module in enumerate(plan.modules):
-        if module.rho is None:
-            continue
-        letters = set(plan.selections[module.name])
-        colour = COLOURS[letters.pop()] if len(letters) == 1 else COLOURS["b"]
-        marker = "^" if module.rho > high else "v" if module.rho < low else "o"
-        groups.setdefault((marker, colour), []).append((i + 0.5, min(max(module.rho, low), high)))
-    size = min(36.0, max(6.0, 4000 / max(1, len(plan.contested))))
-    for (marker, colour), points in groups.items():
-        x, y = zip(*points, strict=True)
-        axes.scatter(x, y, s=size, marker=marker, color=colour, linewidth=0, zorder=3)
 
 
 def _limits(plan: FusionPlan, thresholds: list[float]) -> tuple[float, float]:
@@ -198,33 +305,6 @@ def _limits(plan: FusionPlan, thresholds: list[float]) -> tuple[float, float]:
         return 0.1, 10.0
     low, high = min(seen) / 1.4, max(seen) * 1.4
     return max(low, high / 1e8), high
-
-
-def _draw_blocks(panels: tuple[Axes, Axes], found: list[Block], column: float) -> None:
-    """Draw the borders of the blocks through both panels and their labels between them; `column` in pixels."""
-    cells = panels[0]
-    if column > 30:
-        for start in range(1, found[-1].stop if found else 0):
-            cells.axvline(start, color="white", linewidth=0.5, alpha=0.4)
-    for block in found[1:]:
-        for axes in panels:
-            axes.axvline(block.start, color="white" if axes is cells else "#BBBBBB", linewidth=1)
-    for block in found:
-        label, space = short_label(block.label), (block.stop - block.start) * column
-        if space < 11:
-            continue
-        cells.annotate(
-            label,
-            ((block.start + block.stop) / 2, 0),
-            xycoords=cells.get_xaxis_transform(),
-            xytext=(0, -6),
-            textcoords="offset points",
-            ha="center",
-            va="top",
-            rotation=0 if space > 8 * len(label) else 90,
-            annotation_clip=False,
-            **_TEXT,
-        )
 
 
 def short_label(block: str) -> str:

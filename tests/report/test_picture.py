@@ -2,18 +2,19 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
 
 from klora.fusion.plan import FusionPlan
-from klora.report.picture import COLOURS, blocks, selection_map, short_label
+from klora.report.picture import COLOURS, DARK, LIGHT, blocks, cells_box, selection_cells, selection_map, short_label
 from tests.support.models import real_shapes
 from tests.support.pairs import ATTENTION, FEED_FORWARD, plan_of
 
 
-def pixels_of(image: object, letter: str) -> int:
-    colour = [int(COLOURS[letter][i : i + 2], 16) for i in (1, 3, 5)]
+def pixels_of(image: object, letter: str, theme: Any = LIGHT) -> int:
+    colour = [int(theme.cells[letter][i : i + 2], 16) for i in (1, 3, 5)]
     return int((np.asarray(image) == colour).all(axis=-1).sum())
 
 
@@ -49,6 +50,19 @@ def test_layers_outside_the_scope_are_shown_as_what_acts_there() -> None:
     plan = plan_of([*ATTENTION, *FEED_FORWARD], in_scope=("attention",), scope="attention")
     assert pixels_of(cells_of(plan), "b") > 0
     assert pixels_of(cells_of(plan_of(ATTENTION)), "b") == 0
+
+
+@pytest.mark.parametrize("theme", [LIGHT, DARK])
+def test_the_cells_alone_are_drawn_in_the_colours_of_a_theme_and_lie_where_is_told(theme: Any) -> None:
+    plan = plan_of(ATTENTION, steps=20)
+    image = selection_cells(plan, theme)
+    left, top, right, bottom = (int(a * b) for a, b in zip(cells_box(), image.size * 2, strict=True))
+    cells = np.asarray(image)[top + 3 : bottom - 3, left + 3 : right - 3]
+    subject, style = pixels_of(cells, "c", theme), pixels_of(cells, "s", theme)
+    assert subject / (subject + style) == pytest.approx(plan.share, abs=0.02)
+    assert subject + style > 0.85 * cells.shape[0] * cells.shape[1]
+    outside = np.asarray(image)[0, 0]
+    assert list(outside) == [int(theme.background[i : i + 2], 16) for i in (1, 3, 5)]
 
 
 @pytest.mark.parametrize(("model", "columns"), [("sdxl", 722), ("flux", 494)])
