@@ -22,9 +22,10 @@ COMMANDS = {
     "generate": "make pictures with a diffusers pipeline",
     "compare": "fuse one pair by several policies, on one contact sheet",
     "evaluate": "score policies on your own subjects and styles, as in K-LoRA's Table 1",
+    "measure-discrepancy": "measure EST-LoRA's discrepancy of a pair, from one picture of each LoRA",
     "demo": "fuse the LoRAs that come with the project; no download, no GPU",
 }
-"""What each command does. `klora.commands.NAME` has `USAGE`, `add_options(parser)` and `run(args)`."""
+"""What each command does. `klora.commands.NAME`, with _ for -, has `USAGE`, `add_options(parser)` and `run(args)`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -90,7 +91,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name, text in COMMANDS.items():
         command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
         if name in argv:
-            module = importlib.import_module(f"klora.commands.{name}")
+            module = importlib.import_module(f"klora.commands.{name.replace('-', '_')}")
             command.usage = f"klora {name} {module.USAGE}"
             module.add_options(command)
             command.set_defaults(run=module.run)

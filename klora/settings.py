@@ -213,7 +213,7 @@ class Settings:
     )
     period: int = _setting(5, "Period", "steps until the other LoRA's turn comes", low=1, high=10_000)
     gamma_power: int = _setting(
-        1, "Power of γ", "1: γ as in K-LoRA; 2: γ², in keeping with squared norms", low=1, high=2
+        0, "Power of γ", "0: no γ, as published; 1: γ as in K-LoRA; 2: γ², in keeping with squared norms", low=0, high=2
     )
     mu: float = _setting(
         0.5, "μ", "the subject's part inside the style's row space is divided by 1 + μ", low=0.0, high=1000.0
@@ -256,8 +256,19 @@ class Settings:
     refine_step: float = _setting(
         1.0, "Refinement step", "how far latents move per step of sampling", low=0.0, high=100.0
     )
-    refine_from: float = _setting(0.2, "Refine from τ", "where refinement begins", low=0.0, high=1.0)
-    refine_to: float = _setting(0.8, "Refine to τ", "where refinement ends", low=0.0, high=1.0)
+    refine_from: float = _setting(0.0, "Refine from τ", "where refinement begins", low=0.0, high=1.0)
+    refine_to: float = _setting(1.0, "Refine to τ", "where refinement ends", low=0.0, high=1.0)
+    discrepancy: float = _setting(
+        0.5,
+        "Discrepancy",
+        "d of the scale α·τ + 1 − d: how alike the pictures of both LoRAs are, by DINO's cosine;"
+        " klora measure-discrepancy measures it",
+        low=-1.0,
+        high=1.0,
+    )
+    clusters: int | None = _setting(
+        None, "Clusters", "rank of the merged LoRA; auto: the larger of both ranks", kind=int, low=1, optional=True
+    )
 
     def __post_init__(self) -> None:
         for name, option in options().items():

@@ -5,6 +5,7 @@ A unit is one row a of down and the column b of up that belongs to it; ΔW is th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -55,16 +56,23 @@ def k_means(points: Tensor, k: int, seed: int) -> Tensor:
     return labels
 
 
-def merge_units(deltas: Sequence[Delta], strengths: Sequence[float], seed: int) -> FactorDelta:
-    """One LoRA of rank k = max(r), at most the number of units, in the place of the first of `deltas`.
+def merge_units(
+    deltas: Sequence[Delta], strengths: Sequence[float], seed: int, clusters: int | None = None
+) -> FactorDelta:
+    """One LoRA of rank k (`clusters`, else max(r)), at most the number of units, in the place of the first of `deltas`.
 
-    Units are normalised and clustered; each centroid gets the mean norm of its cluster's units.
+    Units are normalised and clustered. Each centroid gets the mean norm of its cluster's units, which averaging had
+    shrunk (parameter reweighting); the sum of k of them is scaled by √(r/k), as its variance grows with their number
+    (output reweighting). r is the mean number of units of those deltas that have any.
     """
-    found = torch.cat([units(delta, strength) for delta, strength in zip(deltas, strengths, strict=True)])
+    each = [units(delta, strength) for delta, strength in zip(deltas, strengths, strict=True)]
+    found = torch.cat(each)
     columns = deltas[0].columns
-    k = min(max(delta.rank for delta in deltas), len(found))
+    ranks = [len(own) for own in each if len(own)]
+    k = min(clusters or max(ranks, default=0), len(found))
     merged = _centroids(found, k, seed).float() if k else found.new_zeros(1, found.shape[1]).float()
-    return FactorDelta.like(deltas[0], merged[:, columns:].t().contiguous(), merged[:, :columns].contiguous(), 1.0)
+    scale = math.sqrt(math.fsum(ranks) / len(ranks) / len(merged)) if ranks else 1.0
+    return FactorDelta.like(deltas[0], merged[:, columns:].t().contiguous(), merged[:, :columns].contiguous(), scale)
 
 
 def _centroids(found: Tensor, k: int, seed: int) -> Tensor:

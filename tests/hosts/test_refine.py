@@ -190,7 +190,7 @@ def test_without_references_no_model_is_asked_for(made: dict) -> None:
         ({"style_refs": "/no/such/picture.png"}, "style_refs"),
         ({"subject_refs": "{empty}"}, "subject_refs"),
         ({"subject_refs": "{text}"}, "subject_refs"),
-        ({"refine_from": 0.9}, "refine_from"),
+        ({"refine_from": 0.9, "refine_to": 0.8}, "refine_from"),
     ],
 )
 def test_what_is_missing_is_named_before_anything_is_touched(

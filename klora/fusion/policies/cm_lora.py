@@ -1,4 +1,8 @@
-"""CMLoRA (Cached Multi-LoRA Composition, arXiv 2502.04923): Composite with a dominant LoRA in turns, and a cache."""
+"""CMLoRA (Cached Multi-LoRA Composition, arXiv 2502.04923), simplified: Composite, a dominant LoRA in turns, a cache.
+
+Of the paper it lacks the order by frequency, which leaves a subject and a style in turns anyway (both are of its
+high-frequency kind, only backgrounds are not), and the cache of features inside the UNet: predictions are kept instead.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +23,7 @@ class CmLora(Composite):
     """
 
     name = "cm-lora"
-    title = "CMLoRA"
+    title = "CMLoRA (simplified)"
     own_settings = frozenset({"period", "refresh"})
 
     def predictions(self, moment: Moment) -> tuple[Forward, ...]:

@@ -11,11 +11,15 @@ if TYPE_CHECKING:
 
 
 class Lego(Policy):
-    """One LoRA of rank max(r_c, r_s), of clusters of both LoRAs' rank-wise units; strengths scale the units."""
+    """One LoRA of rank k, of as many clusters of both LoRAs' rank-wise units; strengths scale the units.
+
+    Both of the paper's reweightings are there: a centroid takes the mean norm of its cluster's units, and the output is
+    scaled by √(r/k), r being the rank of the files (here the mean of the two).
+    """
 
     name = "lego"
     title = "LoRA-LEGO"
-    own_settings = frozenset({"seed"})
+    own_settings = frozenset({"seed", "clusters"})
     folds_strengths = True
 
     def decide(self, module: str, rho: float, moment: Moment) -> Active:
@@ -25,7 +29,7 @@ class Lego(Policy):
         from klora.fusion.clusters import merge_units
 
         strengths = (self.settings.subject_strength, self.settings.style_strength)
-        merged = merge_units((subject, style), strengths, self.settings.seed)
+        merged = merge_units((subject, style), strengths, self.settings.seed, self.settings.clusters)
         # Beside a style that is zero, or a subject, what is not zero acts: in its own place, where the plan expects it.
         return (merged, None) if subject_acts(subject) else (None, merged)
 

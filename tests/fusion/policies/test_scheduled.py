@@ -124,6 +124,31 @@ def test_est_compares_squared_norms() -> None:
     assert plan_of(file_module("a", 3.0, 2.0), policy="est", gamma_power=2).gamma == 2.25
 
 
+@given(sizes, st.floats(-1, 1), st.floats(0, 3), st.integers(1, 12))
+def test_est_is_energy_against_alpha_tau_plus_one_minus_discrepancy(
+    sizes: list, d: float, alpha: float, steps: int
+) -> None:
+    plan = plan_of(
+        *(file_module(f"m{i}", a, b) for i, (a, b) in enumerate(sizes)),
+        policy="est",
+        discrepancy=d,
+        alpha=alpha,
+        beta=7,
+        steps=steps,
+    )
+    assert plan.gamma == 1.0
+    for i, (subject, style) in enumerate(sizes):
+        for step in range(steps):
+            threshold = (alpha * (step / steps) + 1 - d) * style**2
+            if abs(subject**2 - threshold) > 1e-9 * threshold:
+                assert (plan.selection(f"m{i}")[step] == "c") == (subject**2 > threshold)
+
+
+def test_est_takes_the_gamma_of_the_authors_program_where_it_is_wanted() -> None:
+    plan = plan_of(file_module("a", 3.0, 2.0), policy="est", gamma_power=1, variant="official")
+    assert plan.gamma == 1.5
+
+
 @given(st.integers(1, 40), st.integers(1, 10))
 def test_the_predictions_of_composite_and_cm_lora_are_means(steps: int, period: int) -> None:
     for policy in ("composite", "cm-lora"):

@@ -136,6 +136,20 @@ def test_lego_takes_the_users_strengths_into_its_units(r_c: int, r_s: int, seed:
     assert make_policy(resolve(Settings(policy="lego"), None)).folds_strengths
 
 
+@given(ranks, ranks, seeds, st.integers(1, 12))
+def test_lego_scales_its_output_by_the_root_of_rank_over_clusters(r_c: int, r_s: int, seed: int, k: int) -> None:
+    subject, style = delta_of(r_c, seed), delta_of(r_s, seed + 1)
+    made = combined("lego", subject, style, clusters=k)[0]
+    assert made.rank <= min(k, r_c + r_s)
+    assert made.scale == pytest.approx(((r_c + r_s) / 2 / made.rank) ** 0.5)
+
+
+def test_lego_with_a_cluster_for_every_unit_is_the_sum_reweighted() -> None:
+    subject, style = delta_of(2, 3), delta_of(4, 4)
+    made = combined("lego", subject, style, clusters=6)[0]
+    assert close(made.matrix(), (3 / 6) ** 0.5 * (subject.matrix() + style.matrix()))
+
+
 def test_lego_beside_a_file_of_zeros_is_the_other() -> None:
     delta, zero = delta_of(2, 1), FactorDelta.like(LIKE, torch.zeros(12, 2), torch.ones(2, 16), 1.0)
     subject, style = combined("lego", delta, zero)
