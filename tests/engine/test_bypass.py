@@ -262,3 +262,13 @@ def test_the_shape_of_a_module_comes_from_its_attributes() -> None:
     assert module_shape(nn.Conv2d(16, 24, 1)) == (24, 16)
     assert module_shape(nn.Conv2d(16, 24, 3)) == (24, 16, 3, 3)
     assert Site(nn.Linear(16, 72), rows=(24, 48)).shape == (24, 16)
+
+
+def test_the_weight_of_a_slice_is_its_rows() -> None:
+    module = nn.Linear(4, 12)
+    assert torch.equal(Site(module).base_weight(), module.weight)
+    assert torch.equal(Site(module, rows=(4, 8)).base_weight(), module.weight[4:8])
+    other = torch.randn(12, 4)
+    assert torch.equal(Site(module, rows=(8, 12), weight=lambda: other).base_weight(), other[8:])
+    with pytest.raises(MismatchError, match="Identity does not show them"):
+        Site(nn.Identity()).base_weight()

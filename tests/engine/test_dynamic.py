@@ -272,3 +272,26 @@ def test_decisions_become_one_letter_per_step(found: list) -> None:
     for step in range(12):
         at = max((s for s in by_step if s <= step), default=first)
         assert letters[step] == by_step[at]
+
+
+def test_the_distances_are_what_their_names_say() -> None:
+    y, moved = torch.tensor([[3.0, 4.0], [1.0, 0.0]]), torch.tensor([[4.0, 3.0], [0.0, -2.0]])
+    p, q = y.softmax(-1), moved.softmax(-1)
+    expected = {
+        "kl": (p * (p / q).log()).sum(-1).tolist(),
+        "l2": [2**0.5, 5**0.5],
+        "dot": [-24.0, 0.0],
+        "cos": [1 - 24 / 25, 1.0],
+    }
+    assert {name: distance(y, moved).tolist() for name, distance in DISTANCES.items()} == {
+        name: pytest.approx(values, abs=1e-6) for name, values in expected.items()
+    }
+
+
+def test_every_pass_is_told_from_all_before_it() -> None:
+    chooser = Chooser.of(Settings(policy="dynamic"))
+    seen = set()
+    for _ in range(4):
+        seen.add(chooser.sampling)
+        chooser.begin()
+    assert len(seen | {chooser.sampling}) == 5

@@ -149,3 +149,54 @@ def test_the_mean_has_the_form_of_the_first_output() -> None:
     output = weighted_mean([Output(a, "rest"), Output(b, "other")], [0.5, 0.5])
     assert isinstance(output, Output)
     assert (output.sample.tolist(), output.extra) == ([2.0, 4.0], "rest")
+
+
+def test_the_forwards_that_it_makes_itself_are_not_averaged_again() -> None:
+    session, denoiser, ensemble = made(Forward(SUBJECT, 0.5), Forward(STYLE, 0.5))
+    seen: list[Any] = []
+    inner = nn.Linear(1, 1)
+    inner.register_forward_pre_hook(lambda *_: ensemble.begin())
+    inner.register_forward_hook(lambda module, args, out: seen.append(ensemble.finish(module, args, {}, out)))
+    original = denoiser.forward
+
+    def forward(x: Tensor, condition: object = None) -> Tensor:
+        if session.active == STYLE:
+            inner(torch.zeros(1))
+        return original(x, condition)
+
+    denoiser.forward = forward  # type: ignore[method-assign]
+    assert denoiser(torch.zeros(1)).item() == 5.5
+    assert seen == [None]
+    assert denoiser.calls == [SUBJECT, STYLE]
+
+
+def test_a_condition_may_come_by_position_and_reaches_every_forward() -> None:
+    session = FakeSession(Forward(SUBJECT, 0.5), Forward(STYLE, 0.5, 3))
+    denoiser = Denoiser(session)
+    ensemble = Ensemble(session, lambda args, kwargs: args[1] if len(args) > 1 else kwargs["condition"])  # type: ignore[arg-type]
+    denoiser.register_forward_pre_hook(lambda *_: ensemble.begin())
+    denoiser.register_forward_hook(ensemble.finish, with_kwargs=True)
+    seen: list[Any] = []
+    original = denoiser.forward
+
+    def forward(x: Tensor, condition: object = None) -> Tensor:
+        seen.append(condition)
+        return original(x, condition)
+
+    denoiser.forward = forward  # type: ignore[method-assign]
+    one, other = object(), object()
+    denoiser(torch.zeros(1), one)
+    denoiser(torch.zeros(1), one)
+    denoiser(torch.zeros(1), condition=other)
+    assert seen == [one, one, one, other, other]
+
+
+def test_what_is_not_to_be_reused_is_not_kept() -> None:
+    _, denoiser, ensemble = made(Forward(SUBJECT, 0.5), Forward(STYLE, 0.5))
+    denoiser(torch.zeros(1), condition=object())
+    assert ensemble._kept == []
+
+
+def test_a_mean_has_as_many_weights_as_outputs() -> None:
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        weighted_mean([torch.zeros(1), torch.zeros(1)], [1.0])

@@ -84,3 +84,12 @@ def test_a_relative_pass_that_begins_at_the_end_stays_there() -> None:
 def test_an_absolute_pass_begins_where_its_noise_lies() -> None:
     sampling = SamplingPass([8.0, 4.0, 2.0, 1.0])
     assert [sampling.tau(level) for level in (2.0, 8.0, 1.0)] == [0.5, 0.0, 0.75]
+
+
+def test_levels_below_the_last_point_of_timesteps_that_end_at_0_are_the_end() -> None:
+    progress = Progress.of([4.0, 2.0])
+    assert progress.tau(0.5) == pytest.approx(0.5 + 0.5 * 0.75)
+    assert progress.tau(1.0) == pytest.approx(0.75)
+    negative = Progress.of([3.0, 1.0, -1.0])
+    assert negative.tau(0.0) == pytest.approx(1.5 / 3)
+    assert negative.tau(-1.0) == pytest.approx(2 / 3)

@@ -86,3 +86,20 @@ def test_the_window_is_closed() -> None:
 def test_the_type_of_the_latents_is_kept() -> None:
     x = (torch.rand(1, 3, 4, 4) + 0.1).half()
     assert refiner().shift(x, same, same).dtype == torch.float16
+
+
+def test_each_image_has_a_loss_of_its_own() -> None:
+    images = torch.rand(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    goal = refiner(0.5).goals[0]
+    losses = goal.loss(images)
+    assert losses.shape == (3,)
+    assert torch.allclose(losses, torch.cat([goal.loss(image[None]) for image in images]))
+
+
+def test_of_several_goals_the_losses_are_added() -> None:
+    x = torch.rand(1, 3, 4, 4, generator=torch.Generator().manual_seed(0)) + 0.1
+    one, other = torch.tensor([[1.0, 0.0, 0.0]]), torch.tensor([[0.0, 0.0, 1.0]])
+    both = Refiner([Goal(encode, one, 1.0), Goal(encode, other, 3.0)], 0.1, 0.0, 1.0)
+    leaf = x.clone().requires_grad_()
+    sum(goal.loss(leaf).sum() for goal in both.goals).backward()
+    assert torch.allclose(both.shift(x, same, same), 0.1 * leaf.grad / leaf.grad.norm(), atol=1e-6)

@@ -259,3 +259,28 @@ def test_gamma_can_be_given() -> None:
     plan = plan_of([(2, 1), (2, 1)], gamma=4.0)
     assert plan.gamma == 4.0
     assert plan.modules[0].rho == 0.5
+
+
+@pytest.mark.parametrize(
+    ("ratios", "scales", "share", "balance"),
+    [
+        # Nothing that a balance could move: all or nothing at every step.
+        ((math.inf,), [1.0], 0.5, 0.0),
+        ((0.0,), [1.0], 0.5, 0.0),
+        ((1.0,), [0.0], 0.5, 0.0),
+        # Of one that always wins, one that never does and one that can be moved, only the last moves.
+        ((math.inf, 1.0, 0.0), [1.0], 0.0, 1.0),
+        ((math.inf, 1.0, 0.0), [1.0], 1.0, -1.0),
+        ((4.0, math.inf, 0.0), [1.0], 0.4, 3.0),
+    ],
+)
+def test_what_no_balance_can_move_is_left_out_of_the_search(
+    ratios: tuple[float, ...], scales: list[float], share: float, balance: float
+) -> None:
+    assert balance_for_share(ratios, scales, share) == balance
+
+
+def test_the_same_number_of_steps_is_the_same_plan_and_another_forgets_what_was_seen() -> None:
+    plan = dataclasses.replace(plan_of([(1, 2)], steps=4), record={"m0": "cccc"})
+    assert plan.with_steps(4) is plan
+    assert plan.with_steps(5).record is None

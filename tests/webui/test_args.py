@@ -17,6 +17,7 @@ from klora.webui.args import (
     NOT_OURS,
     FusionRequest,
     choices_of,
+    override,
     override_tag,
     read_args,
     read_values,
@@ -253,3 +254,10 @@ def test_the_schema_describes_every_argument_in_order() -> None:
     assert schema["properties"]["gamma"]["exclusiveMinimum"] == 0.0
     assert schema["properties"]["beta"]["default"] == "auto"
     assert all("title" in described for described in schema["properties"].values())
+
+
+def test_an_axis_of_the_balance_drops_a_share_and_an_axis_of_both_keeps_it() -> None:
+    assert override({"share": 0.5, "balance": 0.0}, {"balance": 1.0}) == {"balance": 1.0}
+    assert override({}, {"balance": 1.0}) == {"balance": 1.0}
+    assert override({"share": 0.5}, {"balance": 1.0, "share": 0.25}) == {"balance": 1.0, "share": 0.25}
+    assert override({"share": 0.5}, {"scope": "all"}) == {"share": 0.5, "scope": "all"}

@@ -116,3 +116,17 @@ def test_names_stay_where_no_hash_is_known() -> None:
     params = {"Prompt": "<klora:dog:ink>", "Lora hashes": "dog: 1234"}
     rename_by_hash(params, lambda _name, _value: None)
     assert params["Prompt"] == "<klora:dog:ink>"
+
+
+def test_each_control_gets_its_own_value_and_nothing_without_a_tag() -> None:
+    params = {"Prompt": "a dog <klora:dog:ink:0.5:share=0.25>", "K-LoRA text encoder": "style"}
+    found = {name: PASTERS[name](params) for name in ("subject", "style", "subject_strength", "share", "text_encoder")}
+    assert found == {"subject": "dog", "style": "ink", "subject_strength": 0.5, "share": 0.25, "text_encoder": "style"}
+    assert PASTERS["gamma"](params) == "auto"
+    assert PASTERS["subject"]({"Prompt": "a dog"}) is None
+
+
+def test_whole_numbers_are_written_without_a_point() -> None:
+    given_ = Settings(balance=1.0, subject_strength=0.5, gamma=2.0)
+    entries = to_infotext(given_.resolve("SD1"), given_, None)
+    assert (entries["K-LoRA balance"], entries["K-LoRA subject strength"], entries["K-LoRA gamma"]) == ("1", "0.5", "2")
