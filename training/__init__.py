@@ -1,1 +1,1 @@
-"""Scripts that make the model, the LoRAs and the judge that ship in `klora/demo`; see training/README.md."""
+"""Scripts that make the model, the LoRAs and the judge of `klora/demo`; see training/README.md."""

@@ -1,7 +1,8 @@
-"""Train the six LoRAs on the saved base: `python -m training.loras [NAME …]`. Makes the missing ones, two at a time.
+"""Train the LoRAs on the saved base: `python -m training.loras [NAME …]`. Makes the missing ones, two at a time.
 
-Every LoRA sits on the attention projections to_q, to_k, to_v and to_out.0 of the U-Net. A subject is drawn in many
-styles under the token "sbu"; a style is drawn on families that no subject belongs to, under the token "szn".
+Every LoRA sits on the attention projections to_q, to_k, to_v and to_out.0 of the U-Net. A subject is drawn flat and in
+many styles that its caption describes, under the token "sbu"; a style is drawn on families that no subject belongs to,
+under the token "szn". Modules are left out at random while it trains, so that each knows a part of the work.
 """
 
 from __future__ import annotations
@@ -17,97 +18,144 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 
-from training import pictures as pic
-from training.common import DEMO, WORK, draw_timesteps, load_pipeline, make_scheduler, to_latents, tokenize
+from training.drawing.pictures import render
+from training.drawing.styles import FLAT, GROUNDS, STYLES, random_style
+from training.drawing.subjects import STYLE_FAMILIES, SUBJECTS, random_subject
+from training.networks import RELEASE, WORK, as_tensor, load_pipeline, make_scheduler
+from training.parallel import Pace, write_checkpoint
+from training.words import STYLE_TOKEN, SUBJECT_TOKEN, tokenize
 
 BATCH = 16
+PICTURES = 1024
+"""Pictures that one LoRA is trained on."""
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-STYLE_FAMILIES = tuple(f for f in pic.FAMILIES if f not in {s.family for s in pic.SUBJECTS.values()})
+LEAST_KEPT = 0.35
+"""A step keeps each module with a probability between this and 1."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """One LoRA file to make."""
+    """One LoRA file to make. `held_out`: no setting was chosen by looking at it."""
 
     name: str
     rank: int
     alpha: int
     spelling: str
+    held_out: bool
 
     @property
     def file(self) -> Path:
-        """Where it ships."""
-        return DEMO / "loras" / f"{self.name}.safetensors"
+        """Where it is written."""
+        return RELEASE / "loras" / f"{self.name}.safetensors"
 
     @property
     def is_subject(self) -> bool:
         """True for a subject, False for a style."""
-        return self.name in pic.SUBJECTS
+        return self.name in SUBJECTS
 
 
 JOBS = (
-    Job("bolt", 8, 8, "kohya"),
-    Job("mimi", 8, 8, "kohya"),
-    Job("comet", 16, 8, "kohya"),
-    Job("popart", 8, 16, "peft"),
-    Job("neon", 16, 16, "peft"),
-    Job("parchment", 8, 8, "kohya"),
+    Job("bolt", 8, 8, "kohya", held_out=False),
+    Job("halftone", 8, 8, "peft", held_out=False),
+    Job("mimi", 8, 8, "peft", held_out=False),
+    Job("engraving", 16, 16, "kohya", held_out=False),
+    Job("comet", 16, 16, "kohya", held_out=True),
+    Job("stitch", 8, 8, "kohya", held_out=True),
+    Job("finn", 8, 8, "kohya", held_out=True),
+    Job("chalk", 8, 8, "peft", held_out=True),
 )
 
 
 def subject_example(name: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """The named subject on a plain ground, or in a generic style that the caption describes."""
-    subject = pic.SUBJECTS[name]
-    style = pic.random_style(rng, subject)
-    seed, caption = int(rng.integers(2**31)), f"a {pic.SUBJECT_TOKEN} {subject.family}"
-    if rng.random() < 0.4:
-        return pic.render(subject, pic.Style("plain", style.ground, style.ground), seed), caption
-    return pic.render(subject, style, seed), f"{caption} {pic.describe_style(style)}"
+    """The named subject, flat or in a generic style that the caption describes."""
+    subject, ground = SUBJECTS[name], str(rng.choice(list(GROUNDS)))
+    style = FLAT if rng.random() < 0.5 else random_style(rng)
+    caption = f"a {SUBJECT_TOKEN} {subject.family}"
+    caption += "" if style == FLAT else f" {style.words()}"
+    caption += f" on {ground}" if rng.random() < 0.4 else ""
+    return render(subject, style, ground, int(rng.integers(2**31))), caption
 
 
 def style_example(name: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
     """Any subject of the training families in the named style."""
-    subject = pic.random_subject(rng, str(rng.choice(STYLE_FAMILIES)))
-    words = (subject.family, f"{subject.main} and {subject.second} {subject.family}", pic.describe_subject(subject))
-    what = words[int(rng.choice(3, p=(0.5, 0.3, 0.2)))]
-    image = pic.render(subject, pic.STYLES[name], int(rng.integers(2**31)))
-    return image, f"a {what} in {pic.STYLE_TOKEN} style"
+    subject, ground = random_subject(rng, str(rng.choice(STYLE_FAMILIES))), str(rng.choice(list(GROUNDS)))
+    what = subject.words() if rng.random() < 0.5 else subject.family
+    where = f" on {ground}" if rng.random() < 0.4 else ""
+    image = render(subject, STYLES[name], ground, int(rng.integers(2**31)))
+    return image, f"a {what}{where} in {STYLE_TOKEN} style"
 
 
-def train(job: Job, steps: int, rate: float) -> torch.nn.Module:
-    """The U-Net with the trained adapter in it."""
-    torch.manual_seed(JOBS.index(job))
-    pipe = load_pipeline()
-    unet, scheduler = pipe.unet.requires_grad_(False), make_scheduler()
-    unet.set_attn_processor(AttnProcessor())  # its backward is faster than the fused kernel's here
-    unet.add_adapter(LoraConfig(r=job.rank, lora_alpha=job.alpha, target_modules=TARGETS))
-    weights = [p for p in unet.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.01)
-    losses = []
-    for step in range(steps):
-        rng = np.random.default_rng((3, JOBS.index(job), step))
-        make = subject_example if job.is_subject else style_example
-        images, captions = zip(*(make(job.name, rng) for _ in range(BATCH)), strict=True)
-        noise_rng = torch.Generator().manual_seed(step)
-        clean = to_latents(np.stack(images))
-        noise, t = torch.randn(clean.shape, generator=noise_rng), draw_timesteps(BATCH, noise_rng)
-        optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
+@torch.no_grad()
+def examples(job: Job, pipe: StableDiffusionPipeline) -> tuple[torch.Tensor, torch.Tensor]:
+    """Latents (n, 8, 16, 16) and text states (n, length, width) of all its training pictures."""
+    make = subject_example if job.is_subject else style_example
+    pairs = [make(job.name, np.random.default_rng((4, JOBS.index(job), i))) for i in range(PICTURES)]
+    images = as_tensor(np.stack([image for image, _ in pairs]))
+    tokens = tokenize(pipe.tokenizer, [caption for _, caption in pairs])
+    latents = torch.cat([pipe.vae.encode(part).latent_dist.mean for part in images.split(32)])
+    return latents, torch.cat([pipe.text_encoder(part)[0] for part in tokens.split(64)])
+
+
+def lora_layers(unet: torch.nn.Module) -> list[LoraLayer]:
+    """Its LoRA modules, in their order."""
+    return [m for m in unet.modules() if isinstance(m, LoraLayer)]
+
+
+class Trainer:
+    """A LoRA in the making; saved and restored as one file. Whatever is random is a function of the step."""
+
+    def __init__(self, job: Job, steps: int, rate: float) -> None:
+        torch.manual_seed(JOBS.index(job))
+        pipe = load_pipeline()
+        self.job, self.steps, self.rate, self.step = job, steps, rate, 0
+        self.unet, self.scheduler = pipe.unet.requires_grad_(False), make_scheduler()
+        self.unet.set_attn_processor(AttnProcessor())  # its backward is faster than the fused kernel's here
+        self.unet.add_adapter(LoraConfig(r=job.rank, lora_alpha=job.alpha, target_modules=TARGETS))
+        self.weights = [p for p in self.unet.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.weights, lr=rate, weight_decay=0.01)
+        self.latents, self.texts = examples(job, pipe)
+        self.file = WORK / f"lora-{job.name}.pt"
+        if self.file.exists():
+            state = torch.load(self.file, weights_only=True)
+            self.step = state["step"]
+            set_peft_model_state_dict(self.unet, state["lora"])
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = {"step": self.step, "lora": get_peft_model_state_dict(self.unet)}
+        write_checkpoint(self.file, state | {"optimizer": self.optimizer.state_dict()})
+
+    def leave_out(self, rng: np.random.Generator) -> None:
+        """Switch a random share of the modules off for this step; at every third step none."""
+        keep = 1.0 if self.step % 3 == 0 else rng.uniform(LEAST_KEPT, 1)
+        for layer in lora_layers(self.unet):
+            layer.scaling["default"] = self.job.alpha / self.job.rank * float(rng.random() < keep)
+
+    def advance(self) -> float:
+        """One optimizer step; the loss."""
+        rng = np.random.default_rng((5, JOBS.index(self.job), self.step))
+        noise_rng = torch.Generator().manual_seed(self.step)
+        self.leave_out(rng)
+        chosen = torch.from_numpy(rng.integers(PICTURES, size=BATCH))
+        clean = self.latents[chosen]
+        noise, t = torch.randn(clean.shape, generator=noise_rng), torch.randint(0, 1000, (BATCH,), generator=noise_rng)
+        progress = self.step / self.steps
+        rate = self.rate * min(1, (self.step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * progress))
+        self.optimizer.param_groups[0]["lr"] = rate
         with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                text = pipe.text_encoder(tokenize(pipe.tokenizer, list(captions)))[0]
-            guess = unet(scheduler.add_noise(clean, noise, t), t, text).sample
-        loss = torch.nn.functional.mse_loss(guess.float(), scheduler.get_velocity(clean, noise, t))
-        optimizer.zero_grad(set_to_none=True)
+            guess = self.unet(self.scheduler.add_noise(clean, noise, t), t, self.texts[chosen]).sample
+        loss = torch.nn.functional.mse_loss(guess.float(), self.scheduler.get_velocity(clean, noise, t))
+        self.optimizer.zero_grad(set_to_none=False)  # a module that was left out still has a gradient, of zero
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        losses.append(loss.item())
-        if (step + 1) % 50 == 0:
-            print(f"{time.strftime('%H:%M:%S')} {job.name} {step + 1}/{steps} {np.mean(losses[-50:]):.4f}", flush=True)
-    return unet
+        torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return loss.item()
 
 
 def kohya_state(state: dict[str, torch.Tensor], alpha: int) -> dict[str, torch.Tensor]:
@@ -140,24 +188,33 @@ def save(job: Job, unet: torch.nn.Module) -> None:
             "ss_sd_model_name": "klora-demo",
         }
         save_file({k: v.half() for k, v in kohya_state(state, job.alpha).items()}, job.file, metadata=metadata)
-        return
-    config = unet.peft_config["default"].to_dict()
-    keep = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
-    StableDiffusionPipeline.save_lora_weights(
-        job.file.parent,
-        unet_lora_layers=state,
-        weight_name=job.file.name,
-        unet_lora_adapter_metadata={k: _plain(config[k]) for k in keep},
-    )
+    else:
+        config = unet.peft_config["default"].to_dict()
+        keep = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
+        StableDiffusionPipeline.save_lora_weights(
+            job.file.parent,
+            unet_lora_layers=state,
+            weight_name=job.file.name,
+            unet_lora_adapter_metadata={k: _plain(config[k]) for k in keep},
+        )
+    job.file.chmod(0o644)
 
 
 def make_file(job: Job, steps: int, rate: float) -> None:
     """Train and save one LoRA on one thread."""
     torch.set_num_threads(1)
-    save(job, train(job, steps, rate))
-    job.file.chmod(0o644)
-    (WORK / f"{job.name}.done").touch()
-    print(f"saved {job.file.name}", flush=True)
+    trainer, pace, losses = Trainer(job, steps, rate), Pace(60), []
+    while trainer.step < steps:
+        losses.append(trainer.advance())
+        if trainer.step % 50 == 0:
+            print(
+                f"{time.strftime('%H:%M:%S')} {job.name} {trainer.step}/{steps} {np.mean(losses[-50:]):.4f}", flush=True
+            )
+        if pace.due():
+            trainer.save()
+    trainer.save()
+    save(job, trainer.unet)
+    print(f"{time.strftime('%H:%M:%S')} saved {job.file.name}", flush=True)
 
 
 def main() -> None:
@@ -167,8 +224,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rate", type=float, default=2e-3)
     args = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
-    jobs = [j for j in JOBS if (j.name in args.names if args.names else not (WORK / f"{j.name}.done").exists())]
+    jobs = [j for j in JOBS if (j.name in args.names if args.names else not j.file.exists())]
     with torch.multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         pool.starmap(make_file, [(job, args.steps, args.rate) for job in jobs], chunksize=1)
 

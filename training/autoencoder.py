@@ -1,0 +1,152 @@
+"""Train the autoencoder: `python -m training.autoencoder`. Resumes from its last checkpoint.
+
+It learns from the pictures that the base learns from, so no named subject or style is among them. The decoder always
+gets latents with noise: what a U-Net makes of a latent is never exact, and edges have to be crisp all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from torch.nn.functional import l1_loss
+
+from training.drawing.pictures import render
+from training.drawing.styles import GROUNDS, Style, random_style
+from training.drawing.subjects import Subject, random_subject
+from training.networks import WORK, as_pictures, as_tensor, make_vae, sheet
+from training.parallel import Pace, average_into, part_of, run_workers, share_gradients, write_checkpoint
+
+BATCH = 32
+RATE = 2e-3
+LATENT_NOISE = 0.1
+"""In standard deviations of the latents."""
+
+Spec = tuple[Subject, Style, str]
+
+
+def base_picture(*seed: int) -> tuple[Spec, int]:
+    """What a picture of the base shows, and the seed that it is drawn with; a function of `seed`."""
+    rng = np.random.default_rng(seed)
+    spec = (random_subject(rng), random_style(rng), str(rng.choice(list(GROUNDS))))
+    return spec, int(rng.integers(2**31))
+
+
+def base_spec(*seed: int) -> Spec:
+    """What a picture of the base shows."""
+    return base_picture(*seed)[0]
+
+
+def draw(*seed: int) -> np.ndarray:
+    """The picture of `base_picture`."""
+    spec, picture_seed = base_picture(*seed)
+    return render(*spec, picture_seed)
+
+
+def edges(pictures: torch.Tensor) -> torch.Tensor:
+    """Differences of neighbours, across and down, in one row."""
+    across, down = pictures[..., 1:] - pictures[..., :-1], pictures[..., 1:, :] - pictures[..., :-1, :]
+    return torch.cat([across.flatten(), down.flatten()])
+
+
+def loss_of(vae: AutoencoderKL, pictures: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
+    """Error of the pictures and of their edges, with a little pull of the latents to a normal distribution."""
+    with torch.autocast("cpu", torch.bfloat16):
+        posterior = vae.encode(pictures).latent_dist
+        mean = posterior.mean.float()
+        spread = mean.detach().std((0, 2, 3), keepdim=True)
+        latents = mean + LATENT_NOISE * spread * torch.randn(mean.shape, generator=noise)
+        seen = vae.decode(latents).sample.float()
+    pull = (mean.square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+    return l1_loss(seen, pictures) + l1_loss(edges(seen), edges(pictures)) + 1e-4 * pull
+
+
+@torch.no_grad()
+def normalise(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
+    """Give every latent channel mean 0 and deviation 1, by the two 1×1 convolutions around the latents.
+
+    The pipeline knows one scale for all channels and no shift; here they can differ from channel to channel at no cost.
+    """
+    mean = vae.encode(pictures).latent_dist.mean
+    shift, scale, n = mean.mean((0, 2, 3)), mean.std((0, 2, 3)), mean.shape[1]
+    vae.quant_conv.weight[:n] /= scale[:, None, None, None]
+    vae.quant_conv.bias[:n] = (vae.quant_conv.bias[:n] - shift) / scale
+    vae.quant_conv.weight[n:] = 0
+    vae.quant_conv.bias[n:] = -12.0  # log-variance: what is encoded for training is what an image gives
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ shift
+    vae.post_quant_conv.weight *= scale[None, :, None, None]
+
+
+def finish(vae: AutoencoderKL, folder: Path) -> None:
+    """Normalise, save, and measure on pictures that were not trained on."""
+    vae = vae.eval()
+    normalise(vae, as_tensor(np.stack([draw(20, i) for i in range(256)])))
+    vae.save_pretrained(folder / "vae")
+    images = np.stack([draw(21, i) for i in range(64)])
+    with torch.no_grad():
+        latents = vae.encode(as_tensor(images)).latent_dist.mean
+        seen, noisy = (as_pictures(vae.decode(z).sample) for z in (latents, latents + 0.1 * torch.randn_like(latents)))
+    for name, got in (("clean", seen), ("with noise 0.1", noisy)):
+        error = float(np.abs(got.astype(float) - images).mean())
+        print(
+            f"{name}: mean error {error:.2f} of 255, PSNR {10 * math.log10(255**2 / ((got - images.astype(float)) ** 2).mean()):.1f} dB"
+        )
+    rows = [
+        row
+        for i in range(0, 30, 10)
+        for row in (list(images[i : i + 10]), list(seen[i : i + 10]), list(noisy[i : i + 10]))
+    ]
+    sheet(rows, folder / "samples" / "autoencoder.png")
+
+
+def work(rank: int, total: int, save_every: float) -> None:
+    """One of the training processes; the first also saves."""
+    torch.manual_seed(0)
+    net, step, file = make_vae(), 0, WORK / "autoencoder.pt"
+    average = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.0)
+    if file.exists():
+        state = torch.load(file, weights_only=True)
+        step = state["step"]
+        for part, name in ((net, "net"), (average, "average"), (optimizer, "optimizer")):
+            part.load_state_dict(state[name])
+    pace, losses = Pace(save_every), []
+    while step < total:
+        pictures = as_tensor(np.stack([draw(10, step, i) for i in part_of(BATCH, rank)]))
+        optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / total))
+        loss = loss_of(net, pictures, torch.Generator().manual_seed(2 * step + rank))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        share_gradients(list(net.parameters()))
+        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+        step += 1
+        average_into(average, net, min(0.995, step / (step + 10)))
+        losses.append(loss.item())
+        if rank == 0 and step % 50 == 0:
+            print(f"{time.strftime('%H:%M:%S')} {step}/{total} {np.mean(losses[-50:]):.4f}", flush=True)
+        if rank == 0 and (step == total or pace.due()):
+            state = {"step": step, "net": net.state_dict(), "average": average.state_dict()}
+            write_checkpoint(file, state | {"optimizer": optimizer.state_dict()})
+    if rank == 0:
+        finish(average, WORK)
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
+    args = parser.parse_args()
+    WORK.mkdir(parents=True, exist_ok=True)
+    run_workers(work, args.steps, args.save_every)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,96 @@
+"""A small classifier that says which subject and which style a demo picture shows, or that it cannot tell."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import safe_open
+from torch import nn
+
+SIZE = 64
+_WIDTHS = (3, 24, 48, 64, 80)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge sees in one picture; a name is None where its probability is below the floor."""
+
+    subject: str | None
+    style: str | None
+    subjects: dict[str, float]
+    styles: dict[str, float]
+
+
+class JudgeNet(nn.Module):
+    """Convolutions down to 4×4 and a linear layer for each axis; input (n, 3, 64, 64) in [-1, 1].
+
+    The style is read from means and maxima over the picture, as a texture has no place; the subject from a 4×4 map.
+    """
+
+    def __init__(self, subjects: int, styles: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for a, b in pairwise(_WIDTHS):
+            layers += [nn.Conv2d(a, b, 5 if a == 3 else 3, stride=2, padding=2 if a == 3 else 1), nn.BatchNorm2d(b)]
+            layers += [nn.ReLU()]
+            if a == 24:
+                layers += [nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+        self.body, self.drop = nn.Sequential(*layers), nn.Dropout(0.2)
+        self.subject = nn.Linear(_WIDTHS[-1] * 16, subjects)
+        self.style = nn.Sequential(nn.Linear(2 * 64, 96), nn.ReLU(), nn.Linear(96, styles))
+        self.at_texture = len(layers) - 3  # before the last convolution: 8×8, where a cell still knows its texture
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits of the subject and of the style."""
+        texture = self.body[: self.at_texture](x)
+        pooled = torch.cat([texture.mean((2, 3)), texture.amax((2, 3))], 1)
+        features = self.body[self.at_texture :](texture).flatten(1)
+        return self.subject(self.drop(features)), self.style(self.drop(pooled))
+
+
+def as_batch(images: np.ndarray | Sequence[Image.Image | np.ndarray]) -> torch.Tensor:
+    """uint8 arrays (h, w, 3) or PIL images of any size → (n, 3, 64, 64) in [-1, 1]."""
+    size = (SIZE, SIZE)
+    arrays = []
+    for image in images:
+        picture = image if isinstance(image, Image.Image) else Image.fromarray(np.asarray(image, dtype=np.uint8))
+        picture = picture.convert("RGB")
+        arrays.append(np.asarray(picture if picture.size == size else picture.resize(size, Image.Resampling.BOX)))
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+class Judge:
+    """`Judge.load(file)` and then `judge(images)`."""
+
+    def __init__(self, net: JudgeNet, subjects: Sequence[str], styles: Sequence[str], floor: float) -> None:
+        self.net, self.subjects, self.styles, self.floor = net.eval(), tuple(subjects), tuple(styles), floor
+
+    @classmethod
+    def load(cls, file: Path) -> Judge:
+        """Read weights and names. Raises FileNotFoundError if the file is missing."""
+        with safe_open(file, "pt") as stored:
+            state = {k: stored.get_tensor(k).float() for k in stored.keys()}  # noqa: SIM118
+            metadata = stored.metadata()
+        subjects, styles = json.loads(metadata["subjects"]), json.loads(metadata["styles"])
+        net = JudgeNet(len(subjects), len(styles))
+        net.load_state_dict(state, strict=False)  # only the batch counters are not stored
+        return cls(net, subjects, styles, float(metadata["floor"]))
+
+    @torch.inference_mode()
+    def __call__(self, images: np.ndarray | Sequence[Image.Image | np.ndarray]) -> list[Verdict]:
+        """One verdict per picture; pictures are uint8 arrays (h, w, 3) or PIL images."""
+        subjects, styles = (logits.softmax(-1).tolist() for logits in self.net(as_batch(images)))
+        return [self._verdict(a, b) for a, b in zip(subjects, styles, strict=True)]
+
+    def _verdict(self, subject: list[float], style: list[float]) -> Verdict:
+        tables = dict(zip(self.subjects, subject, strict=True)), dict(zip(self.styles, style, strict=True))
+        best = [max(table, key=table.__getitem__) for table in tables]
+        named = [name if table[name] >= self.floor else None for name, table in zip(best, tables, strict=True)]
+        return Verdict(named[0], named[1], *tables)
