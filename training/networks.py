@@ -76,7 +76,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """v-prediction with zero terminal SNR: the first step starts from pure noise, so that a ground can be any colour."""
+    """v-prediction with zero terminal SNR: the first step starts from pure noise, so a ground can be any colour."""
     return DDIMScheduler(
         beta_schedule="scaled_linear",
         beta_start=0.00085,

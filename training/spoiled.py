@@ -129,9 +129,9 @@ def half_drawn(rng: np.random.Generator) -> Example:
         while other_look == look or other.texture == style.texture:
             other, other_look = some_style(rng)
         return Example(np.where(mask, image, render(subject, other, ground, seed)), name, None)
-    other_subject, other_name = some_subject(rng)
+    other_subject, _ = some_subject(rng)
     while other_subject.family == subject.family:
-        other_subject, other_name = some_subject(rng)
+        other_subject, _ = some_subject(rng)
     return Example(np.where(mask, image, render(other_subject, style, ground, seed)), None, look)
 
 

@@ -15,10 +15,12 @@ from training.drawing.subjects import BUILDS, COLOURS, FAMILIES, SHAPES, Subject
 SUBJECT_TOKEN = "sbu"
 STYLE_TOKEN = "szn"
 TEXT_LENGTH = 24
+_GLUE = ("a", "and", "with", "on", "in", "style", "contour", "flat", SUBJECT_TOKEN, STYLE_TOKEN)
 WORDS = list(
     dict.fromkeys(
-        ["a", "and", "with", "on", "in", "style", "contour", "flat", SUBJECT_TOKEN, STYLE_TOKEN]
-        + [*FAMILIES, *BUILDS, *SHAPES, *COLOURS, *TEXTURES, *INKS, *CONTOURS, *GROUNDS]
+        word
+        for words in (_GLUE, FAMILIES, BUILDS, SHAPES, COLOURS, TEXTURES, INKS, CONTOURS, GROUNDS)
+        for word in words
     )
 )
 

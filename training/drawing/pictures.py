@@ -35,7 +35,7 @@ def _draw(draw: ImageDraw.ImageDraw, part: Part, corner: tuple[float, float], si
 
 
 def _maps(subject: Subject, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """For every sample the index of its colour (0 on the ground), and of the surface it lies on (0: none, or a mark)."""
+    """For every sample the index of its colour (0: the ground), and of its surface (0: none, 255: a mark)."""
     n = SIZE * _FINE
     side = n * rng.uniform(0.82, 0.95)
     slack = n - side
