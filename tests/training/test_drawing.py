@@ -1,0 +1,62 @@
+"""The training pictures."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from training.drawing.pictures import SIZE, render
+from training.drawing.styles import FLAT, GROUNDS, INKS, STYLES, TEXTURES, Style, random_style
+from training.drawing.subjects import FAMILIES, STYLE_FAMILIES, SUBJECTS, random_subject
+
+
+def far(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    return np.abs(picture.astype(int) - colour).sum(-1)
+
+
+def test_the_same_arguments_give_the_same_picture():
+    for subject, style in itertools.product(SUBJECTS.values(), STYLES.values()):
+        assert np.array_equal(render(subject, style, "sky", 3), render(subject, style, "sky", 3))
+
+
+def test_another_seed_moves_the_subject():
+    subject, style = SUBJECTS["bolt"], STYLES["chalk"]
+    assert not np.array_equal(render(subject, style, "sky", 3), render(subject, style, "sky", 4))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_stands_out_from_its_ground(family):
+    picture = render(random_subject(np.random.default_rng(0), family), FLAT, "mist", 1)
+    assert picture.shape == (SIZE, SIZE, 3)
+    assert (far(picture, GROUNDS["mist"]) > 60).mean() > 0.15
+
+
+@pytest.mark.parametrize("texture", TEXTURES)
+def test_every_texture_leaves_the_ground_and_enough_of_the_subjects_own_colours(texture):
+    subject, seed = SUBJECTS["comet"], 5
+    flat, drawn = (render(subject, style, "mist", seed) for style in (FLAT, Style(texture, "black", "none")))
+    on_subject = far(flat, GROUNDS["mist"]) > 60
+    assert np.array_equal(flat[~on_subject][:50], drawn[~on_subject][:50])
+    inked = (far(drawn, INKS["black"]) < 60)[on_subject].mean()
+    assert 0.15 < inked < 0.65
+
+
+def test_the_base_never_sees_what_has_a_lora():
+    rng = np.random.default_rng(1)
+    named_subjects = {(s.family, s.main, s.second) for s in SUBJECTS.values()}
+    named_styles = {(s.texture, s.ink) for s in STYLES.values()}
+    for _ in range(2000):
+        subject, style = random_subject(rng), random_style(rng)
+        assert not subject.special
+        assert (subject.family, subject.main, subject.second) not in named_subjects
+        assert (style.texture, style.ink) not in named_styles
+
+
+def test_a_style_lora_is_trained_on_no_family_of_a_subject():
+    assert {s.family for s in SUBJECTS.values()}.isdisjoint(STYLE_FAMILIES)
+
+
+def test_a_description_names_what_is_drawn():
+    assert SUBJECTS["bolt"].words() == "orange and teal robot"
+    assert STYLES["halftone"].words() == "with black dots and bold contour"
+    assert FLAT.words() == "flat"

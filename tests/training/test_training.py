@@ -1,0 +1,91 @@
+"""What the training scripts promise beside their pictures."""
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from training.gates import judge_gates, lora_gates
+from training.judge import targets
+from training.judge_net import Judge, JudgeNet
+from training.loras import JOBS, kohya_state
+from training.networks import make_unet
+from training.parallel import write_checkpoint
+from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES
+from training.words import WORDS, base_caption, make_tokenizer, tokenize
+
+
+def test_every_caption_word_is_one_known_token(tmp_path):
+    tokenizer = make_tokenizer(tmp_path)
+    assert all(len(tokenizer.tokenize(word)) == 1 for word in WORDS)
+
+
+def test_the_longest_caption_fits(tmp_path):
+    from training.drawing.styles import random_style
+    from training.drawing.subjects import random_subject
+
+    tokenizer, rng = make_tokenizer(tmp_path), np.random.default_rng(0)
+    captions = [base_caption(random_subject(rng), random_style(rng), "sky", rng) for _ in range(500)]
+    ends = tokenize(tokenizer, captions) == tokenizer.eos_token_id
+    assert ends.any(1).all()
+    assert {word for caption in captions for word in caption.split()} <= set(WORDS)
+
+
+def test_the_u_net_has_at_least_96_attention_linears_also_at_the_finest_level():
+    unet = make_unet()
+    linears = [n for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear) and ".attn" in n]
+    assert len(linears) >= 96
+    assert any(n.startswith("down_blocks.0.") for n in linears)
+
+
+def test_two_of_each_are_held_out_and_both_spellings_and_ranks_are_there():
+    for is_subject in (True, False):
+        jobs = [job for job in JOBS if job.is_subject == is_subject]
+        assert len(jobs) == 4
+        assert sum(job.held_out for job in jobs) == 2
+    assert {job.spelling for job in JOBS} == {"kohya", "peft"}
+    assert {job.rank for job in JOBS} == {8, 16}
+
+
+def test_kohya_keys_carry_alpha():
+    state = kohya_state({"down_blocks.0.attn1.to_q.lora_A.weight": torch.ones(2, 3)}, alpha=4)
+    assert state["lora_unet_down_blocks_0_attn1_to_q.lora_down.weight"].shape == (2, 3)
+    assert state["lora_unet_down_blocks_0_attn1_to_q.alpha"] == 4
+
+
+def test_what_nobody_can_tell_is_aimed_at_evenly_and_what_is_not_asked_at_nothing():
+    rows = targets(["b", None, ANY], ("a", "b"))
+    assert rows.tolist() == [[0, 1], [0.5, 0.5], [0, 0]]
+
+
+@pytest.mark.parametrize("kind", SPOILED)
+def test_a_spoiled_picture_always_leaves_something_untold(kind):
+    rng = np.random.default_rng(0)
+    assert all(None in (e.subject, e.style) for e in (SPOILED[kind](rng) for _ in range(30)))
+
+
+def test_a_judge_says_nothing_below_its_floor():
+    torch.manual_seed(0)
+    net = JudgeNet(len(SUBJECT_NAMES), len(STYLE_NAMES))
+    picture = np.zeros((1, 128, 128, 3), np.uint8)
+    (sure,), (shy,) = (Judge(net, SUBJECT_NAMES, STYLE_NAMES, floor)(picture) for floor in (0.0, 1.1))
+    assert sure.subject in SUBJECT_NAMES
+    assert (shy.subject, shy.style) == (None, None)
+
+
+def test_gates_are_what_the_figures_say():
+    figures = {"alone": 0.9, "strength 0.7": 0.79, "half of the modules": 0.72, "before half": 0.5, "after half": 0.9}
+    assert [gate.passed for gate in lora_gates("bolt", True, figures)] == [True, False, True, False]
+    assert [gate.passed for gate in lora_gates("chalk", False, figures)] == [True, False, True, True]
+    silent = {"subject_accuracy": 0.97, "style_accuracy": 0.96, "mixed_named": 0.03}
+    assert [gate.passed for gate in judge_gates(silent)] == [True, False, True]
+
+
+def test_a_checkpoint_replaces_the_last_one_whole(tmp_path):
+    file = tmp_path / "base.pt"
+    for step in (1, 2):
+        write_checkpoint(file, {"step": step})
+    assert torch.load(file, weights_only=True) == {"step": 2}
+    assert [p.name for p in tmp_path.iterdir()] == ["base.pt"]
