@@ -15,17 +15,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL
-from torch.nn.functional import l1_loss
+from torch.nn.functional import l1_loss, mse_loss
 
-from training.drawing.pictures import render
+from training.drawing.pictures import SIZE, render
 from training.drawing.styles import GROUNDS, Style, random_style
 from training.drawing.subjects import Subject, random_subject
 from training.networks import WORK, as_pictures, as_tensor, make_vae, sheet
 from training.parallel import Pace, average_into, part_of, run_workers, share_gradients, write_checkpoint
 
-BATCH = 32
-RATE = 2e-3
-LATENT_NOISE = 0.1
+BATCH = 12
+"""Pictures in a step; two crops of each, or for the last steps a quarter of them whole."""
+CROP = 32
+WHOLE_FROM = 0.88
+RATE = 3e-3
+LATENT_NOISE = 0.05
 """In standard deviations of the latents."""
 
 Spec = tuple[Subject, Style, str]
@@ -64,7 +67,20 @@ def loss_of(vae: AutoencoderKL, pictures: torch.Tensor, noise: torch.Generator) 
         latents = mean + LATENT_NOISE * spread * torch.randn(mean.shape, generator=noise)
         seen = vae.decode(latents).sample.float()
     pull = (mean.square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-    return l1_loss(seen, pictures) + l1_loss(edges(seen), edges(pictures)) + 1e-4 * pull
+    near = 2 * mse_loss(seen, pictures) + 0.5 * l1_loss(seen, pictures)
+    return near + 0.3 * l1_loss(edges(seen), edges(pictures)) + 1e-5 * pull
+
+
+def batch(step: int, total: int, part: range) -> torch.Tensor:
+    """Pictures or crops of this step (n, 3, h, w): crops cost a quarter, and the last steps see what will be asked."""
+    if step >= WHOLE_FROM * total:
+        return as_tensor(np.stack([draw(11, step, i) for i in part if i % 4 == 0]))
+    crops = []
+    for i in part:
+        picture, rng = draw(10, step, i), np.random.default_rng((12, step, i))
+        for y, x in rng.integers(0, (SIZE - CROP) // 4 + 1, (2, 2)) * 4:
+            crops.append(picture[y : y + CROP, x : x + CROP])
+    return as_tensor(np.stack(crops))
 
 
 @torch.no_grad()
@@ -106,7 +122,7 @@ def finish(vae: AutoencoderKL, folder: Path) -> None:
 def work(rank: int, total: int, save_every: float) -> None:
     """One of the training processes; the first also saves."""
     torch.manual_seed(0)
-    net, step, file = make_vae(), 0, WORK / "autoencoder.pt"
+    net, step, file = make_vae().to(memory_format=torch.channels_last), 0, WORK / "autoencoder.pt"
     average = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.0)
     if file.exists():
@@ -116,19 +132,18 @@ def work(rank: int, total: int, save_every: float) -> None:
             part.load_state_dict(state[name])
     pace, losses = Pace(save_every), []
     while step < total:
-        pictures = as_tensor(np.stack([draw(10, step, i) for i in part_of(BATCH, rank)]))
         optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / total))
-        loss = loss_of(net, pictures, torch.Generator().manual_seed(2 * step + rank))
+        loss = loss_of(net, batch(step, total, part_of(BATCH, rank)), torch.Generator().manual_seed(2 * step + rank))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         share_gradients(list(net.parameters()))
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
         optimizer.step()
         step += 1
-        average_into(average, net, min(0.995, step / (step + 10)))
+        average_into(average, net, min(0.998, step / (step + 10)))
         losses.append(loss.item())
-        if rank == 0 and step % 50 == 0:
-            print(f"{time.strftime('%H:%M:%S')} {step}/{total} {np.mean(losses[-50:]):.4f}", flush=True)
+        if rank == 0 and step % 100 == 0:
+            print(f"{time.strftime('%H:%M:%S')} {step}/{total} {np.mean(losses[-100:]):.4f}", flush=True)
         if rank == 0 and (step == total or pace.due()):
             state = {"step": step, "net": net.state_dict(), "average": average.state_dict()}
             write_checkpoint(file, state | {"optimizer": optimizer.state_dict()})
@@ -139,7 +154,7 @@ def work(rank: int, total: int, save_every: float) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ def make_vae() -> AutoencoderKL:
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(24, 32, 48),
         layers_per_block=1,
-        norm_num_groups=8,
+        norm_num_groups=1,  # more groups take the absolute colours away
         sample_size=SIZE,
         scaling_factor=1.0,
         mid_block_add_attention=False,

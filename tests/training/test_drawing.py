@@ -58,5 +58,5 @@ def test_a_style_lora_is_trained_on_no_family_of_a_subject():
 
 def test_a_description_names_what_is_drawn():
     assert SUBJECTS["bolt"].words() == "orange and teal robot"
-    assert STYLES["halftone"].words() == "with black dots and bold contour"
+    assert STYLES["halftone"].words() == "with black dots and thin contour"
     assert FLAT.words() == "flat"

@@ -14,7 +14,7 @@ SIZE = 64
 _FINE = 3
 """Samples along a pixel's side."""
 _INDEX = {name: i + 1 for i, name in enumerate(PART_COLOURS)}
-_WIDTHS = {"none": 0, "thin": 4, "bold": 7, "dashed": 5}
+_WIDTHS = {"none": 0, "thin": 5, "bold": 8, "dashed": 6}
 """Contour widths in samples."""
 
 
@@ -75,7 +75,7 @@ def render(subject: Subject, style: Style, ground: str, seed: int) -> np.ndarray
     if style.contour != "none":
         line = _contour(surfaces, _WIDTHS[style.contour])
         if style.contour == "dashed":
-            line &= (x + 0.55 * y + rng.uniform(0, 9)) % 6.0 < 3.6
+            line &= (x + 0.55 * y + rng.uniform(0, 9)) % 7.0 < 4.2
         indices[line] = len(table) - 1
     fine = table[indices]
     return fine.reshape(SIZE, _FINE, SIZE, _FINE, 3).mean((1, 3), dtype=np.float32).round().astype(np.uint8)

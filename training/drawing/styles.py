@@ -49,12 +49,15 @@ class Style:
 
 FLAT = Style("flat", "black", "none")
 STYLES: dict[str, Style] = {
-    "halftone": Style("dots", "black", "bold"),
+    "halftone": Style("dots", "black", "thin"),
     "engraving": Style("slants", "navy", "thin"),
     "stitch": Style("crosses", "white", "none"),
     "chalk": Style("grain", "cream", "none"),
 }
 """The styles that have a LoRA; the base model never sees their texture in their ink."""
+
+COARSE = 1.25
+"""How much larger than its own numbers every texture is drawn: by this it still shows after the autoencoder."""
 
 Field = np.ndarray
 
@@ -124,7 +127,7 @@ def texture_mask(style: Style, x: Field, y: Field, rng: np.random.Generator) -> 
     """Where the ink of the texture lies; x and y are pixel coordinates of shape (n, n)."""
     px, py, a, b = rng.uniform(0, 200, 4)
     wobble = 0.35 * np.sin((x * 0.13 + y * 0.21) + a) + 0.35 * np.sin((x * 0.23 - y * 0.11) + b)
-    return TEXTURES[style.texture](x + px + wobble, y + py + wobble)
+    return TEXTURES[style.texture](px + (x + wobble) / COARSE, py + (y + wobble) / COARSE)
 
 
 def random_style(rng: np.random.Generator, flat: float = 0.2) -> Style:
