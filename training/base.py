@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 import tempfile
 import time
 from pathlib import Path
@@ -36,6 +35,8 @@ from training.words import base_caption, make_tokenizer, tokenize
 BATCH = 24
 RATE = 1e-3
 DECAY = 0.999
+COOLING = 0.3
+"""The share of the steps in which the rate falls."""
 SAMPLES = [
     "a robot",
     "a red and blue robot on mint",
@@ -82,8 +83,9 @@ class Trainer:
         write_checkpoint(self.file, state | {"optimizer": self.optimizer.state_dict()})
 
     def rate(self) -> float:
-        """Linear warm-up, then cosine to zero."""
-        return RATE * min(1.0, (self.step + 1) / 200) * 0.5 * (1 + math.cos(math.pi * self.step / self.total))
+        """Linear warm-up, constant, and linear to zero over the last steps: until then, the total can be changed."""
+        left = (self.total - self.step) / (COOLING * self.total)
+        return RATE * min(1.0, (self.step + 1) / 200, left)
 
     def batch(self) -> tuple[torch.Tensor, list[str]]:
         """Latents and captions of this step, a function of step and place: a resumed run sees the same ones."""
