@@ -99,24 +99,26 @@ def normalise(vae: AutoencoderKL, pictures: torch.Tensor) -> None:
     vae.post_quant_conv.weight *= scale[None, :, None, None]
 
 
-def finish(vae: AutoencoderKL, folder: Path) -> None:
-    """Normalise, save, and measure on pictures that were not trained on."""
-    vae = vae.eval()
-    normalise(vae, as_tensor(np.stack([draw(20, i) for i in range(256)])))
-    vae.save_pretrained(folder / "vae")
+@torch.no_grad()
+def show(vae: AutoencoderKL, file: Path) -> None:
+    """Measure on pictures that were not trained on; rows of pictures, what it makes of them, and that with noise."""
     images = np.stack([draw(21, i) for i in range(64)])
-    with torch.no_grad():
-        latents = vae.encode(as_tensor(images)).latent_dist.mean
-        seen, noisy = (as_pictures(vae.decode(z).sample) for z in (latents, latents + 0.1 * torch.randn_like(latents)))
+    latents = vae.encode(as_tensor(images)).latent_dist.mean
+    noise = 0.1 * torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+    seen, noisy = (as_pictures(vae.decode(z).sample) for z in (latents, latents + noise))
     for name, got in (("clean", seen), ("with noise 0.1", noisy)):
         error = got.astype(float) - images
         print(f"{name}: mean error {np.abs(error).mean():.2f} of 255, PSNR {20 * math.log10(255 / error.std()):.1f} dB")
-    rows = [
-        row
-        for i in range(0, 30, 10)
-        for row in (list(images[i : i + 10]), list(seen[i : i + 10]), list(noisy[i : i + 10]))
-    ]
-    sheet(rows, folder / "samples" / "autoencoder.png")
+    rows = [list(kind[i : i + 10]) for i in range(0, 30, 10) for kind in (images, seen, noisy)]
+    sheet(rows, file)
+
+
+def finish(vae: AutoencoderKL) -> None:
+    """Normalise, save and show."""
+    vae = vae.eval()
+    normalise(vae, as_tensor(np.stack([draw(20, i) for i in range(256)])))
+    vae.save_pretrained(WORK / "vae")
+    show(vae, WORK / "samples" / "autoencoder.png")
 
 
 def work(rank: int, total: int, save_every: float) -> None:
@@ -148,7 +150,7 @@ def work(rank: int, total: int, save_every: float) -> None:
             state = {"step": step, "net": net.state_dict(), "average": average.state_dict()}
             write_checkpoint(file, state | {"optimizer": optimizer.state_dict()})
     if rank == 0:
-        finish(average, WORK)
+        finish(average)
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -56,10 +57,10 @@ CONDITIONS = (
 class Wielder:
     """A pipeline with one LoRA in it, whose modules can be switched one by one and step by step."""
 
-    def __init__(self, pipe: StableDiffusionPipeline, job: Job | None) -> None:
+    def __init__(self, pipe: StableDiffusionPipeline, lora: Path | None) -> None:
         self.pipe = pipe
-        if job:
-            pipe.load_lora_weights(job.file.parent, weight_name=job.file.name, adapter_name=job.name)
+        if lora:
+            pipe.load_lora_weights(lora.parent, weight_name=lora.name, adapter_name=lora.stem)
         self.layers = lora_layers(pipe.unet)
         self.full = [dict(layer.scaling) for layer in self.layers]
 
@@ -149,7 +150,7 @@ def figures_of(name: str, n: int, bf16: bool) -> dict[str, float]:
     """The figures of one LoRA alone, or of the base; on one thread."""
     torch.set_num_threads(1)
     job = next((j for j in JOBS if j.name == name), None)
-    draws, judge = Wielder(load_pipeline(), job), Judge.load(JUDGE_FILE)
+    draws, judge = Wielder(load_pipeline(), job.file if job else None), Judge.load(JUDGE_FILE)
     with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
         figures = lora_figures(draws, judge, job, n) if job else base_figures(draws, judge, 2 * n)
     print(f"{time.strftime('%H:%M:%S')} {name} {figures}", flush=True)
