@@ -1,4 +1,6 @@
-"""Procedural pictures that the demo model is trained on: a subject (family, build, colours) drawn in a style.
+"""Procedural pictures of the set that ships at present: a subject (family, build, colours) drawn in a style.
+
+The set that follows it is drawn by `training/drawing`; this goes when that ships.
 
 Everything is a pure function of its arguments and a seed. Styles are coarse (periods of 8 pixels) because the model
 generates 32×32 pixels; subjects are made of a few big parts for the same reason.
