@@ -47,13 +47,16 @@ class ScoreCache:
     def scores(self, file: LoraFile, wanted: Mapping[str, Collection[int]] | None = None) -> FileScores:
         """Scores of all diffusion-model modules of `file`, at the standard K and those `wanted` by module name.
 
-        Read from disk where they are there; what is missing is computed and added. Raises LoraValueError for a module
-        with NaN or infinity.
+        Read from disk where they are there; what is missing is computed and added. Raises LoraValueError for NaN or
+        infinity anywhere in the file.
         """
         wanted = wanted or {}
         digest = self._digest(Path(os.path.abspath(file.path)), file.identity)
         stored = self._load_scores(digest, file)
+        # Whatever is kept was looked at as a whole before.
+        file.finite = file.finite or bool(stored)
         scores = _complete(file, stored, wanted)
+        file.check_finite(scored=True)
         if scores != stored:
             self._save_scores(digest, file, scores)
         return scores

@@ -6,7 +6,7 @@ weight is stored as (fp8, GGUF, NF4, offloaded), switching is a change of a numb
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from klora.engine.weights import Weights
 from klora.errors import MismatchError
 from klora.lora.deltas import Delta
 
@@ -62,28 +63,24 @@ def module_shape(module: Any) -> tuple[int, ...]:
 
 
 class Operand:
-    """One delta at one site, as a chain of weights to be applied in turn: down, (mid,) up, or one dense ΔW.
+    """One delta at one site, as a chain of weights to be applied in turn: down, (mid,) up, or one dense ΔW."""
 
-    Chains are kept for each (device, dtype) they were asked for.
-    """
-
-    def __init__(self, delta: Delta, site: Site) -> None:
-        # Nothing is read from the file while the model is at work.
-        self._held = delta.tensors()
-        delta.check_finite()
+    def __init__(self, delta: Delta, site: Site, weights: Weights | None = None) -> None:
+        """Take what is prepared of the delta's weights, if it is; values are not checked."""
         if delta.needs_base:
             # Raises now what would else end a forward of the model.
             site.base_weight()
         self.delta = delta
         self.site = site
-        self.factored = delta.factors() is not None
+        self.weights = weights or Weights(delta)
+        self.factored = self.weights.factored
         self.is_conv = hasattr(site.module, "kernel_size")
         self._chains: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     def chain(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The weights, from the cache when they were asked for before."""
         if (device, dtype) not in self._chains:
-            weights = tuple(weight.to(device=device, dtype=dtype) for weight in self._weights())
+            weights = self.weights.chain(device, dtype) if self.factored else (self._matrix().to(device, dtype),)
             if self.is_conv:
                 weights = tuple(weight[:, :, None, None] if weight.ndim == 2 else weight for weight in weights)
             self._chains[device, dtype] = weights
@@ -132,15 +129,8 @@ class Operand:
         tokens = tokens_of(y, take, self.is_conv).float()
         return tokens[:, slice(*self.site.rows)] if self.site.rows else tokens
 
-    def _weights(self) -> Iterator[Tensor]:
-        factors = self.delta.factors()
-        if factors is None:
-            yield self.delta.matrix(self.site.base_weight() if self.delta.needs_base else None)
-            return
-        yield factors.down
-        if factors.mid is not None:
-            yield factors.mid
-        yield factors.up
+    def _matrix(self) -> Tensor:
+        return self.delta.matrix(self.site.base_weight() if self.delta.needs_base else None)
 
     def _add_linear(self, x: Tensor, y: Tensor, weight: Tensor, strength: float) -> Tensor:
         """Add strength·x·weightᵀ to the site's rows of y."""

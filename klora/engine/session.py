@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from klora.engine.bypass import BypassLayer, Operand, Part, Site
 from klora.engine.dynamic import Chooser, MeasuredPart, Rows
 from klora.engine.progress import SamplingPass
+from klora.engine.weights import KEPT
 from klora.errors import MismatchError
 from klora.fusion.plan import FusionPlan
 from klora.fusion.policies.base import BOTH, Active, Moment
@@ -62,6 +63,9 @@ class Session:
         shapes = {name: site.shape for name, site in sites.items()}
         for file in (pair.subject, pair.style):
             check_model(file, shapes, model)
+            file.check_finite()
+        self._weights = KEPT.of(pair)
+        self._combined = self._weights.combined(plan.settings)
         self._bind(sites, self._deltas, self._parts)
         plan.policy.check_model(self._parts)
         self._bind_text(text_sites or {})
@@ -165,11 +169,11 @@ class Session:
         subject, style = self.pair.subject.modules.get(name), self.pair.style.modules.get(name)
         if subject is None or style is None or not self.plan.by_name[name].contested:
             return subject, style
-        for delta in (subject, style):
-            delta.check_finite()
         if self.plan.policy.folds_strengths:
             self._folded.add(name)
-        return self.plan.policy.combine(subject, style)
+        if name not in self._combined:
+            self._combined[name] = self.plan.policy.combine(subject, style)
+        return self._combined[name]
 
     def _part(self, name: str, operands: tuple[Operand | None, Operand | None]) -> Part:
         subject, style = operands
@@ -177,6 +181,9 @@ class Session:
         if self._chooser and subject and style and module and module.rho is not None:
             return MeasuredPart(operands, chooser=self._chooser, name=name)
         return Part(operands)
+
+    def _operand(self, delta: Delta | None, site: Site) -> Operand | None:
+        return None if delta is None else Operand(delta, site, self._weights.of(delta))
 
     def _bind(
         self,
@@ -188,7 +195,7 @@ class Session:
             subject, style = deltas(name)
             if subject is None and style is None:
                 continue
-            parts[name] = self._part(name, (_operand(subject, site), _operand(style, site)))
+            parts[name] = self._part(name, (self._operand(subject, site), self._operand(style, site)))
             layer = self._layers.setdefault(id(site.module), BypassLayer(site.module))
             layer.parts.append(parts[name])
 
@@ -202,10 +209,6 @@ class Session:
         self._bind(used, lambda name: (subject.get(name), style.get(name)), parts)
         for name, part in parts.items():
             part.set(self._strengths(active[name]))
-
-
-def _operand(delta: Delta | None, site: Site) -> Operand | None:
-    return None if delta is None else Operand(delta, site)
 
 
 def _check_text_encoder(file: LoraFile, sites: Mapping[str, Site]) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float32]
 
-SCORING_VERSION = 1
+SCORING_VERSION = 2
 STANDARD_KS = tuple(2**i for i in range(17))
 
 BLOCK_ENTRIES = 2**20

@@ -38,6 +38,8 @@ class LoraFile:
         self.modules: dict[str, Delta] = {}
         self.text_encoder: dict[str, Delta] = {}
         self.unmatched: list[str] = []
+        self.finite = False
+        """Whether its values are known to be numbers, neither NaN nor infinity."""
         self._tensors = tensors
         self._load()
         self.architecture = _architecture(self.modules)
@@ -67,6 +69,19 @@ class LoraFile:
         """
         said = self.metadata.get("sshs_model_hash", "")
         return said if _DIGEST.fullmatch(said) else self._tensors.tensors_sha256()
+
+    def check_finite(self, scored: bool = False) -> None:
+        """Look at all values, unless that has been done: LoraValueError, naming the key, for NaN or infinity.
+
+        `scored`: the sums of all `modules` are known to be finite, so that only what these do not tell is looked at.
+        """
+        if self.finite:
+            return
+        for delta in self.modules.values():
+            delta.check_finite(scored)
+        for delta in self.text_encoder.values():
+            delta.check_finite()
+        self.finite = True
 
     def _load(self) -> None:
         groups = self._group_keys()

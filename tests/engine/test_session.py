@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from klora.cache import ScoreCache
@@ -16,8 +17,10 @@ from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
 from klora.engine.progress import SamplingPass
 from klora.engine.session import Session, selection_of
-from klora.errors import MismatchError, SettingsError
+from klora.errors import LoraValueError, MismatchError, SettingsError
 from klora.fusion.policies.base import BOTH, SUBJECT, Active
+from klora.fusion.policies.np_lora import NpLora
+from klora.lora.container import TensorFile
 from klora.pair import Pair
 from klora.settings import Settings
 from tests.support.lora_files import write_lora
@@ -230,3 +233,43 @@ def test_decisions_of_one_step_count_with_the_last_and_reach_to_both_ends() -> N
     assert selection_of([(0.5, "s"), (0.6, "c")], 4) == "sscc"
     assert selection_of([(0.25, "c"), (0.75, "s")], 4) == "cccs"
     assert selection_of([(1.0, "s"), (0.0, "c")], 2) == "cc"
+
+
+@pytest.mark.parametrize("name", [TO_Q, FF, TEXT], ids=["contested", "of one file", "text encoder"])
+def test_nan_is_refused_before_anything_is_attached(pair: Pair, tmp_path: Path, name: str) -> None:
+    plan = pair.plan(Settings(text_encoder="none"))
+    path = tmp_path / "dog.safetensors"
+    tensors = load_file(path)
+    table = pair.subject.text_encoder if name == TEXT else pair.subject.modules
+    key = f"{table[name].key}.lora_up.weight"
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, path)
+    bad = Pair.open(path, pair.style.path, pair.cache)
+    with pytest.raises(LoraValueError, match=rf"dog\.safetensors: {key}: holds NaN"):
+        Session(bad, plan, {name: Site(layer) for name, layer in model(TO_Q, FF).items()})
+
+
+@torch.no_grad()
+def test_the_next_session_of_a_pair_reads_nothing_and_uses_the_same_weights(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def addresses(session: Session) -> list[int]:
+        # bf16, so that they are other tensors than those of the file.
+        chains = [op.chain(torch.device("cpu"), torch.bfloat16) for op in session._parts[TO_Q].operands if op]
+        return [weight.data_ptr() for chain in chains for weight in chain]
+
+    first = session_of(pair, model(TO_Q))
+    monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("the file is read again"))
+    assert addresses(session_of(pair, model(TO_Q))) == addresses(first)
+    assert addresses(session_of(pair, model(TO_Q), policy="direct")) == addresses(first)
+
+
+def test_what_a_policy_makes_of_a_pair_is_made_once_for_the_same_settings(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    plain = NpLora.combine
+    monkeypatch.setattr(NpLora, "combine", lambda *args: made.append(args) or plain(*args))
+    for settings, count in (({"mu": 0.5}, 1), ({"mu": 0.5}, 1), ({"mu": 0.25}, 2)):
+        session_of(pair, model(TO_Q), policy="np-lora", **settings)
+        assert len(made) == count

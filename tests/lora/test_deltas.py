@@ -13,6 +13,7 @@ from torch import Tensor
 
 from klora.errors import LoraValueError, MismatchError, UnsupportedFormatError
 from klora.lora.deltas import Delta
+from klora.lora.deltas.base import all_finite
 from klora.lora.file import LoraFile
 from tests.support.lora_files import FAMILIES, write_lora
 
@@ -277,3 +278,15 @@ def test_fp8_nan_is_found_too(tmp_path: Path) -> None:
     save_file(tensors, path)
     with pytest.raises(LoraValueError, match="NaN or infinity"):
         LoraFile.open(path).modules[LINEAR].check_finite()
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2],
+    ids=str,
+)
+@given(data=st.binary(min_size=8, max_size=64).filter(lambda data: len(data) % 8 == 0))
+def test_finite_is_what_torch_says_it_is(dtype: torch.dtype, data: bytes) -> None:
+    tensor = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype)
+    wider = tensor.float() if dtype.itemsize == 1 else tensor
+    assert all_finite(tensor) == bool(wider.isfinite().all())

@@ -67,6 +67,11 @@ class DoraDelta(Delta):
         yield from self.direction.stored()
         yield self.magnitude
 
+    def unscored(self) -> Iterator[Stored]:
+        """The magnitude, since the direction alone is scored."""
+        yield from self.direction.unscored()
+        yield self.magnitude
+
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         self.direction.rows(start, stop, out=block)
 

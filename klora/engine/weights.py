@@ -1,0 +1,108 @@
+"""What sessions prepare of a pair's weights, kept for the next session of the same pair."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+
+import torch
+from torch import Tensor
+
+from klora.lora.deltas import Delta
+from klora.pair import Pair
+from klora.settings import Settings
+
+Combined = tuple[Delta | None, Delta | None]
+
+MAX_PAIRS = 2
+MAX_BYTES = 2**30
+
+
+class Weights:
+    """One delta's factors as a chain to be applied in turn: down, (mid,) up; in every (device, dtype) asked for.
+
+    A delta without factors has none; what acts in its place depends on where it acts.
+    """
+
+    def __init__(self, delta: Delta) -> None:
+        # Nothing is read from the file while the model is at work.
+        self._held = delta.tensors()
+        factors = delta.factors()
+        self.factored = factors is not None
+        self._factors: tuple[Tensor, ...] = ()
+        if factors is not None:
+            self._factors = tuple(weight for weight in (factors.down, factors.mid, factors.up) if weight is not None)
+        self._chains: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
+
+    def chain(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """The factors there, always the same tensors."""
+        if (device, dtype) not in self._chains:
+            self._chains[device, dtype] = tuple(weight.to(device=device, dtype=dtype) for weight in self._factors)
+        return self._chains[device, dtype]
+
+    def nbytes(self) -> int:
+        """Bytes of memory, on all devices together."""
+        tensors = (*self._held, *self._factors, *(weight for chain in self._chains.values() for weight in chain))
+        return sum({weight.data_ptr(): weight.nbytes for weight in tensors}.values())
+
+
+class PairWeights:
+    """The weights of one pair's deltas, and of what a policy has made of them."""
+
+    def __init__(self) -> None:
+        self._weights: weakref.WeakKeyDictionary[Delta, Weights] = weakref.WeakKeyDictionary()
+        self._settings: Settings | None = None
+        self._combined: dict[str, Combined] = {}
+
+    def of(self, delta: Delta) -> Weights:
+        """The weights of a delta, prepared when it is first asked for."""
+        if delta not in self._weights:
+            self._weights[delta] = Weights(delta)
+        return self._weights[delta]
+
+    def combined(self, settings: Settings) -> dict[str, Combined]:
+        """What a policy with these settings has made of modules so far, by name; of other settings, nothing is kept."""
+        if settings != self._settings:
+            self._settings, self._combined = settings, {}
+        return self._combined
+
+    def nbytes(self) -> int:
+        """Bytes of memory, on all devices together."""
+        return sum(weights.nbytes() for weights in self._weights.values())
+
+
+class KeptWeights:
+    """The weights of the pairs used last: at most `max_pairs`, and as many as fit in `max_bytes`, the latest always.
+
+    A session holds what it uses, whatever is dropped here.
+    """
+
+    def __init__(self, max_pairs: int = MAX_PAIRS, max_bytes: int = MAX_BYTES) -> None:
+        self.max_pairs = max_pairs
+        self.max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._pairs: dict[Pair, PairWeights] = {}
+
+    def of(self, pair: Pair) -> PairWeights:
+        """The weights of a pair, which becomes the latest."""
+        with self._lock:
+            self._pairs[pair] = weights = self._pairs.pop(pair, None) or PairWeights()
+            # What a pair has come to is known only once it has been used, so it is looked at when the next one comes.
+            while len(self._pairs) > 1 and self._too_many():
+                del self._pairs[next(iter(self._pairs))]
+            return weights
+
+    def clear(self) -> None:
+        """Drop everything: the memory is wanted for something else."""
+        with self._lock:
+            self._pairs.clear()
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def _too_many(self) -> bool:
+        return len(self._pairs) > self.max_pairs or sum(map(PairWeights.nbytes, self._pairs.values())) > self.max_bytes
+
+
+KEPT = KeptWeights()
+"""What all sessions of this process share."""
