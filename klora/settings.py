@@ -269,6 +269,27 @@ class Settings:
     clusters: int | None = _setting(
         None, "Clusters", "rank of the merged LoRA; auto: the larger of both ranks", kind=int, low=1, optional=True
     )
+    density: float | None = _setting(
+        None,
+        "Density",
+        "fraction of each LoRA's entries that is kept; auto: 0.2 by magnitude in ties and knots, else 0.5",
+        kind=float,
+        above=0.0,
+        high=1.0,
+        optional=True,
+    )
+    dare_merge: str = _setting(
+        "linear", "DARE's merge", "what is kept is summed, or merged as in ties", choices=("linear", "ties")
+    )
+    merge_rank: int | None = _setting(
+        None,
+        "Merge rank",
+        "rank that a merge of single entries is cut to by SVD; 0: not cut, as large as the weights;"
+        " auto: the sum of both ranks",
+        kind=int,
+        low=0,
+        optional=True,
+    )
 
     def __post_init__(self) -> None:
         for name, option in options().items():

@@ -172,7 +172,7 @@ class Session:
         if self.plan.policy.folds_strengths:
             self._folded.add(name)
         if name not in self._combined:
-            self._combined[name] = self.plan.policy.combine(subject, style)
+            self._combined[name] = self.plan.policy.combine(name, subject, style)
         return self._combined[name]
 
     def _part(self, name: str, operands: tuple[Operand | None, Operand | None]) -> Part:

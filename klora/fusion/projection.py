@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from klora.errors import MismatchError
+from klora.fusion.entries import refuse_dora
 from klora.lora.deltas import Delta
 from klora.lora.deltas.computed import FactorDelta, ProjectedDelta, low_rank
 
@@ -29,12 +29,7 @@ def project(subject: Delta, style: Delta, mu: float) -> Delta:
     The row space of a style without factors (LoHa, LoKr, full) is that of its whole ΔW. Raises MismatchError for DoRA,
     whose difference depends on the weight it is applied to.
     """
-    for delta in (subject, style):
-        if delta.needs_base:
-            raise MismatchError(
-                f"{delta.file}: {delta.key}: is a DoRA, whose row space depends on the model's weight;"
-                " np-lora cannot project it: use another policy, or a file without DoRA"
-            )
+    refuse_dora((subject, style))
     Q = _row_basis(style)
     factors = low_rank(subject)
     if factors is None:

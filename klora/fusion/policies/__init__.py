@@ -7,15 +7,19 @@ from klora.fusion.policies.b_lora import BLora
 from klora.fusion.policies.base import Policy, ScaledPolicy
 from klora.fusion.policies.cm_lora import CmLora
 from klora.fusion.policies.composite import Composite
+from klora.fusion.policies.dare import Dare
 from klora.fusion.policies.direct import Direct
 from klora.fusion.policies.dynamic import Dynamic
 from klora.fusion.policies.est import Est
 from klora.fusion.policies.fixed import Fixed
 from klora.fusion.policies.k_lora import KLora, NoGamma, TopKOnly
+from klora.fusion.policies.knots import Knots
 from klora.fusion.policies.lego import Lego
+from klora.fusion.policies.magnitude_prune import MagnitudePrune
 from klora.fusion.policies.np_lora import NpLora
 from klora.fusion.policies.random import Random
 from klora.fusion.policies.switch import Switch
+from klora.fusion.policies.ties import Ties
 from klora.settings import Settings
 
 POLICIES: dict[str, type[Policy]] = {
@@ -31,6 +35,10 @@ POLICIES: dict[str, type[Policy]] = {
         Est,
         NpLora,
         Lego,
+        Ties,
+        Dare,
+        MagnitudePrune,
+        Knots,
         Fixed,
         Random,
         TopKOnly,

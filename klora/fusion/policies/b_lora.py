@@ -23,6 +23,7 @@ class BLora(Policy):
 
     name = "b-lora"
     title = "B-LoRA blocks"
+    static = True
     defaults = MappingProxyType({"text_encoder": "none"})  # two blocks and nothing else
 
     def decide(self, module: str, rho: float, moment: Moment) -> Active:

@@ -96,16 +96,18 @@ class Policy(ABC):
     """The rule of a fusion; a subclass says with `decide` what is active in a contested module.
 
     `hosts`: the kinds of host on which the policy runs. `forwards`: how many forwards of the denoiser one evaluation
-    takes at most. `measured`: the engine decides contested modules by their outputs, among the LoRAs that `decide`
-    gives. `refines`: latents are moved towards references. `folds_strengths`: what `combine` gives has the user's
-    strengths in it. `own_settings`: settings that only this policy and others that name them heed. `defaults`: what
-    "auto" means for a setting where it is not what it usually means.
+    takes at most. `static`: what is active is so at every step. `measured`: the engine decides contested modules by
+    their outputs, among the LoRAs that `decide` gives. `refines`: latents are moved towards references.
+    `folds_strengths`: what `combine` gives has the user's strengths in it. `own_settings`: settings that only this
+    policy and others that name them heed. `defaults`: what "auto" means for a setting where it is not what it usually
+    means.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     hosts: ClassVar[frozenset[str]] = frozenset({DIFFUSERS, WEBUI})
     forwards: ClassVar[int] = 1
+    static: ClassVar[bool] = False
     measured: ClassVar[bool] = False
     refines: ClassVar[bool] = False
     folds_strengths: ClassVar[bool] = False
@@ -142,7 +144,7 @@ class Policy(ABC):
     def check_model(self, modules: Iterable[str]) -> None:  # noqa: B027
         """Raise SettingsError where the policy can do nothing with those of the files' modules that a model has."""
 
-    def combine(self, subject: Delta, style: Delta) -> tuple[Delta | None, Delta | None]:
+    def combine(self, module: str, subject: Delta, style: Delta) -> tuple[Delta | None, Delta | None]:
         """What acts in place of a contested module's two deltas; MismatchError for a family that will not do."""
         return subject, style
 

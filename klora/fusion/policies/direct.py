@@ -15,6 +15,7 @@ class Direct(Policy):
 
     name = "direct"
     title = "Direct merge"
+    static = True
     own_settings = frozenset({"preset"})
 
     @property

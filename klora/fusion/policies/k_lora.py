@@ -36,6 +36,7 @@ class TopKOnly(ScaledPolicy):
 
     name = "top-k"
     title = "Top-K only"
+    static = True
 
     def gamma(self, modules: Sequence[SharedModule]) -> float | None:
         return unit_gamma(modules)

@@ -15,12 +15,13 @@ class NpLora(Policy):
 
     name = "np-lora"
     title = "NP-LoRA"
+    static = True
     own_settings = frozenset({"mu"})
 
     def decide(self, module: str, rho: float, moment: Moment) -> Active:
         return BOTH
 
-    def combine(self, subject: Delta, style: Delta) -> tuple[Delta | None, Delta | None]:
+    def combine(self, module: str, subject: Delta, style: Delta) -> tuple[Delta | None, Delta | None]:
         from klora.fusion.projection import project
 
         return project(subject, style, self.settings.mu), style

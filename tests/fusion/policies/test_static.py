@@ -34,7 +34,7 @@ def delta_of(rank: int, seed: int, scale: float = 1.0) -> FactorDelta:
 
 
 def combined(policy: str, subject: Delta, style: Delta, **settings: object) -> tuple[Delta | None, Delta | None]:
-    return make_policy(resolve(Settings.parse({"policy": policy, **settings}), None)).combine(subject, style)
+    return make_policy(resolve(Settings.parse({"policy": policy, **settings}), None)).combine(NAME, subject, style)
 
 
 def file_delta(folder: Path, family: str, name: str = NAME, seed: int = 0, **options: object) -> Delta:
