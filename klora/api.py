@@ -9,36 +9,54 @@ from typing import Any
 
 from klora.cache import ScoreCache
 from klora.engine.session import Session
+from klora.engine.weights import KEPT
 from klora.fusion.plan import FusionPlan
+from klora.fusion.scores import OnScored
 from klora.hosts.diffusers import DiffusersHost
 from klora.hosts.diffusers_follow import follow
 from klora.hosts.refiner import make_refiner
-from klora.pair import Pair
+from klora.pair import PAIRS
 from klora.settings import Settings
 
 Path = str | PathLike[str]
 
 
-def plan(subject: Path, style: Path, *, cache: ScoreCache | None = None, **settings: Any) -> FusionPlan:
+def plan(
+    subject: Path,
+    style: Path,
+    *,
+    cache: ScoreCache | None = None,
+    on_scored: OnScored | None = None,
+    **settings: Any,
+) -> FusionPlan:
     """Say which of two LoRA files would act in which module at which step.
 
-    `settings` are the fields of `klora.settings.Settings`. Raises SettingsError, LoraFileError or MismatchError.
+    `settings` are the fields of `klora.settings.Settings`; `on_scored` hears how many modules of both files have been
+    scored, of how many, when a file is new. Raises SettingsError, LoraFileError or MismatchError.
     """
-    return Pair.open(subject, style, cache).plan(Settings.parse(settings))
+    return PAIRS.open(subject, style, cache).plan(Settings.parse(settings), on_scored=on_scored)
 
 
 @contextmanager
 def fuse(
-    pipe: Any, subject: Path, style: Path, *, cache: ScoreCache | None = None, **settings: Any
+    pipe: Any,
+    subject: Path,
+    style: Path,
+    *,
+    cache: ScoreCache | None = None,
+    on_scored: OnScored | None = None,
+    **settings: Any,
 ) -> Iterator[Session]:
     """Fuse two LoRA files in a diffusers pipeline while the `with` block runs; the pipeline is as before afterwards.
 
     `settings` are the fields of `klora.settings.Settings`. Yields the session, whose `plan` tells what acted where.
+    `on_scored` hears how many modules of both files have been scored, of how many, when a pair is new. Files used last
+    are kept for the next time, unless they have changed on disk; `release_memory` lets go of them.
     Raises SettingsError, LoraFileError or MismatchError before anything is touched.
     """
     host = DiffusersHost(pipe)
-    pair = Pair.open(subject, style, cache)
-    plan = pair.plan(Settings.parse(settings), host.architecture)
+    pair = PAIRS.open(subject, style, cache)
+    plan = pair.plan(Settings.parse(settings), host.architecture, host.device, on_scored)
     session = Session(
         pair, plan, host.sites(), host.text_sites(), host.model_name, host.denoiser, host.conditional_rows
     )
@@ -49,3 +67,8 @@ def fuse(
             yield session
     finally:
         follower.remove()
+
+
+def release_memory() -> None:
+    """Let go of the weights that are kept, on every device, for the next `fuse` of the same files."""
+    KEPT.clear()

@@ -16,8 +16,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
+
 from klora.atomic import write_whole
-from klora.fusion.scores import SCORING_VERSION, STANDARD_KS, FileScores, ModuleScore, score_deltas
+from klora.fusion.device_scores import is_low_rank, score_low_rank, scores_on
+from klora.fusion.scores import (
+    SCORING_VERSION,
+    STANDARD_KS,
+    FileScores,
+    ModuleScore,
+    OnScored,
+    Wanted,
+    score_deltas,
+)
 from klora.lora import disk
 from klora.lora.file import LoraFile
 
@@ -44,18 +55,24 @@ class ScoreCache:
         self.max_bytes = max_bytes
         self._warned = False
 
-    def scores(self, file: LoraFile, wanted: Mapping[str, Collection[int]] | None = None) -> FileScores:
+    def scores(
+        self,
+        file: LoraFile,
+        wanted: Mapping[str, Collection[int]] | None = None,
+        device: torch.device | None = None,
+        on_scored: OnScored | None = None,
+    ) -> FileScores:
         """Scores of all diffusion-model modules of `file`, at the standard K and those `wanted` by module name.
 
-        Read from disk where they are there; what is missing is computed and added. Raises LoraValueError for NaN or
-        infinity anywhere in the file.
+        Read from disk where they are there; what is missing is computed, on `device` where that is an accelerator, and
+        added; `on_scored` hears how far that is. Raises LoraValueError for NaN or infinity anywhere in the file.
         """
         wanted = wanted or {}
         digest = self._digest(Path(os.path.abspath(file.path)), file.identity)
         stored = self._load_scores(digest, file)
         # Whatever is kept was looked at as a whole before.
         file.finite = file.finite or bool(stored)
-        scores = _complete(file, stored, wanted)
+        scores = _complete(file, stored, wanted, device, on_scored)
         file.check_finite(scored=True)
         if scores != stored:
             self._save_scores(digest, file, scores)
@@ -188,15 +205,32 @@ def _parse_module(data: Any) -> ModuleScore:
     return score
 
 
-def _complete(file: LoraFile, stored: FileScores, wanted: Mapping[str, Collection[int]]) -> FileScores:
+def _complete(
+    file: LoraFile,
+    stored: FileScores,
+    wanted: Mapping[str, Collection[int]],
+    device: torch.device | None,
+    on_scored: OnScored | None,
+) -> FileScores:
     """The scores of all modules, each with the standard K and its wanted ones; computed only where not stored."""
     missing = {}
     for name, delta in file.modules.items():
         known = stored[name].sums.keys() if stored else set()
         if ks := {*STANDARD_KS, *wanted.get(name, ())} - known:
             missing[name] = delta, ks
-    new = score_deltas(missing)
+    new = _compute(missing, device, on_scored)
     return {name: _merge(stored.get(name), new[name]) if name in new else stored[name] for name in file.modules}
+
+
+def _compute(missing: Wanted, device: torch.device | None, on_scored: OnScored | None) -> FileScores:
+    """The scores of modules, on `device` as far as that is an accelerator and can do them."""
+    if device is None or not scores_on(device):
+        return score_deltas(missing, on_scored)
+    there = {name: item for name, item in missing.items() if is_low_rank(item[0])}
+    here = {name: item for name, item in missing.items() if name not in there}
+    done = len(there)
+    first = score_low_rank(there, device, on_scored and (lambda count, _: on_scored(count, len(missing))))
+    return first | score_deltas(here, on_scored and (lambda count, _: on_scored(done + count, len(missing))))
 
 
 def _merge(known: ModuleScore | None, score: ModuleScore) -> ModuleScore:

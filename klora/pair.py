@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
+
+import torch
 
 from klora.cache import ScoreCache
 from klora.fusion.plan import ROLES, FileModule, FusionPlan, make_plan, wanted_k
 from klora.fusion.policies import resolve
 from klora.fusion.policies.base import Active
+from klora.fusion.scores import OnScored
 from klora.lora.deltas import Delta
+from klora.lora.disk import Identity, identity
 from klora.lora.file import Coverage, LoraFile, check_partner, coverage
 from klora.lora.names import kind_of, slice_of, sort_key
 from klora.settings import Settings
 
+MAX_PLANS = 8
+"""How many plans a pair keeps."""
 KINDS_IN_SCOPE = {
     "attention": {"attention"},
     "linear": {"attention", "linear"},
@@ -29,6 +36,7 @@ class Pair:
     subject: LoraFile
     style: LoraFile
     cache: ScoreCache
+    _plans: dict[tuple[Settings, str | None], FusionPlan] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def open(cls, subject: str | PathLike[str], style: str | PathLike[str], cache: ScoreCache | None = None) -> Pair:
@@ -47,11 +55,28 @@ class Pair:
         """What the files were made for, as far as they tell."""
         return self.subject.architecture or self.style.architecture
 
-    def plan(self, settings: Settings, architecture: str | None = None) -> FusionPlan:
+    def plan(
+        self,
+        settings: Settings,
+        architecture: str | None = None,
+        device: torch.device | None = None,
+        on_scored: OnScored | None = None,
+    ) -> FusionPlan:
         """Score what is contested (or take the scores from the cache) and decide; LoraValueError for NaN or infinity.
 
-        `architecture` is the model's, where one is at hand; the files' own otherwise.
+        `architecture` is the model's, where one is at hand; the files' own otherwise. What has to be computed is
+        computed on `device` where that is an accelerator; `on_scored` hears how many modules of both files are done.
         """
+        key = (settings, architecture)
+        if key not in self._plans:
+            while len(self._plans) >= MAX_PLANS:
+                del self._plans[next(iter(self._plans))]
+            self._plans[key] = self._plan(settings, architecture, device, on_scored)
+        return self._plans[key]
+
+    def _plan(
+        self, settings: Settings, architecture: str | None, device: torch.device | None, on_scored: OnScored | None
+    ) -> FusionPlan:
         settings = resolve(settings, architecture or self.architecture)
         kinds = KINDS_IN_SCOPE[settings.scope]
         wanted = {
@@ -59,7 +84,13 @@ class Pair:
             for name, delta in self.subject.modules.items()
             if name in self.style.modules and kind_of(name) in kinds
         }
-        subject, style = self.cache.scores(self.subject, wanted), self.cache.scores(self.style, wanted)
+        before, total = len(self.subject.modules), len(self.subject.modules) + len(self.style.modules)
+        subject = self.cache.scores(
+            self.subject, wanted, device, on_scored and (lambda done, _: on_scored(done, total))
+        )
+        style = self.cache.scores(
+            self.style, wanted, device, on_scored and (lambda done, _: on_scored(before + done, total))
+        )
         names = sorted({*self.subject.modules, *self.style.modules}, key=sort_key)
         return make_plan(
             (
@@ -91,3 +122,25 @@ class Pair:
 
 def _key(modules: Mapping[str, Delta], name: str) -> str | None:
     return modules[name].key if name in modules else None
+
+
+class Pairs:
+    """The pairs opened last, at most `limit`; a file that has changed on disk is opened anew."""
+
+    def __init__(self, limit: int = 2) -> None:
+        self._limit = limit
+        self._pairs: dict[tuple[Path, Identity, Path, Identity, Path], Pair] = {}
+
+    def open(self, subject: str | PathLike[str], style: str | PathLike[str], cache: ScoreCache | None = None) -> Pair:
+        """Open two files as `Pair.open` does, or give them as they were opened before."""
+        subject, style, cache = Path(subject), Path(style), cache or ScoreCache()
+        key = (subject, identity(subject), style, identity(style), cache.folder)
+        pair = self._pairs.pop(key, None) or Pair.open(subject, style, cache)
+        self._pairs[key] = pair
+        while len(self._pairs) > self._limit:
+            self._pairs.pop(next(iter(self._pairs)), None)
+        return pair
+
+
+PAIRS = Pairs()
+"""What all of a process shares."""

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from klora import cache as cache_module
 from klora.cache import ScoreCache
 from klora.errors import LoraFileError, LoraValueError
-from klora.fusion.scores import STANDARD_KS, FileScores, score_delta, score_deltas
+from klora.fusion.scores import STANDARD_KS, FileScores, OnScored, score_delta, score_deltas
 from klora.lora import disk
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
@@ -41,9 +42,9 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[set[int]]:
     """The K of every module that is really computed."""
     calls: list[set[int]] = []
 
-    def counted(wanted: dict[str, tuple[Delta, set[int]]]) -> FileScores:
+    def counted(wanted: dict[str, tuple[Delta, set[int]]], on_scored: OnScored | None = None) -> FileScores:
         calls.extend(ks for _, ks in wanted.values())
-        return score_deltas(wanted)
+        return score_deltas(wanted, on_scored)
 
     monkeypatch.setattr(cache_module, "score_deltas", counted)
     return calls
@@ -372,3 +373,26 @@ def test_a_file_whose_scores_are_kept_is_not_looked_at_again(
     ScoreCache(folder).scores(again)
     again.check_finite()
     assert again.finite
+
+
+def test_how_far_the_scoring_is_is_told_where_there_is_some(file: LoraFile, folder: Path) -> None:
+    heard: list[tuple[int, int]] = []
+    for _ in range(2):
+        ScoreCache(folder).scores(file, on_scored=lambda *args: heard.append(args))
+        assert heard == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_an_accelerator_scores_what_it_can_and_the_cpu_the_rest(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, computed: list[set[int]]
+) -> None:
+    monkeypatch.setattr(cache_module, "scores_on", lambda device: True)
+    lora = write_lora(tmp_path / "a.safetensors", {TO_Q: (48, 40), BLOCK + "to_k": (48, 40)}, rank=4)
+    lokr = write_lora(tmp_path / "b.safetensors", {BLOCK + "to_v": (48, 40)}, family="lokr", rank=4)
+    save_file({**load_file(lora), **load_file(lokr)}, lora)
+    file, heard = LoraFile.open(lora), []
+    scores = ScoreCache(folder).scores(file, {}, torch.device("cpu"), lambda *args: heard.append(args))
+    assert len(computed) == 1
+    assert heard[-1] == (3, 3)
+    expected = score_all(file)
+    assert scores.keys() == expected.keys()
+    assert all(scores[name].l1 == pytest.approx(expected[name].l1, rel=1e-6) for name in scores)

@@ -9,7 +9,7 @@ import pytest
 from klora.cache import ScoreCache
 from klora.errors import LoraFileError, MismatchError
 from klora.fusion.policies.base import BOTH, NEITHER, STYLE, SUBJECT
-from klora.pair import Pair
+from klora.pair import MAX_PLANS, Pair
 from klora.settings import Settings
 from tests.support.lora_files import write_lora
 from tests.support.pairs import ATTENTION, FEED_FORWARD, TEXT, shapes, write_pair
@@ -96,3 +96,23 @@ def test_the_official_variant_and_b_lora_leave_text_encoders_out(tmp_path: Path,
     pair = Pair.open(*write_pair(tmp_path), cache)
     for settings in (Settings(variant="official"), Settings(policy="b-lora")):
         assert set(pair.text_encoder_active(settings).values()) == {NEITHER}
+
+
+def test_a_plan_is_made_once_for_the_same_settings(tmp_path: Path, cache: ScoreCache) -> None:
+    pair = Pair.open(*write_pair(tmp_path), cache)
+    plan = pair.plan(Settings())
+    assert pair.plan(Settings()) is plan
+    assert pair.plan(Settings(), "FLUX") is not plan
+    assert pair.plan(Settings(balance=1.0)).balance == 1.0
+    for step in range(MAX_PLANS):
+        pair.plan(Settings(steps=step + 1))
+    assert len(pair._plans) == MAX_PLANS
+    assert pair.plan(Settings()) == plan
+
+
+def test_the_scoring_of_both_files_is_told_as_one(tmp_path: Path, cache: ScoreCache) -> None:
+    pair, heard = Pair.open(*write_pair(tmp_path), cache), []
+    pair.plan(Settings(), on_scored=lambda *args: heard.append(args))
+    total = len(pair.subject.modules) + len(pair.style.modules)
+    assert heard == [(done + 1, total) for done in range(total)]
+    pair.plan(Settings(balance=1.0), on_scored=lambda *_: pytest.fail("scored again"))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from klora.commands.console import need, warn
+from klora.commands.console import need, scoring_bar, warn
 from klora.commands.options import add_settings, read_settings
 from klora.errors import KloraError
 from klora.report.files import OutputFile, png_bytes
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     from klora.report.summary import notices, summarise
 
     pair = Pair.open(args.subject, args.style)
-    plan = pair.plan(settings)
+    plan = pair.plan(settings, on_scored=scoring_bar())
     text = json.dumps(document(pair, plan), indent=1, allow_nan=False) + "\n" if args.json is not None else ""
     if picture:
         from klora.report.picture import selection_map

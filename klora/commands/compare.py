@@ -12,7 +12,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from klora.commands.console import need, warn
+from klora.commands.console import need, scoring_bar, warn
 from klora.commands.demo import fill_in_demo_pair
 from klora.commands.options import (
     MODEL,
@@ -146,7 +146,7 @@ def _row(pipe: Any, request: GenerationRequest, method: Method, warn: Callable[[
         )
 
     asked = dataclasses.replace(request, settings=method.settings)
-    with closing(generate(pipe, asked, _seeds(request), announce)) as pictures:
+    with closing(generate(pipe, asked, _seeds(request), announce, scoring_bar())) as pictures:
         while True:
             try:
                 generated = next(pictures, None)

@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import sys
+from collections.abc import Callable
 from typing import TextIO
 
 from klora.errors import KloraError
@@ -31,6 +32,22 @@ def need(what: str, *modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise KloraError(f'{what} needs {module}; pip install "klora[demo]"')
+
+
+def scoring_bar() -> Callable[[int, int], None]:
+    """A bar on the terminal for modules that are being scored; it appears with the first one."""
+    from tqdm import tqdm
+
+    bars: list[tqdm] = []
+
+    def hear(done: int, total: int) -> None:
+        if not bars:
+            bars.append(tqdm(total=total, desc="scoring new files", unit="module", leave=False, disable=None))
+        bars[0].update(done - bars[0].n)
+        if done == total:
+            bars[0].close()
+
+    return hear
 
 
 def never_fail_on_a_character(stream: TextIO) -> None:

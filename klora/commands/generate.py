@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from klora.commands.console import need, warn
+from klora.commands.console import need, scoring_bar, warn
 from klora.commands.options import (
     MODEL,
     RENAMED,
@@ -77,7 +77,8 @@ def generate_pictures(request: GenerationRequest, warn: Callable[[str], None]) -
         cost = f" ({forwards} forwards per step)" if forwards > 1 else ""
         pipe.set_progress_bar_config(desc=f"picture {number} of {request.images}{cost}")
 
-    for generated in generate(pipe, request, range(request.seed, request.seed + request.images), announce):
+    seeds = range(request.seed, request.seed + request.images)
+    for generated in generate(pipe, request, seeds, announce, scoring_bar()):
         yield from _save(generated, folder, request.map)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from klora.lora.deltas import Delta
 
 Floats = NDArray[np.float32]
+Wanted = Mapping[str, "tuple[Delta, Collection[int]]"]
+"""Modules to be scored: their deltas and K's by name."""
+OnScored = Callable[[int, int], None]
+"""Hears how many modules have been scored, of how many."""
 
 SCORING_VERSION = 2
 STANDARD_KS = tuple(2**i for i in range(17))
@@ -102,8 +106,8 @@ def score_delta(delta: Delta, ks: Iterable[int] = STANDARD_KS, workspace: Worksp
     return ModuleScore(tuple(delta.shape), delta.rank, float(delta.alpha), l1, fro2, sums)
 
 
-def score_deltas(wanted: Mapping[str, tuple[Delta, Collection[int]]]) -> FileScores:
-    """Score several modules, each (delta, K's) under its name, on all of torch's threads (at most `MAX_WORKERS`).
+def score_deltas(wanted: Wanted, on_scored: OnScored | None = None) -> FileScores:
+    """Score several modules on all of torch's threads (at most `MAX_WORKERS`).
 
     Raises `LoraValueError` for the first bad module.
     """
@@ -118,8 +122,21 @@ def score_deltas(wanted: Mapping[str, tuple[Delta, Collection[int]]]) -> FileSco
             workspaces.own = Workspace()
         return score_delta(delta, ks, workspaces.own)
 
+    scores: FileScores = {}
     with _single_threaded_pool(min(torch.get_num_threads(), len(wanted), MAX_WORKERS)) as pool:
-        return dict(zip(wanted, pool.map(score, *zip(*wanted.values(), strict=True)), strict=True))
+        for name, found in zip(wanted, pool.map(score, *zip(*wanted.values(), strict=True)), strict=True):
+            scores[name] = found
+            if on_scored:
+                on_scored(len(scores), len(wanted))
+    return scores
+
+
+def overflow(delta: Delta) -> LoraValueError:
+    """Why the sums of a delta are not finite; raises LoraValueError itself where that is a tensor's fault."""
+    delta.check_finite()
+    return LoraValueError(
+        delta.file, "its product is too large for 32-bit floats", "train or export the file again", delta.key
+    )
 
 
 @contextmanager
@@ -183,9 +200,7 @@ def _read(delta: Delta, k: int, margin: float, workspace: Workspace) -> tuple[fl
         block = _absolute_rows(delta, start, min(start + step, rows), workspace)
         block_l1, block_fro2 = _norms(block.numel(), workspace)
         if not (math.isfinite(block_l1) and math.isfinite(block_fro2)):
-            delta.check_finite()
-            reason = "its product is too large for 32-bit floats"
-            raise LoraValueError(delta.file, reason, "train or export the file again", delta.key)
+            raise overflow(delta)
         l1, fro2 = l1 + block_l1, fro2 + block_fro2
         if start == 0:
             share = block.numel() / (rows * columns)

@@ -15,6 +15,7 @@ import torch
 from klora import __version__
 from klora.api import fuse
 from klora.engine.session import Session
+from klora.fusion.scores import OnScored
 from klora.generation.pipeline import call_arguments, memory_errors, model_name
 from klora.generation.request import GenerationRequest
 from klora.hosts.diffusers import DiffusersHost
@@ -37,15 +38,21 @@ class GeneratedPicture:
 
 
 def generate(
-    pipe: Any, request: GenerationRequest, seeds: Sequence[int], announce: Callable[[int, Session], None]
+    pipe: Any,
+    request: GenerationRequest,
+    seeds: Sequence[int],
+    announce: Callable[[int, Session], None],
+    on_scored: OnScored | None = None,
 ) -> Generator[GeneratedPicture, None, None]:
     """Fuse the pair of a request in `pipe` and generate one picture for each seed.
 
-    `announce` hears the number of each picture, from 1, before it is begun. Raises KloraError for a pair or a setting
-    that does not do, and where memory does not suffice. Closing the generator leaves the pipeline as it was.
+    `announce` hears the number of each picture, from 1, before it is begun; `on_scored`, how far the scoring of new
+    files is. Raises KloraError for a pair or a setting that does not do, and where memory does not suffice. Closing the
+    generator leaves the pipeline as it was.
     """
     call = call_arguments(pipe, request)
-    with memory_errors(), fuse(pipe, request.subject, request.style, **request.settings.to_dict()) as session:
+    fusion = fuse(pipe, request.subject, request.style, on_scored=on_scored, **request.settings.to_dict())
+    with memory_errors(), fusion as session:
         for number, seed in enumerate(seeds, 1):
             announce(number, session)
             # On the CPU whatever the device, so that a seed means the same noise everywhere.

@@ -44,6 +44,11 @@ class WebuiHost(ABC):
     def diffusion_model(self) -> nn.Module:
         """The UNet or transformer."""
 
+    @property
+    def device(self) -> torch.device:
+        """Where the diffusion model's weights lie now."""
+        return next((weight.device for weight in self.diffusion_model.parameters()), torch.device("cpu"))
+
     def sites(self) -> Mapping[str, Site]:
         """The diffusion model's modules by canonical name."""
         return dict(ldm_sites(self.diffusion_model))

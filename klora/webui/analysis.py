@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
     """Open the two files, which the host must list, and decide; KloraError where that is impossible."""
     from klora.hosts.lora_library import Library
-    from klora.pair import Pair
+    from klora.pair import PAIRS
 
     names = Library()
     subject, style = names.find(request.subject), names.find(request.style)
-    pair = Pair.open(subject.path, style.path, score_cache())
+    pair = PAIRS.open(subject.path, style.path, score_cache())
     return pair, pair.plan(request.settings)
 
 

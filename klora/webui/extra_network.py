@@ -13,6 +13,7 @@ from klora.fusion.policies.base import WEBUI
 from klora.hosts.loaded_model import host_of
 from klora.hosts.lora_library import Library
 from klora.lora.file import check_model
+from klora.pair import PAIRS
 from klora.webui.active_fusion import ActiveFusion
 from klora.webui.attached_sessions import AttachedSessions
 from klora.webui.infotext import to_infotext
@@ -21,7 +22,7 @@ from klora.webui.messages import comment, fail, named_by, reason_of
 from klora.webui.options import score_cache
 from klora.webui.prompt_tag import NAME, Tag
 from klora.webui.references import with_references
-from klora.webui.requested_fusion import Pairs, RequestedFusion
+from klora.webui.requested_fusion import RequestedFusion
 
 STATE = "klora_active_fusion"
 """Where a processing object keeps its ActiveFusion."""
@@ -36,7 +37,6 @@ def make_extra_network() -> Any:
 
         def __init__(self) -> None:
             super().__init__(NAME)
-            self.pairs = Pairs()
             self.attached = AttachedSessions()
 
         def activate(self, p: Any, params_list: list[Any]) -> None:
@@ -66,7 +66,7 @@ def make_extra_network() -> Any:
             names = Library()
             subject, style = names.find(tag.subject), names.find(tag.style)
             with named_by(subject, style):
-                pair = self.pairs.open(subject.path, style.path, score_cache())
+                pair = PAIRS.open(subject.path, style.path, score_cache())
             fusion = RequestedFusion(tag, subject, style, pair, with_references(tag.settings))
             with named_by(subject, style):
                 self._check(p, fusion)

@@ -23,6 +23,7 @@ def register() -> None:
         ("app_started", _add_routes),
         ("infotext_pasted", _on_pasted),
         ("cfg_denoiser", _on_evaluation),
+        ("model_loaded", _release_memory),
         ("script_unloaded", _unregister_tag),
     ):
         _on(callbacks, event, function)
@@ -51,12 +52,20 @@ def _unregister_tag() -> None:
     network = importlib.import_module("modules.extra_networks").extra_network_registry.pop(NAME, None)
     if network is not None:
         network.attached.detach_all()
+        _release_memory(None)
 
 
 def _on_evaluation(params: object) -> None:
     from klora.webui.extra_network import on_evaluation
 
     on_evaluation(params)
+
+
+def _release_memory(sd_model: object) -> None:
+    """Leave the memory to the model that has come; the pairs of the last pictures are prepared again when needed."""
+    from klora.engine.weights import KEPT
+
+    KEPT.clear()
 
 
 def _add_axes() -> None:

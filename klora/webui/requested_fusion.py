@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
-from typing import Any
 
-from klora.cache import ScoreCache
 from klora.fusion.plan import FusionPlan
+from klora.fusion.scores import OnScored
 from klora.hosts.host_text_encoder import TextPart
 from klora.hosts.lora_library import ListedLora
 from klora.hosts.webui_host import WebuiHost
-from klora.lora.disk import identity
 from klora.pair import Pair
 from klora.settings import Settings
 from klora.webui.prompt_tag import Tag
@@ -42,26 +39,12 @@ class RequestedFusion:
                 parts.append(TextPart(lora, deltas, strength, file.sha256))
         return parts
 
-    def plan(self, host: WebuiHost, hires: bool = False) -> FusionPlan:
-        """Decide for one pass; the pass that `passes` leaves out applies the pair as two plain LoRAs."""
+    def plan(self, host: WebuiHost, hires: bool = False, on_scored: OnScored | None = None) -> FusionPlan:
+        """Decide for one pass; the pass that `passes` leaves out applies the pair as two plain LoRAs.
+
+        `on_scored` hears how many modules of both files have been scored, of how many, where that takes time.
+        """
         settings = self.settings
         if settings.passes not in ("both", "hires" if hires else "first"):
             settings = dataclasses.replace(settings, policy="direct", preset="1,1", share=None)
-        return self.pair.plan(settings, host.architecture)
-
-
-class Pairs:
-    """The pairs opened last; a file that has changed on disk is opened anew."""
-
-    def __init__(self, limit: int = 2) -> None:
-        self._limit = limit
-        self._pairs: dict[tuple[Any, ...], Pair] = {}
-
-    def open(self, subject: Path, style: Path, cache: ScoreCache) -> Pair:
-        """Open two files, or give them as they were opened before."""
-        key = (subject, identity(subject), style, identity(style), cache.folder)
-        pair = self._pairs.pop(key, None) or Pair.open(subject, style, cache)
-        self._pairs[key] = pair
-        while len(self._pairs) > self._limit:
-            del self._pairs[next(iter(self._pairs))]
-        return pair
+        return self.pair.plan(settings, host.architecture, host.device, on_scored)

@@ -248,7 +248,15 @@ def test_analysing_answers_with_a_map_or_one_line() -> None:
 def test_callbacks_are_registered_each_time_and_without_a_stack_walk_where_possible(
     monkeypatch: pytest.MonkeyPatch, with_filename: bool
 ) -> None:
-    events = ("before_ui", "ui_settings", "app_started", "infotext_pasted", "cfg_denoiser", "script_unloaded")
+    events = (
+        "before_ui",
+        "ui_settings",
+        "app_started",
+        "infotext_pasted",
+        "cfg_denoiser",
+        "model_loaded",
+        "script_unloaded",
+    )
     seen: list[tuple[str, Any]] = []
     callbacks = types.ModuleType("modules.script_callbacks")
     callbacks.callback_map = {f"callbacks_{event}": [] for event in events}  # type: ignore[attr-defined]

@@ -7,7 +7,7 @@ import pytest
 
 from klora.cache import ScoreCache
 from klora.errors import LoraFileError
-from klora.webui.requested_fusion import Pairs
+from klora.pair import Pairs
 from tests.support.lora_files import write_lora
 from tests.support.pairs import ATTENTION, shapes, write_pair
 
