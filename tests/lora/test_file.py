@@ -142,6 +142,16 @@ def test_alpha_patterns_match_the_end_of_a_name_and_the_first_wins(tmp_path: Pat
     assert (found[Q], found[K], found["mid_block.resnets.0.conv1"]) == (0.5, 1.0, 3.0)
 
 
+def test_a_pattern_that_begins_with_the_whole_path_is_that_module_alone(tmp_path: Path) -> None:
+    # As diffusers writes them, hundreds of them.
+    patterns = {"^" + Q.replace(".attn1", ".attn9"): 100, "^" + Q.split(".", 1)[1]: 100, "^" + Q: 2}
+    patterns |= {f"^{name}": 6 for name in (K, *(f"nowhere.{i}" for i in range(300)))}
+    patterns["mid_block\\.resnets"] = 100
+    patterns["resnets\\.0\\.conv1"] = 12
+    found = scales(tmp_path, {"unet.lora_alpha": 4, "unet.alpha_pattern": patterns})
+    assert (found[Q], found[K], found["mid_block.resnets.0.conv1"]) == (0.5, 1.5, 3.0)
+
+
 def test_rslora_divides_by_the_root_of_the_rank(tmp_path: Path) -> None:
     assert scales(tmp_path, {"unet.lora_alpha": 8, "unet.use_rslora": True})[Q] == 4.0
 
@@ -161,7 +171,11 @@ def test_an_alpha_key_wins_over_the_metadata(tmp_path: Path) -> None:
         {"unet.alpha_pattern": {"(a+)+b": 1}},
         {"unet.alpha_pattern": {".*.*.*x": 1}},
         {"unet.alpha_pattern": {"[": 1}},
-        {"unet.alpha_pattern": {f".*x{i}": 1 for i in range(65)}},
+        {"unet.alpha_pattern": {f"[a]x{i}": 1 for i in range(65)}},
+        {"unet.alpha_pattern": {"(.|.)" * 38 + "X": 1}},
+        {"unet.alpha_pattern": {".*.*x": 1, ".*.*y": 1, ".*.*z": 1}},
+        {"unet.lora_alpha": 10**400},
+        {"unet.alpha_pattern": {"to_q": "2"}},
     ],
 )
 def test_peft_metadata_that_makes_no_sense_is_a_typed_error(tmp_path: Path, config: object) -> None:
@@ -169,8 +183,8 @@ def test_peft_metadata_that_makes_no_sense_is_a_typed_error(tmp_path: Path, conf
         scales(tmp_path, config)
 
 
-def test_peft_metadata_that_is_no_json_is_a_typed_error(tmp_path: Path) -> None:
-    for text in ("{", "[" * 100_000):
+def test_peft_metadata_that_is_not_json_is_a_typed_error(tmp_path: Path) -> None:
+    for text in ("{", "[" * 100_000, "[" + "1," * 600_000 + "1]"):
         with pytest.raises(LoraFileError, match="lora_adapter_metadata"):
             scales(tmp_path, None, text=text)
 
