@@ -63,7 +63,7 @@ def parse(header: bytes | bytearray, room: int, file: str) -> tuple[dict[str, st
     if _parts(header) > _MAX_PARTS:
         raise LoraFileError(file, "has a header with far too many parts", DAMAGED)
     try:
-        parsed = json.loads(header.decode(), object_pairs_hook=_unique, parse_int=_short_int)
+        parsed = json.loads(header.decode(), object_pairs_hook=_table, parse_int=_short_int)
     except (ValueError, RecursionError) as error:
         raise LoraFileError(file, f"has a header that cannot be read ({printable(str(error))})", DAMAGED) from None
     metadata = parsed.pop("__metadata__", None) or {}
@@ -86,7 +86,9 @@ def _parts(header: bytes | bytearray) -> int:
     return outside.count(b",") + outside.count(b"[") + outside.count(b"{")
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of unique names and of texts that can be written again; ValueError where it is not one."""
+    "".join(text for pair in pairs for text in pair if isinstance(text, str)).encode()
     table = dict(pairs)
     if len(table) != len(pairs):
         counts = Counter(key for key, _ in pairs)

@@ -195,8 +195,12 @@ def test_a_header_that_is_too_large_is_not_read(path: Path) -> None:
         b'{"a":' + b"[" * 100_000,
         b'{"a":' + b"9" * 100_000 + b"}",
         b'{"a":1,"a":1}',
+        b'{"\\ud800":{}}',
+        b'{"__metadata__":{"a":"\\udfff"}}',
         b'{"a":{"dtype":"F32","dtype":"F16"}}',
         b'{"a":[' + b"[]," * 600_000 + b"[]]}",
+        b'{"a":[' + b"1," * 600_000 + b"1]}",
+        b'{"a":[' + b'"\\\\\\"",' * 600_000 + b"1]}",
     ],
 )
 def test_a_header_that_is_not_json_is_refused(path: Path, text: bytes) -> None:
@@ -253,6 +257,13 @@ def test_metadata_must_be_texts(path: Path, value: object) -> None:
 def test_a_header_of_very_many_tensors_is_refused(path: Path) -> None:
     text = ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(20_001))
     assert "20001 tensors, more than a LoRA can have" in str(refused(raw(path, f"{{{text}}}".encode(), b"")))
+
+
+def test_many_commas_in_a_text_are_no_parts(path: Path) -> None:
+    tags = json.dumps({f"a tag, and {i}": i for i in range(100_000)})
+    assert LoraFile.open(raw(path, header(__metadata__={"ss_tag_frequency": tags}))).metadata == {
+        "ss_tag_frequency": tags
+    }
 
 
 def test_an_entry_that_is_not_a_table_is_refused(path: Path) -> None:
@@ -321,6 +332,25 @@ def test_alpha_must_be_one_finite_number(path: Path) -> None:
     for alpha in (torch.tensor(3, dtype=torch.int64), torch.tensor([3.0]), torch.tensor(3.0, dtype=torch.bfloat16)):
         save_file({**tensors, key: alpha}, path)
         assert LoraFile.open(path).modules[NAME].alpha == 3.0
+
+
+@pytest.mark.parametrize("alpha", [1e30, -1e30, 3e5])
+def test_an_alpha_beyond_all_reason_is_refused_where_it_counts(path: Path, alpha: float) -> None:
+    stored = torch.tensor(alpha, dtype=torch.float64)
+    for family in ("lora", "loha", "lokr"):
+        save_file({**lora_tensors({NAME: (8, 8)}, family=family), f"{PREFIX}.alpha": stored}, path)
+        assert f"{PREFIX}: has an alpha of" in str(refused(path, LoraValueError))
+    # LyCORIS ignores it where both factors are whole.
+    save_file({**lora_tensors({NAME: (8, 8)}, family="lokr-full"), f"{PREFIX}.alpha": stored}, path)
+    assert LoraFile.open(path).modules[NAME].scale == 1.0
+
+
+@pytest.mark.parametrize(("up", "down"), [((2**14, 1), (1, 2**14)), ((2**16 + 1, 1), (1, 1)), ((1, 1), (1, 2**16 + 1))])
+def test_small_tensors_with_an_enormous_product_are_refused(
+    path: Path, up: tuple[int, int], down: tuple[int, int]
+) -> None:
+    save_file({UP: torch.zeros(up), DOWN: torch.zeros(down)}, path)
+    assert f"{PREFIX}: makes a weight of {up[0]}×{down[1]}, larger than any layer" in str(refused(path))
 
 
 def test_files_that_are_no_lora_match_zero_modules(path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from klora.lora.deltas.base import Delta, Factors, Group, Stored
+import math
+
+from klora.errors import LoraFileError
+from klora.lora.container import Stored
+from klora.lora.deltas.base import Delta, Factors, Group, size
 from klora.lora.deltas.dora import DoraDelta
 from klora.lora.deltas.full import FullDelta
 from klora.lora.deltas.loha import LohaDelta
@@ -27,9 +31,18 @@ __all__ = [
 FAMILIES: tuple[type[Delta], ...] = (DoraDelta, LoraDelta, LohaDelta, LokrDelta, FullDelta)
 
 
+# Larger than any layer of a known model; small factors can have a product that fills the memory.
+MAX_SIDE, MAX_ENTRIES = 2**16, 2**27
+
+
 def load_delta(group: Group) -> Delta | None:
     """The delta that a group of tensors makes, or None when no family knows it.
 
-    Raises LoraFileError where a tensor is missing, empty or of a shape that does not multiply.
+    Raises LoraFileError where a tensor is missing, empty or of a shape that does not multiply, or the product is larger
+    than a layer can be.
     """
-    return next((delta for family in FAMILIES if (delta := family.load(group)) is not None), None)
+    delta = next((delta for family in FAMILIES if (delta := family.load(group)) is not None), None)
+    if delta and (max(delta.shape[0], delta.columns) > MAX_SIDE or math.prod(delta.shape) > MAX_ENTRIES):
+        reason = f"makes a weight of {size(delta.shape)}, larger than any layer"
+        raise LoraFileError(group.file, reason, "the file is damaged: download or export it again", group.key)
+    return delta

@@ -18,6 +18,8 @@ from klora.lora.container import Stored
 D = TypeVar("D", bound="Delta")
 
 FULL_RANK = 64
+# Times the strongest strength, it must still be a number in half precision.
+MAX_SCALE = 4096
 
 
 class Factors(NamedTuple):
@@ -99,9 +101,16 @@ class Group:
         return LoraFileError(self.file, reason, "the file is damaged: download or export it again", stored.key)
 
     def scaling(self, rank: int) -> tuple[float, float]:
-        """(alpha, scale): alpha = rank where the file gives none; scale is alpha / rank, or alpha / √rank (rsLoRA)."""
+        """(alpha, scale): alpha = rank where the file gives none; scale is alpha / rank, or alpha / √rank (rsLoRA).
+
+        Raises LoraValueError for an alpha beyond all reason.
+        """
         alpha = float(rank) if self.alpha is None else self.alpha
-        return alpha, alpha / (math.sqrt(rank) if self.rslora else rank)
+        scale = alpha / (math.sqrt(rank) if self.rslora else rank)
+        if abs(scale) > MAX_SCALE:
+            reason = f"has an alpha of {alpha:g} for a rank of {rank}"
+            raise LoraValueError(self.file, reason, "the file is damaged: download or export it again", self.key)
+        return alpha, scale
 
 
 def size(shape: tuple[int, ...]) -> str:
