@@ -118,6 +118,18 @@ def test_rows_of_any_part_are_the_rows_of_the_matrix(
     assert buffer[rows.numel() :].isnan().all()
 
 
+def test_rows_of_a_large_lokr_form_no_more_than_is_asked_for(tmp_path: Path) -> None:
+    prefix = "lora_unet_" + LINEAR.replace(".", "_")
+    left, right = torch.randn(2**13, 1), torch.randn(1, 2**13)
+    factors = {"lokr_w1_a": left, "lokr_w1_b": right, "lokr_w2": torch.ones(1, 1)}
+    save_file({f"{prefix}.{slot}": factor for slot, factor in factors.items()}, tmp_path / "x.safetensors")
+    delta = LoraFile.open(tmp_path / "x.safetensors").modules[LINEAR]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        rows = delta.rows(5000, 5003)
+    torch.testing.assert_close(rows, left[5000:5003] @ right)
+    assert max(event.cpu_memory_usage for event in profile.events()) < 2**20
+
+
 def test_impossible_rows_are_an_index_error(tmp_path: Path) -> None:
     delta = LoraFile.open(write_lora(tmp_path / "x.safetensors", {LINEAR: (8, 8)})).modules[LINEAR]
     for start, stop in ((-1, 2), (0, 9), (5, 4)):
@@ -183,6 +195,27 @@ def test_dora_rescales_the_changed_weight_to_its_magnitude(tmp_path: Path, famil
         delta.matrix()
     with pytest.raises(MismatchError, match=r"24|16"):
         delta.matrix(torch.zeros(5, 5))
+
+
+@pytest.mark.parametrize(("family", "by_column"), [("dora", False), ("dora-in", True)])
+def test_on_a_square_weight_the_shape_of_a_magnitude_says_what_it_belongs_to(
+    tmp_path: Path, family: str, by_column: bool
+) -> None:
+    path = write_lora(tmp_path / "x.safetensors", {LINEAR: (16, 16)}, family=family, rank=RANK)
+    base = torch.randn(16, 16, generator=torch.Generator().manual_seed(3))
+    merged = base + LoraFile.open(path).modules[LINEAR].matrix(base)
+    magnitude = tensors_of(path, LINEAR)["dora_scale"].flatten()
+    torch.testing.assert_close(merged.norm(dim=0 if by_column else 1), magnitude)
+
+
+def test_peft_magnitudes_belong_to_outputs_whatever_their_shape(tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "x.safetensors", {LINEAR: (16, 16)}, "peft", family="dora", rank=RANK)
+    tensors = load_file(path)
+    key = next(key for key in tensors if "magnitude" in key)
+    base = torch.randn(16, 16, generator=torch.Generator().manual_seed(3))
+    whole = LoraFile.open(path).modules[LINEAR].matrix(base)
+    save_file({**tensors, key: tensors[key].clone().view(1, 16, 1, 1)}, tmp_path / "y.safetensors")
+    torch.testing.assert_close(LoraFile.open(tmp_path / "y.safetensors").modules[LINEAR].matrix(base), whole)
 
 
 def test_dora_is_what_peft_merges(tmp_path: Path) -> None:

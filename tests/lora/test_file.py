@@ -273,6 +273,15 @@ def test_partners_for_different_models_are_refused_saying_which_is_which(tmp_pat
         check_partner(*files)
 
 
+def test_text_encoders_of_partners_are_compared_too(tmp_path: Path) -> None:
+    name = next(iter(TEXT))
+    one = LoraFile.open(write_lora(tmp_path / "one.safetensors", {**UNET, **TEXT}))
+    two = LoraFile.open(write_lora(tmp_path / "two.safetensors", {**UNET, **TEXT, name: (16, 20)}))
+    with pytest.raises(MismatchError, match=rf"has {name} as 16×16, .* as 16×20; choose two"):
+        check_partner(one, two)
+    check_partner(one, LoraFile.open(write_lora(tmp_path / "three.safetensors", {**UNET, **TEXT}, "peft")))
+
+
 def test_partners_of_unknown_architecture_are_compared_by_shape(tmp_path: Path) -> None:
     one = LoraFile.open(write_lora(tmp_path / "one.safetensors", UNET))
     two = LoraFile.open(write_lora(tmp_path / "two.safetensors", {**UNET, K: (16, 20)}))
