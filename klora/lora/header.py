@@ -19,8 +19,8 @@ from klora.text import printable
 
 # A LoRA's header is some hundred kB; kohya's tag statistics can make it a few MB.
 MAX_HEADER = 16 * 2**20
-_MAX_PARTS = 250_000
-_MAX_TENSORS = 20_000
+_MAX_PARTS = 125_000
+_MAX_TENSORS = 12_000
 _MAX_DIGITS = 15
 _MAX_DIMENSIONS = 8
 DAMAGED = "download or copy the file again"
@@ -88,7 +88,10 @@ def _parts(header: bytes | bytearray) -> int:
 
 def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A table of unique names and of texts that can be written again; ValueError where it is not one."""
-    "".join(text for pair in pairs for text in pair if isinstance(text, str)).encode()
+    for pair in pairs:
+        for text in pair:
+            if isinstance(text, str) and not text.isascii():
+                text.encode()
     table = dict(pairs)
     if len(table) != len(pairs):
         counts = Counter(key for key, _ in pairs)
