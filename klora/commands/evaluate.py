@@ -19,6 +19,7 @@ from klora.commands.options import (
     demand,
     read_request,
     read_settings,
+    whole,
 )
 from klora.generation.methods import read_methods
 from klora.settings import Settings
@@ -46,6 +47,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
         help="what the pictures are to show; {subject} and {style} stand for the words of each",
     )
     add_methods(command, "k-lora,direct; with --demo: all", "10; with --demo: 2")
+    command.add_argument("--pairs", type=whole(1), metavar="N", help="pairs drawn from all, as Table 1 draws 18 (all)")
+    command.add_argument("--pairs-seed", type=whole(0), default=0, metavar="N", help="seed of that draw (0)")
     command.add_argument("--clip", metavar="FOLDER|ID", default=CLIP, help=f"CLIP model of two of the scores ({CLIP})")
     command.add_argument("--dino", metavar="FOLDER|ID", default=DINO, help=f"DINO model of the third ({DINO})")
     add_pictures(command, "klora-evaluation")
@@ -70,15 +73,21 @@ def _evaluation(args: argparse.Namespace, settings: Settings) -> Evaluation:
     from klora.evaluation import demo_study
     from klora.evaluation.metrics import ClipDino
     from klora.evaluation.run import Evaluation
-    from klora.evaluation.study import TEMPLATE, read_study
+    from klora.evaluation.study import TEMPLATE, draw_pairs, read_study
+    from klora.evaluation.teaching import arrange
     from klora.generation.pipeline import model_name
 
     methods = read_methods(args.policies or (demo_study.METHODS if args.demo else "k-lora,direct"), settings)
     request = dataclasses.replace(read_request(args, settings), images=args.seeds or (2 if args.demo else 10))
+    pairs = demo_study.demo_study() if args.demo else read_study(args.study, args.prompt or TEMPLATE)
+    drawn = [f"{args.pairs} of {len(pairs)} pairs, drawn with seed {args.pairs_seed}"] if args.pairs else []
+    if args.pairs:
+        pairs = draw_pairs(pairs, args.pairs, args.pairs_seed)
     if args.demo:
-        pairs = demo_study.demo_study()
-        return Evaluation(demo_study.TITLE, request, pairs, methods, demo_study.Recognition, demo_study.NOTES)
-    pairs = read_study(args.study, args.prompt or TEMPLATE)
-    notes = (f"style similarity and CLIP score: {model_name(args.clip)}", f"DINO score: {model_name(args.dino)}")
+        notes = (*drawn, *demo_study.NOTES)
+        teaching = arrange(pairs, methods, {})
+        return Evaluation(demo_study.TITLE, request, teaching, methods, demo_study.Recognition, notes)
+    teaching = arrange(pairs, methods, {"--clip": args.clip, "--dino": args.dino})
+    models = (f"style similarity and CLIP score: {model_name(args.clip)}", f"DINO score: {model_name(args.dino)}")
     scorer = partial(ClipDino, args.clip, args.dino)
-    return Evaluation("Evaluation", request, pairs, methods, scorer, notes)
+    return Evaluation("Evaluation", request, teaching, methods, scorer, (*drawn, *models))

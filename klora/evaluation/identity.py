@@ -5,7 +5,11 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+import klora
+
 _BLOCK, _BLOCKS = 1 << 16, 16
+_BESIDE_THE_PICTURE = ("cli.py", "commands", "demo", "evaluation", "report", "webui")
+"""What of the package asks for pictures, looks at them or shows them, and does not make them."""
 
 
 def identity_of(model: str) -> str:
@@ -25,6 +29,17 @@ def identity_of(model: str) -> str:
             continue
         digest.update(f"{place.as_posix()} {path.stat().st_size}\n".encode())
         digest.update(_samples(path))
+    return digest.hexdigest()
+
+
+def code_digest() -> str:
+    """A digest of all of this program's code that decides a picture, so that a changed program makes a new one."""
+    package = Path(klora.__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(package.rglob("*.py")):
+        place = path.relative_to(package)
+        if place.parts[0] not in _BESIDE_THE_PICTURE:
+            digest.update(place.as_posix().encode() + b"\n" + path.read_bytes())
     return digest.hexdigest()
 
 

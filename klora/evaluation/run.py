@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -16,17 +17,20 @@ from tqdm import tqdm
 from klora import __version__
 from klora.cache import ScoreCache
 from klora.errors import KloraError
-from klora.evaluation.identity import identity_of
+from klora.evaluation.identity import code_digest, identity_of
 from klora.evaluation.metrics import Scorer
 from klora.evaluation.records import PictureFiles, Record, digest_of
 from klora.evaluation.study import StudyPair
 from klora.evaluation.table import markdown, picture_lines, summarise, summary_lines
+from klora.evaluation.teaching import SIDES, Teaching
 from klora.generation.generate import generate
 from klora.generation.methods import Method
 from klora.generation.pipeline import call_arguments, choose_device, choose_dtype, model_name, open_pipeline
 from klora.generation.request import GenerationRequest
+from klora.hosts.refiner import reference_files
 from klora.pair import Pair
 from klora.report.files import OutputFile, csv_bytes, output_folder
+from klora.settings import Settings
 from klora.text import count_of
 
 TABLES = ("results.md", "results.csv", "pictures.csv")
@@ -36,16 +40,21 @@ TABLES = ("results.md", "results.csv", "pictures.csv")
 class Evaluation:
     """What `klora evaluate` was asked for.
 
-    `request` holds what is the same for every picture; its pair and prompt are each pair's in turn. `scorer` makes
-    what scores, on a device.
+    `request` holds what is the same for every picture; its pair and prompt are each pair's in turn. `teaching` has the
+    pairs, and the references that refinements look at. `scorer` makes what scores, on a device.
     """
 
     title: str
     request: GenerationRequest
-    pairs: Sequence[StudyPair]
+    teaching: Teaching
     methods: Sequence[Method]
     scorer: Callable[[str], Scorer]
     notes: Sequence[str] = ()
+
+    @property
+    def pairs(self) -> Sequence[StudyPair]:
+        """The pairs, each with the references that score it."""
+        return self.teaching.pairs
 
     @property
     def seeds(self) -> range:
@@ -163,7 +172,7 @@ class _Worker:
             subject=str(batch.pair.subject.lora),
             style=str(batch.pair.style.lora),
             prompt=batch.pair.prompt,
-            settings=batch.method.settings,
+            settings=self.asked.teaching.settings(batch.method, batch.pair),
         )
 
     def _common_facts(self) -> dict[str, Any]:
@@ -173,7 +182,7 @@ class _Worker:
 
         request = self.asked.request
         return {
-            "klora": __version__,
+            "klora": code_digest(),
             "libraries": [torch.__version__, diffusers.__version__, transformers.__version__],
             "model": identity_of(request.model),
             "dtype": str(choose_dtype(request.dtype, request.device, request.model)),
@@ -190,11 +199,21 @@ class _Worker:
             "subject": self._cache.sha256(pair.subject.lora),
             "style": self._cache.sha256(pair.style.lora),
             "prompt": pair.prompt,
-            "settings": batch.method.settings.to_dict(),
+            "settings": _known_by_contents(self.asked.teaching.settings(batch.method, pair)),
             "seed": seed,
         }
         out = Path(self.asked.request.out)
         return PictureFiles(out, batch.method.name, pair.subject.name, pair.style.name, seed, digest_of(facts))
+
+
+def _known_by_contents(settings: Settings) -> dict[str, Any]:
+    """Settings with the contents of what they name: of reference pictures, and of the models that look at them."""
+    facts = settings.to_dict()
+    for side in SIDES:
+        files = reference_files(side.refs, facts[side.refs]) if facts[side.refs] else []
+        facts[side.refs] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        facts[side.encoder] = identity_of(facts[side.encoder]) if files else None
+    return facts
 
 
 def _how(asked: Evaluation) -> str:
@@ -217,7 +236,7 @@ def _write_tables(
     folder = Path(asked.request.out)
     kept = [record for record in records if record.method in ran]
     results = summarise(kept, ran, scorer, left_out)
-    text = markdown(results, asked.title, [_how(asked), *asked.notes])
+    text = markdown(results, asked.title, [_how(asked), *asked.teaching.notes, *asked.notes])
     parts = (text.encode(), csv_bytes(summary_lines(results)), csv_bytes(picture_lines(kept, list(scorer.metrics))))
     for name, data in zip(TABLES, parts, strict=True):
         OutputFile.check(folder / name).write(data)

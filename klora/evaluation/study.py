@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ from klora.errors import KloraError
 from klora.vision import IMAGE_SUFFIXES
 
 TEMPLATE = "{subject} {style}"
+TEACH = "teach"
+"""The folder beside the reference pictures of those that only refinements look at."""
 _PLAIN = {"subjects": "a {}", "styles": "in {} style"}
 """The words of what is given none, made of its name."""
 _LAYOUT = "subjects/NAME and styles/NAME, each with a .safetensors LoRA and reference pictures"
@@ -26,6 +29,8 @@ class Concept:
     lora: Path
     words: str
     references: tuple[Path, ...] = ()
+    teachers: tuple[Path, ...] = ()
+    """Pictures that only refinements look at, where some are kept apart for them."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,14 @@ def read_study(given: str | Path, template: str = TEMPLATE) -> tuple[StudyPair, 
     return tuple(_pair(subjects[a], styles[b], template) for a, b in names)
 
 
+def draw_pairs(pairs: Sequence[StudyPair], count: int, seed: int) -> tuple[StudyPair, ...]:
+    """Draw `count` pairs by `seed`, in their order; KloraError where there are fewer (K-LoRA's Table 1 has 18)."""
+    if count > len(pairs):
+        raise KloraError(f"--pairs: the study has {len(pairs)} pairs, fewer than {count}; add subjects or styles")
+    drawn = random.Random(seed).sample(range(len(pairs)), count)
+    return tuple(pairs[i] for i in sorted(drawn))
+
+
 def _pair(subject: Concept, style: Concept, template: str) -> StudyPair:
     prompt = template.replace("{subject}", subject.words).replace("{style}", style.words)
     return StudyPair(subject, style, prompt)
@@ -73,10 +86,16 @@ def _read_folder(folder: Path, plain: str) -> dict[str, Concept]:
 def _read_concept(folder: Path, plain: str) -> Concept:
     words = folder / "prompt.txt"
     text = " ".join(_read_text(words).split()) if words.is_file() else ""
-    references = tuple(sorted(path for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES))
+    references = _pictures(folder)
     if not references:
         raise KloraError(f"{folder}: has no reference pictures; put some there ({', '.join(IMAGE_SUFFIXES)})")
-    return Concept(folder.name, _lora_of(folder), text or plain.format(_spaced(folder.name)), references)
+    lora, text = _lora_of(folder), text or plain.format(_spaced(folder.name))
+    return Concept(folder.name, lora, text, references, _pictures(folder / TEACH))
+
+
+def _pictures(folder: Path) -> tuple[Path, ...]:
+    found = folder.iterdir() if folder.is_dir() else ()
+    return tuple(sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES))
 
 
 def _lora_of(folder: Path) -> Path:
@@ -124,10 +143,11 @@ def _read_manifest(path: Path) -> tuple[dict[str, Concept], dict[str, Concept], 
 
 def _listed(manifest: Path, name: str, entry: Mapping[str, Any], plain: str) -> Concept:
     references = tuple(manifest.parent / str(file) for file in entry["references"])
-    for file in references:
+    for file in (*references, *(manifest.parent / str(file) for file in entry.get("teachers", ()))):
         if not file.is_file():
             raise KloraError(f"{manifest}: {name}: there is no picture {file}; correct its references")
     if not references:
         raise KloraError(f"{manifest}: {name}: has no references; name at least one picture")
     words = str(entry.get("prompt") or plain.format(_spaced(name)))
-    return Concept(name, manifest.parent / str(entry["lora"]), words, references)
+    teachers = tuple(manifest.parent / str(file) for file in entry.get("teachers", ()))
+    return Concept(name, manifest.parent / str(entry["lora"]), words, references, teachers)

@@ -56,6 +56,11 @@ def encode_square(model: VisionModel, images: Tensor) -> Tensor:
 
 def read_images(setting: str, given: str) -> list[Tensor]:
     """Read an image, or all of a folder, or several of either with ; between: (3, H, W) in [0, 1] each."""
+    return [_read_image(setting, path) for path in reference_files(setting, given)]
+
+
+def reference_files(setting: str, given: str) -> list[Path]:
+    """The pictures that a setting names; SettingsError for a folder without any."""
     paths: list[Path] = []
     for part in filter(None, (part.strip() for part in given.split(";"))):
         path = Path(part).expanduser()
@@ -63,7 +68,7 @@ def read_images(setting: str, given: str) -> list[Tensor]:
         if not found:
             raise SettingsError(setting, f"{path} holds no picture ({', '.join(IMAGE_SUFFIXES)})")
         paths += found
-    return [_read_image(setting, path) for path in paths]
+    return paths
 
 
 def _read_image(setting: str, path: Path) -> Tensor:
