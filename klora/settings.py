@@ -105,7 +105,7 @@ class Settings:
     balance: float = _setting(
         0.0,
         "Subject ↔ Style",
-        "one knob for the mix: above 0 favours the style, below 0 the subject, 0 is the paper",
+        "one knob for the mix: above 0 favours the style, below 0 the subject; 0: the paper's rule",
         low=-2.0,
         high=2.0,
     )

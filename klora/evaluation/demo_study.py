@@ -67,6 +67,7 @@ class Recognition:
         "both_recognised": "both recognised",
     }
     in_harmonic_mean: Sequence[str] = ("subject_recognised", "style_recognised")
+    in_sum: Sequence[str] = ()
 
     def __init__(self, device: str) -> None:
         """Load the judge, which stays on the CPU whatever the `device`: pictures this small cost nothing there."""

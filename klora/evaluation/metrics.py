@@ -25,11 +25,12 @@ class Scorer(Protocol):
     """What gives a picture its scores.
 
     `metrics` are headings by name, each score a fraction; `in_harmonic_mean` are the names of those whose harmonic
-    mean is reported.
+    mean is reported, `in_sum` of those whose sum is, where there are any.
     """
 
     metrics: Mapping[str, str]
     in_harmonic_mean: Sequence[str]
+    in_sum: Sequence[str]
 
     def key(self, pair: StudyPair) -> str:
         """A digest of all that decides the scores of this pair's pictures, but for the pictures."""
@@ -53,6 +54,8 @@ class ClipDino:
         "dino_score": "DINO score",
     }
     in_harmonic_mean: Sequence[str] = ("style_similarity", "clip_score", "dino_score")
+    in_sum: Sequence[str] = ("style_similarity", "clip_score")
+    """K-LoRA's appendix F compares settings by this sum of CLIP similarities."""
 
     def __init__(self, clip: str, dino: str, device: str) -> None:
         """Load both models, folders or hub ids; KloraError naming the option of the one that cannot be."""

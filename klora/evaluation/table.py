@@ -12,7 +12,7 @@ from klora.evaluation.metrics import Scorer
 from klora.evaluation.records import Record
 from klora.evaluation.statistics import LEVEL, RESAMPLES, Array, Estimate, estimates, harmonic_mean
 
-HARMONIC = "harmonic"
+HARMONIC, SUM = "harmonic", "sum"
 
 
 @dataclass(frozen=True)
@@ -38,18 +38,18 @@ def summarise(
     of = {name: sorted((r for r in records if r.method == name), key=_unit) for name in methods}
     values = np.array([[[r.scores[name] for name in scorer.metrics] for r in of[method]] for method in methods])
     baseline = next((name for name in methods if name.split(":")[0] == "k-lora"), methods[0])
-    with_harmonic = _harmonic_of(list(scorer.metrics), scorer.in_harmonic_mean)
+    with_derived = _derived(list(scorer.metrics), scorer)
     place = list(methods).index(baseline)
 
     def against(means: Array) -> Array:
-        found = with_harmonic(means)
+        found = with_derived(means)
         return found - found[..., place : place + 1, :]
 
     return Results(
-        {**scorer.metrics, HARMONIC: "harmonic mean"},
+        {**scorer.metrics, HARMONIC: "harmonic mean", **({SUM: "sum of CLIP scores"} if scorer.in_sum else {})},
         tuple(methods),
         baseline,
-        estimates(values, with_harmonic),
+        estimates(values, with_derived),
         estimates(values, against),
         tuple(median(r.seconds for r in of[name]) for name in methods),
         tuple(median(r.forwards for r in of[name]) for name in methods),
@@ -63,11 +63,15 @@ def _unit(record: Record) -> tuple[str, str, int]:
     return record.subject, record.style, record.seed
 
 
-def _harmonic_of(metrics: list[str], averaged: Sequence[str]) -> Callable[[Array], Array]:
-    columns = [metrics.index(name) for name in averaged]
+def _derived(metrics: list[str], scorer: Scorer) -> Callable[[Array], Array]:
+    """The metrics, then what is made of them: their harmonic mean, and their sum where it is wanted."""
+    averaged, summed = ([metrics.index(name) for name in names] for names in (scorer.in_harmonic_mean, scorer.in_sum))
 
     def statistic(means: Array) -> Array:
-        return np.concatenate([means, harmonic_mean(means[..., columns])[..., None]], axis=-1)
+        columns = [means, harmonic_mean(means[..., averaged])[..., None]]
+        if summed:
+            columns.append(means[..., summed].sum(axis=-1, keepdims=True))
+        return np.concatenate(columns, axis=-1)
 
     return statistic
 

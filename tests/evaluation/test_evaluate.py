@@ -154,6 +154,7 @@ class TestTables:
             means = [sum(float(row[name]) for row in own) / 4 for name in SCORES]
             assert [float(found[name]) for name in SCORES] == pytest.approx(means, abs=1e-5)
             assert float(found["harmonic"]) == pytest.approx(3 / sum(1 / mean for mean in means), abs=1e-5)
+            assert float(found["sum"]) == pytest.approx(means[0] + means[1], abs=1e-5)
             assert float(found["clip_score_low"]) <= float(found["clip_score"]) <= float(found["clip_score_high"])
             assert (found["pictures"], found["forwards_per_step"]) == ("4", "1")
 
@@ -164,7 +165,7 @@ class TestTables:
 
     def test_the_markdown_has_percentages_intervals_and_differences(self, done: Path) -> None:
         text = (done / "results.md").read_text()
-        assert "| method | style similarity % | CLIP score % | DINO score % | harmonic mean % | s per image" in text
+        assert "| method | style similarity % | CLIP score % | DINO score % | harmonic mean % | sum of CLIP scores % |" in text
         first = next(line for line in text.splitlines() if line.startswith("| `k-lora` |"))
         clip = rows(done / "results.csv")[0]
         assert f"{100 * float(clip['clip_score']):.1f} [{100 * float(clip['clip_score_low']):.1f}, " in first
