@@ -86,20 +86,27 @@ class Server:
     other_model: Checkpoint | None
     sdxl_model: Checkpoint | None
     extra_flags: str = ""
+    with_klora: bool = True
     port: int = 0
     defaults: dict[str, Any] = field(default_factory=dict)
+    made: int = 0
     _process: subprocess.Popen[bytes] | None = None
 
     @property
     def log(self) -> str:
         return (self.data / "host.log").read_text(errors="replace")
 
+    @property
+    def is_alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
     def start(self, timeout: float = 600) -> None:
         """Start the host and wait until it serves."""
         extensions, loras = self.data / "extensions", self.data / "models" / "Lora"
         for folder in (extensions, loras):
             folder.mkdir(parents=True)
-        (extensions / "klora").symlink_to(REPOSITORY)
+        if self.with_klora:
+            (extensions / "klora").symlink_to(REPOSITORY)
         (extensions / "klora-probe").symlink_to(Path(__file__).with_name("probe"))
         write_loras(loras, self.model)
         if self.sdxl_model is not None:
@@ -188,9 +195,24 @@ class Server:
         }
         return self.txt2img(tags, **{**hires, **changes})
 
+    def plot(self, axes: list[tuple[str, str]], tags: str = "", **changes: Any) -> Picture:
+        """A grid by the host's X/Y/Z plot, its single pictures behind it."""
+        scripts = self.call("/sdapi/v1/script-info")
+        script = next(one for one in scripts if one["name"] == "x/y/z plot" and not one["is_img2img"])
+        args = [arg["value"] for arg in script["args"]]
+        labels = [arg["label"] for arg in script["args"]]
+        kinds = next(arg["choices"] for arg in script["args"] if arg["choices"] and "Steps" in arg["choices"])
+        for i in range(3):
+            label, values = axes[i] if i < len(axes) else ("Nothing", "")
+            args[3 * i : 3 * i + 3] = [kinds.index(label), values, [one.strip() for one in values.split(",")]]
+        args[labels.index("Include Sub Images")] = True
+        args[labels.index("Draw legend")] = False
+        return self.txt2img(tags, script_name="x/y/z plot", script_args=args, **changes)
+
     def _generate(self, path: str, tags: str, changes: dict[str, Any]) -> Picture:
         body = {**self.defaults, **changes}
         body["prompt"] = f"{body['prompt']} {tags}".strip()
+        self.made += 1
         answer = self.call(f"/sdapi/v1/{path}", body)
         pictures = [
             np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")) for text in answer["images"]
@@ -224,6 +246,13 @@ class Server:
         self.call("/klora-probe/record")
         generate()
         return [(level, tau) for level, tau in self.call("/klora-probe/recorded")]
+
+    def memory(self) -> float:
+        """GB of the machine's memory that the host has; 0 where the system does not tell."""
+        assert self._process is not None
+        status = Path(f"/proc/{self._process.pid}/status")
+        lines = status.read_text().splitlines() if status.is_file() else []
+        return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmRSS:")), 0.0)
 
     def reload_ui(self) -> None:
         """Press "Reload UI" and wait until the host serves again."""

@@ -104,23 +104,8 @@ def test_the_routes(server: Server) -> None:
         assert str(server.data) not in failed.value.text
 
 
-def plot(server: Server, axes: list[tuple[str, str]], tags: str = "", **changes: Any) -> Picture:
-    """A grid over the API, its single pictures behind it."""
-    scripts = server.call("/sdapi/v1/script-info")
-    script = next(one for one in scripts if one["name"] == "x/y/z plot" and not one["is_img2img"])
-    args = [arg["value"] for arg in script["args"]]
-    labels = [arg["label"] for arg in script["args"]]
-    kinds = next(arg["choices"] for arg in script["args"] if arg["choices"] and "Steps" in arg["choices"])
-    for i in range(3):
-        label, values = axes[i] if i < len(axes) else ("Nothing", "")
-        args[3 * i : 3 * i + 3] = [kinds.index(label), values, [one.strip() for one in values.split(",")]]
-    args[labels.index("Include Sub Images")] = True
-    args[labels.index("Draw legend")] = False
-    return server.txt2img(tags, script_name="x/y/z plot", script_args=args, **changes)
-
-
 def test_a_grid_over_a_tag(server: Server) -> None:
-    grid = plot(server, [("[K-LoRA] Balance", "-1, 0, 1"), ("[K-LoRA] Scale", "s, s*")], TAG)
+    grid = server.plot([("[K-LoRA] Balance", "-1, 0, 1"), ("[K-LoRA] Scale", "s, s*")], TAG)
     singles = grid.all[-6:]
     expected = [
         server.txt2img(f"<klora:subj:style:balance={balance}:scale={scale}>").pixels
@@ -132,7 +117,7 @@ def test_a_grid_over_a_tag(server: Server) -> None:
 
 def test_a_grid_over_loras_in_the_accordion(server: Server) -> None:
     axes = [("[K-LoRA] Subject", "subj, subj_all"), ("[K-LoRA] Style strength", "0.5, 1")]
-    grid = plot(server, axes, alwayson_scripts={"K-LoRA": {"args": [True, "style", "style"]}})
+    grid = server.plot(axes, alwayson_scripts={"K-LoRA": {"args": [True, "style", "style"]}})
     expected = [
         server.txt2img(f"<klora:{subject}:style:1:{strength}>").pixels
         for strength in (0.5, 1)
@@ -143,4 +128,4 @@ def test_a_grid_over_loras_in_the_accordion(server: Server) -> None:
 
 def test_a_wrong_grid_makes_no_picture(server: Server) -> None:
     with pytest.raises(ApiError):
-        plot(server, [("[K-LoRA] Scale", "s, t")], TAG)
+        server.plot([("[K-LoRA] Scale", "s, t")], TAG)
