@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from os import PathLike
@@ -22,6 +23,7 @@ from klora.settings import Settings
 
 MAX_PLANS = 8
 """How many plans a pair keeps."""
+SAME_FILE = "subject and style are the same file, so that there is nothing to choose between"
 KINDS_IN_SCOPE = {
     "attention": {"attention"},
     "linear": {"attention", "linear"},
@@ -92,7 +94,7 @@ class Pair:
             self.style, wanted, device, on_scored and (lambda done, _: on_scored(before + done, total))
         )
         names = sorted({*self.subject.modules, *self.style.modules}, key=sort_key)
-        return make_plan(
+        plan = make_plan(
             (
                 FileModule(
                     name,
@@ -107,6 +109,9 @@ class Pair:
             ),
             settings,
         )
+        if self.subject.identity == self.style.identity:
+            return dataclasses.replace(plan, warnings=(SAME_FILE, *plan.warnings))
+        return plan
 
     def text_encoder_active(self, settings: Settings) -> dict[str, Active]:
         """What is active in each text-encoder module of either file, during the whole generation."""

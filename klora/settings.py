@@ -295,7 +295,9 @@ class Settings:
         for name, option in options().items():
             object.__setattr__(self, name, option.read(name, getattr(self, name)))
         if self.scale == "s*" and self.alpha == 0:
-            raise SettingsError("alpha", "0 must be above 0 when the scale is s*, whose modulus it is")
+            raise SettingsError(
+                "alpha", "must be above 0 with the scale s*; 0, for the same mix at every step, needs the scale s"
+            )
 
     @classmethod
     def parse(cls, values: Mapping[str, Any]) -> Settings:

@@ -41,8 +41,9 @@ class Library:
             self.refresh()
             on_disk = self._lookup(name)
         if on_disk is None:
-            near = difflib.get_close_matches(name, self.names(), n=1)
-            hint = f"did you mean {near[0]}?" if near else "see the Lora tab for the names"
+            known = {one.casefold(): one for one in self.names()}
+            near = difflib.get_close_matches(name.casefold(), known, n=1)
+            hint = f"did you mean {known[near[0]]}?" if near else "see the Lora tab for the names"
             raise KloraError(f"there is no LoRA named {name!r}; {hint}")
         return ListedLora(on_disk.name, Path(on_disk.filename), on_disk)
 

@@ -44,8 +44,22 @@ NOT_OURS = ("steps", "clip_model", "dino_model")
 ARG_ORDER = (*_FIRST, *(name for name in options() if name not in (*_FIRST, *NOT_OURS)))
 """The positional order of the arguments. Callers rely on it: a new setting comes last."""
 
+SIDES = ("subject", "style")
+
 NONE = "None"
 """What a menu of LoRAs says where none is chosen."""
+
+_NOT_CHOSEN = (None, "", NONE)
+
+
+class NotChosenError(SettingsError):
+    """A menu of LoRAs says "None"."""
+
+    def __init__(self, side: str) -> None:
+        super().__init__(side, f"Choose a {side} LoRA")
+
+    def __str__(self) -> str:
+        return self.reason
 
 
 @dataclass(frozen=True)
@@ -97,10 +111,28 @@ def read_values(values: Mapping[str, Any]) -> FusionRequest:
     """Make a request of values by name, "enabled" not among them; SettingsError for any that is unknown or bad."""
     values = {check_name(name): value for name, value in values.items() if value is not None}
     show_map = truth("show_map", values.pop("show_map", False))
-    subject, style = (lora_name(side, values.pop(side, None)) for side in ("subject", "style"))
+    subject, style = (lora_name(side, values.pop(side, None)) for side in SIDES)
+    return FusionRequest(subject, style, _settings(values), show_map)
+
+
+def asks_for_more(args: Sequence[Any]) -> bool:
+    """Whether `args` ask for more than the map; a pair need not be chosen. SettingsError for bad ones."""
+    values = named(args)
+    if not truth("enabled", values.pop("enabled", False)):
+        return False
+    truth("show_map", values.pop("show_map", False))
+    more = bool(values)
+    for side in SIDES:
+        if (name := values.pop(side, None)) not in _NOT_CHOSEN:
+            lora_name(side, name)
+    _settings(values)
+    return more
+
+
+def _settings(values: Mapping[str, Any]) -> Settings:
     settings = Settings.parse(values)
     make_policy(resolve(settings, None), WEBUI)
-    return FusionRequest(subject, style, settings, show_map)
+    return settings
 
 
 def named(args: Sequence[Any]) -> dict[str, Any]:
@@ -154,8 +186,8 @@ def truth(name: str, value: Any) -> bool:
 def lora_name(side: str, value: Any) -> str:
     """Read the name of a LoRA; SettingsError for none, and for one that cannot stand in a tag."""
     name = value.strip() if isinstance(value, str) else value
-    if name in (None, "", NONE):
-        raise SettingsError(side, f"no {side} LoRA is chosen")
+    if name in _NOT_CHOSEN:
+        raise NotChosenError(side)
     if not isinstance(name, str):
         raise SettingsError(side, f"{value!r} is not the name of a LoRA")
     if bad := sorted(set(name) & set(":<>=\r\n")):

@@ -5,7 +5,6 @@ The tag in the prompt says it all; the keys say beside it what "auto" came to.
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,18 +42,18 @@ def to_infotext(resolved: Settings, given: Settings, share: float | None = None)
 
 
 def from_infotext(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Read the arguments back, typed, by name; nothing where the prompt holds no good tag."""
+    """Read the arguments back, typed, by name; nothing where the prompt holds no good tag.
+
+    They are those of the tag: what was "auto" stays so, and is not what it came to for the model of that picture.
+    """
     tag = tag_of(params)
     if tag is None:
         return {}
     values: dict[str, Any] = {"subject": tag.subject, "style": tag.style}
     for name, option in setting_options().items():
-        values[name] = getattr(tag.settings, name)
-        with contextlib.suppress(KloraError):
-            values[name] = option.read(name, params.get(key_of(name), values[name]))
-        choices = choices_of(name, option)
-        if choices and values[name] not in choices:
-            del values[name]
+        value, choices = getattr(tag.settings, name), choices_of(name, option)
+        if not choices or value in choices:
+            values[name] = value
     return values
 
 

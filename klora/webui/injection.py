@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from klora.errors import KloraError
-from klora.webui.args import FusionRequest, override_tag, read_args
+from klora.webui.args import FusionRequest, asks_for_more, override_tag, read_args
+from klora.webui.messages import comment, fail
 from klora.webui.prompt_tag import NAME, Tag, find_tag
 
 OVERRIDES = "klora_overrides"
@@ -19,17 +20,22 @@ PLANS = "klora_plans"
 # What the host takes for a tag.
 _ANY_TAG = re.compile(r"<(\w+):([^>]+)>")
 _TYPED = f"<{NAME}:"
+_TAG = re.compile(rf"<{NAME}:[^>]+>")
+_LIKE_TAG = re.compile("<k-?lora:", re.IGNORECASE)
 
 
 def apply_request(p: Any, args: Sequence[Any]) -> FusionRequest | None:
     """Write into the prompts of `p` what `args` and the axes ask for; give the request if it is what counts.
 
-    A tag that the user typed wins over `args`, not over the axes. Raises SettingsError, and then nothing is changed.
+    A tag that the user typed wins over `args`, not over the axes, and says so. Raises SettingsError, and then nothing is
+    changed.
     """
     overrides: Mapping[str, Any] = getattr(p, OVERRIDES, None) or {}
-    if any(_TYPED in prompt for prompt in p.all_prompts):
+    _tell_of_no_tags(p)
+    if any(_TAG.search(prompt) for prompt in p.all_prompts):
         if overrides:
             _change(p, lambda prompt: rewrite(prompt, overrides))
+        _tell_of_unused(p, args)
         return None
     request = read_args(args, overrides)
     if request is None:
@@ -37,8 +43,26 @@ def apply_request(p: Any, args: Sequence[Any]) -> FusionRequest | None:
             raise KloraError("an axis needs a pair: enable K-LoRA, or type a tag into the prompt")
         return None
     tag = str(request.tag)
-    _change(p, lambda prompt: rewrite(prompt, overrides) if _TYPED in prompt else add_tag(prompt, tag))
+    _change(p, lambda prompt: rewrite(prompt, overrides) if _TAG.search(prompt) else add_tag(prompt, tag))
     return request
+
+
+def _tell_of_no_tags(p: Any) -> None:
+    """Name what looks like a tag of ours and is none."""
+    for prompt in {*p.all_prompts, *(getattr(p, "all_hr_prompts", None) or ())}:
+        if found := _LIKE_TAG.search(_TAG.sub("", prompt)):
+            fault = "has no pair or no >" if found[0] == _TYPED else "is spelled otherwise"
+            comment(p, f"{found[0]}… in the prompt does nothing, for it {fault}; write <{NAME}:subject:style>")
+            return
+
+
+def _tell_of_unused(p: Any, args: Sequence[Any]) -> None:
+    """Say that a typed tag counts more than `args`, which may be bad all the same."""
+    try:
+        if asks_for_more(args):
+            comment(p, f"the <{NAME}:…> tag in the prompt counts, not the pair and settings beside it")
+    except KloraError as error:
+        fail(p, str(error), "the tag in the prompt counts, and what is set beside it is bad")
 
 
 def _change(p: Any, change: Any) -> None:
@@ -74,7 +98,7 @@ def rewrite(prompt: str, overrides: Mapping[str, Any]) -> str:
     if tag is None or not overrides:
         return prompt
     changed = override_tag(tag, overrides)
-    return re.sub(rf"<{NAME}:[^>]+>", lambda _: str(changed), prompt, count=1)
+    return _TAG.sub(lambda _: str(changed), prompt, count=1)
 
 
 def pair_of(p: Any) -> Tag | None:

@@ -166,8 +166,13 @@ class Processing:
         self.main_prompt = prompts[0]
         self.enable_hr = hires is not None
         self.all_hr_prompts = hires
+        self.comments: list[str] = []
+        self.extra_generation_params: dict[str, Any] = {}
         if overrides is not None:
             self.klora_overrides = overrides
+
+    def comment(self, text: str) -> None:
+        self.comments.append(text)
 
 
 ARGS = [{"subject": "dog", "style": "ink", "beta": 0.6}]
@@ -184,11 +189,39 @@ def test_the_accordion_writes_its_tag_into_every_prompt_and_edits_no_list() -> N
 
 
 def test_a_typed_tag_wins_over_the_accordion_good_or_bad() -> None:
-    for typed in ("a <klora:x:y:0.5>", "a <klora:x>", "a <klora:"):
+    for typed in ("a <klora:x:y:0.5>", "a <klora:x>"):
         p = Processing(typed, hires=["c"])
         assert apply_request(p, ARGS) is None
         assert p.all_prompts == [typed]
         assert p.all_hr_prompts == ["c"]
+        assert [one for one in p.comments if "the <klora:…> tag in the prompt counts" in one] == p.comments != []
+
+
+@pytest.mark.parametrize("args", [[False], [False, "dog", "ink"], [{}], [{"show_map": True}], [{"enabled": False}]])
+def test_a_typed_tag_alone_needs_no_word(args: list[Any]) -> None:
+    p = Processing("a <klora:x:y>")
+    apply_request(p, args)
+    assert p.comments == []
+
+
+@pytest.mark.parametrize("args", [{"beta": "much"}, {"bta": 1}, {"subject": "dog", "style": 3}, {"policy": "none"}])
+def test_a_typed_tag_silences_no_bad_arguments(args: dict[str, Any]) -> None:
+    p = Processing("a <klora:x:y>")
+    apply_request(p, [args])
+    assert p.all_prompts == ["a <klora:x:y>"]
+    assert next(iter(args)).replace("subject", "style") in p.extra_generation_params["K-LoRA error"]
+    assert "what is set beside it is bad" in p.comments[0]
+
+
+@pytest.mark.parametrize("args", [ARGS, [False]])
+@pytest.mark.parametrize("typed", ["<klora:dog", "<klora:", "<klora:>", "<KLORA:x:y>", "<Klora:x", "<k-lora:x:y>"])
+def test_what_only_looks_like_a_tag_is_told_of_and_the_accordion_acts(typed: str, args: list[Any]) -> None:
+    p = Processing(f"a {typed}", hires=["c"])
+    assert (apply_request(p, args) is not None) == (args is ARGS)
+    assert [TAG in prompt for prompt in [*p.all_prompts, *(p.all_hr_prompts or [])]] == [args is ARGS] * 2
+    assert len(p.comments) == 1
+    assert "does nothing" in p.comments[0]
+    assert "write <klora:subject:style>" in p.comments[0]
 
 
 def test_bad_arguments_change_nothing() -> None:

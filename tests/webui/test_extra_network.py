@@ -141,6 +141,7 @@ def test_other_plain_tags_stay(host: FakeHost) -> None:
         ("<klora:dog>", "<klora:dog>: it must name a subject and a style"),
         ("<klora:dog:nobody>", "there is no LoRA named 'nobody'"),
         ("<klora:dog:imk>", "did you mean ink?"),
+        ("<klora:DOG:ink>", "did you mean dog?"),
         ("<klora:dog:ink:beta=-1>", "<klora:dog:ink:beta=-1>: beta"),
         ("<klora:dog:ink:1:2:3>", "one number too many"),
         ("<klora:dog:../dog>", "there is no LoRA named"),
@@ -170,6 +171,12 @@ def test_of_two_tags_the_first_counts(host: FakeHost) -> None:
     picture = host.txt2img(f"a dog {FORCED}<klora:ink:dog>")
     assert "holds 2 <klora:…> tags; only the first" in picture.comments
     assert picture.same(host.txt2img(f"a dog {FORCED}"))
+
+
+def test_the_same_file_twice_is_told_of(host: FakeHost) -> None:
+    picture = host.txt2img("a dog <klora:dog:dog>")
+    assert "subject and style are the same file" in picture.comments
+    assert picture.close_to(host.txt2img("a dog <lora:dog:1>"))
 
 
 def test_keys_that_nobody_knows_are_told_of(host: FakeHost, tmp_path: Path) -> None:

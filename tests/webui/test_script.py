@@ -241,7 +241,7 @@ def test_analysing_answers_with_a_map_or_one_line() -> None:
 
     assert ui.answer(analyse, {"subject": "a", "style": "b"}) == ("map", "first\nsecond")
     assert ui.answer(analyse, {"subject": "a", "style": "bad"}) == (None, "two lines")
-    assert ui.answer(analyse, {"subject": "None", "style": "b"})[1] == "subject: no subject LoRA is chosen"
+    assert ui.answer(analyse, {"subject": "None", "style": "b"})[1] == "Choose a subject LoRA"
 
 
 @pytest.mark.parametrize("with_filename", [True, False])
