@@ -83,7 +83,7 @@ class ActiveFusion:
         same_pass = self._bound_to is not None and self._bound_to[1] is denoiser and self._session is not None
         sampling = self._session.sampling if same_pass and self._session else None
         self._release()
-        with named_by(fusion.subject, fusion.style):
+        with named_by(fusion.subject.path, fusion.style.path):
             plan = fusion.plan(host, hires)
             session = Session(
                 fusion.pair,
@@ -162,7 +162,7 @@ class ActiveFusion:
         self._encoded_with = ()
         if self.fusion is not None:
             try:
-                with named_by(self.fusion.subject, self.fusion.style):
+                with named_by(self.fusion.subject.path, self.fusion.style.path):
                     self._encoder.enter_context(self._text_encoder(self.fusion))
             except Exception as error:
                 # The host would end the job.

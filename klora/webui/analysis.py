@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from klora.errors import KloraError
 from klora.webui.args import FusionRequest
+from klora.webui.messages import named_by
 from klora.webui.options import score_cache
 from klora.webui.prompt_tag import Tag
 
@@ -23,9 +25,10 @@ def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
     from klora.pair import PAIRS
 
     names = Library()
-    subject, style = names.find(request.subject), names.find(request.style)
-    pair = PAIRS.open(subject.path, style.path, score_cache())
-    return pair, pair.plan(request.settings)
+    subject, style = (names.find(name).path for name in (request.subject, request.style))
+    with named_by(subject, style):
+        pair = PAIRS.open(subject, style, score_cache())
+        return pair, pair.plan(request.settings)
 
 
 def analyse(request: FusionRequest) -> tuple[Images.Image, str]:
@@ -54,7 +57,15 @@ def draw(plan: FusionPlan, title: str) -> Images.Image:
         raise KloraError("the selection map needs matplotlib; install it into the WebUI's environment")
     from klora.report.picture import selection_map
 
+    _make_temporary_folder()
     return selection_map(plan, title)
+
+
+def _make_temporary_folder() -> None:
+    """Make the folder through which the host shows pictures: a fresh Forge Neo has none, and then shows nothing."""
+    folder = getattr(importlib.import_module("modules.shared").opts, "temp_dir", None)
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
 
 
 def gallery_map(plan: FusionPlan, tag: Tag | None) -> Images.Image:

@@ -15,6 +15,7 @@ from typing import Any
 from klora import __version__
 from klora.errors import KloraError, SettingsError
 from klora.webui.args import FusionRequest, read_values, truth
+from klora.webui.messages import named_by
 from klora.webui.schema import json_schema
 
 BASE = "/klora/v1"
@@ -68,7 +69,9 @@ class UnknownLoraError(KloraError):
 
 
 def analysis(body: Any) -> dict[str, Any]:
-    """What `klora analyze --json` writes, for LoRAs that the host lists; with "picture" the PNG in base64.
+    """What `klora analyze --json` writes, for LoRAs that the host lists, without their folders.
+
+    With "picture" the PNG in base64.
 
     Raises SettingsError, UnknownLoraError, or KloraError for files that do not go together.
     """
@@ -82,7 +85,11 @@ def analysis(body: Any) -> dict[str, Any]:
     request = read_values({name: value for name, value in values.items() if name not in ("enabled", "show_map")})
     _check_names(request)
     pair, plan = plan_of(request)
-    found = document(pair, plan)
+    files = {"subject": pair.subject.path, "style": pair.style.path}
+    with named_by(*files.values()):
+        found = document(pair, plan)
+    for side, path in files.items():
+        found[side]["file"] = path.name
     if picture:
         buffer = io.BytesIO()
         draw(plan, f"{request.subject} × {request.style}").save(buffer, "PNG")

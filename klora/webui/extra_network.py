@@ -65,10 +65,10 @@ def make_extra_network() -> Any:
                 comment(p, f"the prompt holds {len(params_list)} <{NAME}:…> tags; only the first, {tag}, counts")
             names = Library()
             subject, style = names.find(tag.subject), names.find(tag.style)
-            with named_by(subject, style):
+            with named_by(subject.path, style.path):
                 pair = PAIRS.open(subject.path, style.path, score_cache())
             fusion = RequestedFusion(tag, subject, style, pair, with_references(tag.settings))
-            with named_by(subject, style):
+            with named_by(subject.path, style.path):
                 self._check(p, fusion)
             yield_to(p, params_list, fusion, names)
             return fusion

@@ -27,8 +27,8 @@ _LIKE_TAG = re.compile("<k-?lora:", re.IGNORECASE)
 def apply_request(p: Any, args: Sequence[Any]) -> FusionRequest | None:
     """Write into the prompts of `p` what `args` and the axes ask for; give the request if it is what counts.
 
-    A tag that the user typed wins over `args`, not over the axes, and says so. Raises SettingsError, and then nothing is
-    changed.
+    A tag that the user typed wins over `args`, not over the axes, and it is said. Raises SettingsError, and then
+    nothing is changed.
     """
     overrides: Mapping[str, Any] = getattr(p, OVERRIDES, None) or {}
     _tell_of_no_tags(p)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from klora.errors import KloraError
-from klora.hosts.lora_library import ListedLora
+from klora.text import printable
 
 logger = logging.getLogger("klora")
 
@@ -37,14 +37,16 @@ def reason_of(error: Exception) -> str:
 
 
 @contextmanager
-def named_by(*loras: ListedLora, folder: Path | None = None) -> Iterator[None]:
+def named_by(*files: Path, folder: Path | None = None) -> Iterator[None]:
     """Let errors about files say their names alone: an image's text must not tell where they lie on this machine."""
     try:
         yield
     except KloraError as error:
         text = str(error)
-        for lora in loras:
-            text = text.replace(str(lora.path), lora.path.name)
+        for path in files:
+            for written in (str(path), printable(str(path))):
+                text = text.replace(written, printable(path.name))
         if folder is not None:
             text = text.replace(f"{folder.resolve()}/", "").replace(str(folder.resolve()), folder.name)
-        raise KloraError(text) from error
+        error.args = (text,)
+        raise

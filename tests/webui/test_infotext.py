@@ -117,7 +117,7 @@ def test_names_stay_where_no_hash_is_known() -> None:
 
 
 def test_each_control_gets_its_own_value_and_nothing_without_a_tag() -> None:
-    params = {"Prompt": "a dog <klora:dog:ink:0.5:share=0.25>", "K-LoRA text encoder": "style"}
+    params = {"Prompt": "a dog <klora:dog:ink:0.5:share=0.25:text_encoder=style>", "K-LoRA scale": "s"}
     found = {name: PASTERS[name](params) for name in ("subject", "style", "subject_strength", "share", "text_encoder")}
     assert found == {"subject": "dog", "style": "ink", "subject_strength": 0.5, "share": 0.25, "text_encoder": "style"}
     assert PASTERS["gamma"](params) == "auto"
