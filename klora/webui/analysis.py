@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from klora.errors import KloraError
 from klora.webui.args import FusionRequest
-from klora.webui.messages import named_by
+from klora.webui.messages import named_by, scoring_shown
 from klora.webui.options import score_cache
 from klora.webui.prompt_tag import Tag
 
@@ -28,7 +28,8 @@ def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
     subject, style = (names.find(name).path for name in (request.subject, request.style))
     with named_by(subject, style):
         pair = PAIRS.open(subject, style, score_cache())
-        return pair, pair.plan(request.settings)
+        with scoring_shown(request.subject, request.style) as on_scored:
+            return pair, pair.plan(request.settings, on_scored=on_scored)
 
 
 def analyse(request: FusionRequest) -> tuple[Images.Image, str]:

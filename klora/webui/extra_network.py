@@ -18,7 +18,7 @@ from klora.webui.active_fusion import ActiveFusion
 from klora.webui.attached_sessions import AttachedSessions
 from klora.webui.infotext import to_infotext
 from klora.webui.lora_tags import yield_to
-from klora.webui.messages import comment, fail, named_by, reason_of
+from klora.webui.messages import comment, fail, named_by, reason_of, scoring_shown
 from klora.webui.options import score_cache
 from klora.webui.prompt_tag import NAME, Tag
 from klora.webui.references import with_references
@@ -80,7 +80,8 @@ def make_extra_network() -> Any:
             shapes = {name: site.shape for name, site in host.sites().items()}
             for file in (fusion.pair.subject, fusion.pair.style):
                 check_model(file, shapes, host.model_name)
-            plan = fusion.plan(host).with_steps(p.steps)
+            with scoring_shown(fusion.tag.subject, fusion.tag.style) as on_scored:
+                plan = fusion.plan(host, on_scored=on_scored).with_steps(p.steps)
             p.extra_generation_params.update(to_infotext(plan.settings, fusion.tag.settings, plan.share))
 
     return ExtraNetworkKlora()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from klora.errors import KloraError
+from klora.fusion.scores import OnScored
 from klora.text import printable
 
 logger = logging.getLogger("klora")
@@ -25,6 +27,25 @@ def fail(p: Any, reason: str, outcome: str = "not applied") -> None:
     """Say under the image, in the console and in the image's text why K-LoRA did not run, or not to the end."""
     comment(p, f"{outcome}: {reason}")
     p.extra_generation_params["K-LoRA error"] = reason.replace("\n", " ")
+
+
+@contextmanager
+def scoring_shown(*names: str) -> Iterator[OnScored]:
+    """Tell by the page's progress bar how far the scoring of new files is, and in the console that it takes a while."""
+    state = importlib.import_module("modules.shared").state
+    before, told = getattr(state, "textinfo", None), False
+
+    def show(done: int, total: int) -> None:
+        nonlocal told
+        if not told:
+            logger.info("K-LoRA: scoring %s, which is needed once for each file", " and ".join(names))
+        told = True
+        state.textinfo = f"K-LoRA: scored {done} of {total} modules"
+
+    try:
+        yield show
+    finally:
+        state.textinfo = before
 
 
 def reason_of(error: Exception) -> str:

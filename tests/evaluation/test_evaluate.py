@@ -165,7 +165,10 @@ class TestTables:
 
     def test_the_markdown_has_percentages_intervals_and_differences(self, done: Path) -> None:
         text = (done / "results.md").read_text()
-        assert "| method | style similarity % | CLIP score % | DINO score % | harmonic mean % | sum of CLIP scores % |" in text
+        assert (
+            "| method | style similarity % | CLIP score % | DINO score % | harmonic mean % | sum of CLIP scores % |"
+            in text
+        )
         first = next(line for line in text.splitlines() if line.startswith("| `k-lora` |"))
         clip = rows(done / "results.csv")[0]
         assert f"{100 * float(clip['clip_score']):.1f} [{100 * float(clip['clip_score_low']):.1f}, " in first

@@ -292,6 +292,7 @@ def _modules(host: FakeHost) -> Iterator[types.ModuleType]:
     shared = types.ModuleType("modules.shared")
     shared.__class__ = type("Shared", (types.ModuleType,), {"sd_model": property(lambda _: host.sd_model)})
     shared.opts = host.opts  # type: ignore[attr-defined]
+    shared.state = types.SimpleNamespace(textinfo=None)  # type: ignore[attr-defined]
     shared.cmd_opts = types.SimpleNamespace(no_hashing=False)  # type: ignore[attr-defined]
     yield module("modules", __path__=[])
     yield shared

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -193,6 +194,21 @@ def test_a_file_that_changes_on_disk_is_read_again(host: FakeHost, tmp_path: Pat
     second = host.txt2img(f"a dog {TAG}")
     assert not second.same(first)
     assert second.comments == ""
+
+
+def test_the_progress_of_scoring_is_shown_where_files_are_new(
+    host: FakeHost, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[str | None] = []
+    state = type("State", (), {"__setattr__": lambda self, name, value: seen.append(value)})()
+    monkeypatch.setattr(importlib.import_module("modules.shared"), "state", state)
+    with caplog.at_level("INFO", "klora"):
+        host.txt2img(f"a dog {TAG}")
+        count = 2 * (len(ATTENTION) + len(FEED_FORWARD))
+        assert seen == [*(f"K-LoRA: scored {i} of {count} modules" for i in range(1, count + 1)), None]
+        host.txt2img(f"a dog {TAG}")
+    assert seen[count + 1 :] == [None]
+    assert caplog.text.count("scoring dog and ink, which is needed once") == 1
 
 
 def test_the_image_s_text_says_what_acted(host: FakeHost) -> None:
