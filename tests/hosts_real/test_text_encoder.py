@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+
 import pytest
 
 from tests.hosts_real.server import Picture, Server
@@ -45,6 +48,29 @@ def test_the_cache_of_conditionings_is_right(server: Server, plain: Picture) -> 
     assert server.txt2img().same(plain)
     for tag, picture in reversed(list(zip(tags, pictures, strict=True))):
         assert server.txt2img(tag).same(picture), tag
+
+
+def test_a_conditioning_is_that_of_the_files_as_they_are(server: Server, plain: Picture) -> None:
+    folder = server.data / "models" / "Lora"
+    live, tag = folder / "live.safetensors", "<klora:live:style_te>"
+    pictures = {}
+    assert server.txt2img(tag).same(plain)
+    for name in ("subj_te", "style_te", "subj"):
+        shutil.copy(folder / f"{name}.safetensors", live)
+        pictures[name] = server.txt2img(tag)
+    live.unlink()
+    assert server.txt2img(tag).same(plain)
+    # Not before, for in between no other prompt may have been encoded.
+    for name, picture in pictures.items():
+        named = server.txt2img(f"<klora:{name}:style_te>")
+        assert picture.same(named), name
+        assert _hash_of("live", picture) == _hash_of(name, named)
+
+
+def _hash_of(name: str, picture: Picture) -> str:
+    found = re.search(rf"{name}: ([0-9a-f]{{12}})", picture.infotext)
+    assert found is not None
+    return found[1]
 
 
 def test_hires_conditionings(server: Server) -> None:
