@@ -1,117 +1,184 @@
-// The accordion's title tells the active pair; <klora: completes LoRA names where the tag autocomplete is installed.
-// Nothing depends on this file.
+// What the accordion does in the page by itself: it names the active pair in its header, tells what lies under the pointer
+// on the selection map, marks an analysis that no longer holds, and takes a balance from a grid of balances.
+// Without this file everything still works.
 (function () {
     "use strict";
 
-    const TITLE = "K-LoRA";
+    const TABS = ["txt2img", "img2img"];
+    const GRID = /X Type: \[K-LoRA\] Balance, X Values: "?([-+\d.,\s]*\d)"?/;
 
     function root() {
         return typeof gradioApp === "function" ? gradioApp() : document;
     }
 
-    function valueOf(tab, name) {
-        const input = root().querySelector(`#${tab}_klora_${name} input`);
-        return input ? input.value : "";
+    function find(selector) {
+        return root().querySelector(selector);
     }
 
-    function titleOf(tab) {
-        const enabled = root().querySelector(`#${tab}_klora_enabled input[type=checkbox]`);
+    // A text in the language that the host shows.
+    function say(text) {
+        return (window.localization && window.localization[text]) || text;
+    }
+
+    // ---- the header
+
+    function checkboxOf(tab) {
+        return find(`#${tab}_klora-checkbox input, #${tab}_klora_enabled input[type=checkbox]`);
+    }
+
+    function pairOf(tab) {
+        const enabled = checkboxOf(tab);
         if (!enabled || !enabled.checked) {
-            return TITLE;
+            return "";
         }
-        const pair = ["subject", "style"].map((side) => valueOf(tab, side)).map((name) => (name === "None" ? "" : name));
-        return `${TITLE} · ${pair.map((name) => name || "?").join(" × ")}`;
+        const names = ["subject", "style"].map((side) => (find(`#${tab}_klora_${side} input`) || {}).value || "None");
+        return ` · ${names.map((name) => (name === "None" ? "?" : name)).join(" × ")}`;
     }
 
-    function update(tab) {
-        const label = root().querySelector(`#${tab}_klora > .label-wrap > span, #${tab}_klora > button.label-wrap > span`);
-        if (label) {
-            const title = titleOf(tab);
-            if (label.textContent !== title) {
-                label.textContent = title;
-            }
-            label.classList.toggle("klora-active", title !== TITLE);
-        }
-    }
-
-    function updateAll() {
-        ["txt2img", "img2img"].forEach(update);
-    }
-
-    // ---- the tag autocomplete extension, if there is one: a parser with a result type of its own
-
-    const RESULT = "klora";
-    const OPEN_TAG = /<klora:(?:[^<>:]*:)?([^<>:]*)$/i;
-
-    function openTag() {
-        const area = document.activeElement;
-        const before = area && typeof area.value === "string" ? area.value.slice(0, area.selectionStart) : "";
-        return before.match(OPEN_TAG);
-    }
-
-    function loraNames() {
-        const found = typeof loras !== "undefined" && Array.isArray(loras) ? loras : [];
-        return found.map((entry) => String(Array.isArray(entry) ? entry[0] : entry).trim().split(/[\\/]/).pop());
-    }
-
-    // The subject is followed by the style, the style by the end of the tag.
-    function completed(name) {
-        const match = openTag();
-        if (!match) {
-            return name;
-        }
-        const start = match[0].slice(0, match[0].length - match[1].length);
-        return `${start}${name}${start.split(":").length > 2 ? ">" : ":"}`;
-    }
-
-    // The extension puts a comma behind what it does not know; within a tag there must be none.
-    function withoutComma(type, text, _prompt, area) {
-        if (type !== RESULT || !text || !text.endsWith(":")) {
-            return null;
-        }
-        const end = area.value.indexOf(text) + text.length;
-        const rest = area.value.slice(end).replace(/^,? /, "");
-        area.value = area.value.slice(0, end) + rest;
-        area.selectionStart = area.selectionEnd = end;
-        if (typeof updateInput === "function") {
-            updateInput(area);
-        }
-        return null;
-    }
-
-    function addCompletion() {
-        const known = [typeof PARSERS, typeof BaseTagParser, typeof AutocompleteResult, typeof QUEUE_SANITIZE];
-        if (known.includes("undefined")) {
+    function updateHeader(tab) {
+        const label = find(`#${tab}_klora > .label-wrap > span`);
+        if (!label) {
             return;
         }
-        class KLoraParser extends BaseTagParser {
-            parse() {
-                const match = openTag();
-                const typed = match ? match[1].toLowerCase() : "";
-                return loraNames().filter((name) => name.toLowerCase().includes(typed)).map((name) => {
-                    const result = new AutocompleteResult(name, RESULT);
-                    result.meta = TITLE;
-                    return result;
-                });
-            }
+        const tick = label.querySelector("input[type=checkbox]");
+        if (tick && tick.getAttribute("aria-label") !== say("Enable K-LoRA")) {
+            tick.setAttribute("aria-label", say("Enable K-LoRA"));
+            tick.title = say("Enable K-LoRA");
         }
-        PARSERS.push(new KLoraParser(() => openTag() !== null));
-        QUEUE_SANITIZE.push((type, text) => (type === RESULT ? completed(text) : null));
-        if (typeof QUEUE_AFTER_INSERT !== "undefined") {
-            QUEUE_AFTER_INSERT.push(withoutComma);
+        let pair = label.querySelector(".klora-pair-name");
+        if (!pair) {
+            pair = document.createElement("span");
+            pair.className = "klora-pair-name";
+            label.append(pair);
+        }
+        if (pair.textContent !== pairOf(tab)) {
+            pair.textContent = pairOf(tab);
         }
     }
 
-    function start() {
-        updateAll();
-        document.addEventListener("input", () => setTimeout(updateAll, 50), true);
-        document.addEventListener("change", () => setTimeout(updateAll, 50), true);
-        document.addEventListener("click", () => setTimeout(updateAll, 200), true);
-        try {
-            addCompletion();
-        } catch (error) {
-            console.warn("K-LoRA: no completion of <klora: tags", error);
+    function updateHeaders() {
+        TABS.forEach(updateHeader);
+    }
+
+    // ---- the analysis
+
+    window.kloraStale = function (tab) {
+        root().querySelectorAll(`#${tab}_klora_result .klora-result, #${tab}_klora_result .klora-error`)
+            .forEach((found) => found.classList.add("klora-stale"));
+    };
+
+    const told = new WeakMap();
+
+    function mapOf(figure) {
+        if (!told.has(figure)) {
+            told.set(figure, JSON.parse(figure.dataset.klora));
         }
+        return told.get(figure);
+    }
+
+    // Where on an element something is pointed at, as fractions of its width and height.
+    function pointOn(element, event) {
+        const box = element.getBoundingClientRect();
+        return [(event.clientX - box.left) / box.width, (event.clientY - box.top) / box.height];
+    }
+
+    // "attention 0" in another language: the number stays.
+    function sayPlace(word) {
+        const [, name, number] = word.match(/^(.*?)( \d+)?$/);
+        return say(name) + (number || "");
+    }
+
+    function captionOf(figure, event) {
+        const map = mapOf(figure);
+        const [left, top, right, bottom] = map.box;
+        const [x, y] = pointOn(figure.querySelector("img"), event);
+        const column = Math.floor(((x - left) / (right - left)) * map.modules.length);
+        const step = Math.floor(((y - top) / (bottom - top)) * map.steps);
+        const module = map.modules[column];
+        if (!module || step < 0 || step >= map.steps) {
+            return null;
+        }
+        const who = { c: "subject", s: "style", b: "both", "-": "neither" }[module[1][step]];
+        return `${module[0].map(sayPlace).join(" · ")} — ${say("step")} ${step + 1}/${map.steps}: ${say(who)}`;
+    }
+
+    function point(event) {
+        const figure = event.target.closest && event.target.closest(".klora-map");
+        if (!figure) {
+            return;
+        }
+        const caption = figure.querySelector("figcaption");
+        const text = captionOf(figure, event) || say(caption.dataset.idle);
+        if (caption.textContent !== text) {
+            caption.textContent = text;
+        }
+    }
+
+    // ---- a grid of balances: a click on a cell sets the slider
+
+    function balanceAt(event) {
+        const image = event.target.closest && event.target.closest("#txt2img_gallery img, #img2img_gallery img");
+        const tab = image && TABS.find((name) => image.closest(`#${name}_gallery`));
+        if (!tab || image.closest(".thumbnails, .thumbnail-item, .grid-wrap")) {
+            return null;
+        }
+        const info = (find(`#html_info_${tab}`) || {}).textContent || "";
+        const match = info.match(GRID);
+        if (!match || /[YZ] Type: /.test(info)) {
+            return null;
+        }
+        const values = match[1].split(",").map(Number);
+        const box = image.getBoundingClientRect();
+        const scale = Math.min(box.width / image.naturalWidth, box.height / image.naturalHeight);
+        const width = image.naturalWidth * scale;
+        const x = (event.clientX - box.left - (box.width - width) / 2) / width;
+        const value = values[Math.floor(x * values.length)];
+        return value === undefined ? null : { tab, image, value };
+    }
+
+    function setValue(input, value) {
+        input.value = value;
+        input.dispatchEvent(new Event("input", { bubbles: true }));
+        input.dispatchEvent(new Event("change", { bubbles: true }));
+    }
+
+    function pickBalance(event) {
+        const cell = event.button === 0 && !event.shiftKey ? balanceAt(event) : null;
+        const slider = cell && find(`#${cell.tab}_klora_balance input[type=number]`);
+        if (!slider) {
+            return;
+        }
+        event.preventDefault();
+        event.stopImmediatePropagation();
+        const byShare = find(`#${cell.tab}_klora_share_switch input`);
+        if (byShare && byShare.checked) {
+            byShare.click();
+        }
+        setValue(slider, cell.value);
+        const block = find(`#${cell.tab}_klora_balance`);
+        block.classList.add("klora-picked");
+        setTimeout(() => block.classList.remove("klora-picked"), 1200);
+    }
+
+    function nameCell(event) {
+        const cell = balanceAt(event);
+        if (cell) {
+            cell.image.title = `${say("Balance")} ${cell.value} — ${say("click: use it, Shift-click: enlarge")}`;
+        }
+    }
+
+    // ---- all of it
+
+    function start() {
+        updateHeaders();
+        for (const [event, delay] of [["input", 50], ["change", 50], ["click", 200]]) {
+            document.addEventListener(event, () => setTimeout(updateHeaders, delay), true);
+        }
+        document.addEventListener("mousemove", (event) => { point(event); nameCell(event); });
+        document.addEventListener("click", pickBalance, true);
+        document.addEventListener("input", (event) => {
+            TABS.filter((tab) => event.target.closest(`#${tab}_steps`)).forEach(window.kloraStale);
+        }, true);
     }
 
     if (typeof onUiLoaded === "function") {
@@ -122,6 +189,6 @@
         start();
     }
     if (typeof onAfterUiUpdate === "function") {
-        onAfterUiUpdate(updateAll);
+        onAfterUiUpdate(updateHeaders);
     }
 })();

@@ -104,7 +104,7 @@ class Settings:
 
     balance: float = _setting(
         0.0,
-        "Subject ↔ Style",
+        "Balance",
         "one knob for the mix: above 0 favours the style, below 0 the subject; 0: the paper's rule",
         low=-2.0,
         high=2.0,

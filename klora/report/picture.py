@@ -28,7 +28,9 @@ DPI = 100
 WIDTH, LEFT, RIGHT, SIDE = 1200, 92, 40, 130
 TITLE, MAP, LABELS, PROFILE, BOTTOM = 158, 440, 96, 280, 116
 LEGEND = 58
+_CELLS = WIDTH - LEFT - SIDE - RIGHT
 _POINTS = 72 / DPI
+_NARROWEST = 26
 _FONT: dict[str, Any] = {"fontsize": 22 * _POINTS}
 
 
@@ -71,17 +73,22 @@ def selection_map(plan: FusionPlan, title: str | None = None) -> Images.Image:
 
 def selection_cells(plan: FusionPlan, theme: Theme = LIGHT) -> Images.Image:
     """Draw only who acts where and when, without a heading; `cells_box` tells where the cells lie."""
-    drawing = _Drawing(plan, theme, LEGEND, LEGEND + MAP + LABELS)
+    drawing = _Drawing(plan, theme, LEGEND, _cells_height(plan))
     drawing.legend(LEGEND)
     cells = drawing.cells()
     drawing.block_labels(cells, cells)
     return drawing.image()
 
 
-def cells_box() -> tuple[float, float, float, float]:
-    """Give left, top, right and bottom of the cells in `selection_cells`, as fractions of its width and height."""
-    height = LEGEND + MAP + LABELS
+def cells_box(plan: FusionPlan) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of the cells in `selection_cells`, as fractions of its width and height."""
+    height = _cells_height(plan)
     return LEFT / WIDTH, LEGEND / height, (WIDTH - SIDE - RIGHT) / WIDTH, (LEGEND + MAP) / height
+
+
+def _cells_height(plan: FusionPlan) -> int:
+    upright = any(_is_upright(block, plan) for block in blocks(plan))
+    return LEGEND + MAP + (LABELS if upright else 48)
 
 
 class _Drawing:
@@ -92,7 +99,7 @@ class _Drawing:
         from matplotlib.figure import Figure
 
         self.plan, self.theme, self.top, self.height = plan, theme, top, height
-        self.width = WIDTH - LEFT - SIDE - RIGHT
+        self.width = _CELLS
         self.figure: Figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor=theme.background)
         self._canvas = FigureCanvasAgg(self.figure)
 
@@ -252,18 +259,17 @@ class _Drawing:
                 colour = self.theme.background if axes is cells else self.theme.line
                 axes.axvline(block.start, color=colour, linewidth=1.5)
         for block in found:
-            label, space = short_label(block.label), (block.stop - block.start) * column
-            if space < 26:
+            if (block.stop - block.start) * column < _NARROWEST:
                 continue
             cells.annotate(
-                label,
+                short_label(block.label),
                 ((block.start + block.stop) / 2, 0),
                 xycoords=cells.get_xaxis_transform(),
                 xytext=(0, -8),
                 textcoords="offset points",
                 ha="center",
                 va="top",
-                rotation=0 if space > 13 * len(label) else 90,
+                rotation=90 if _is_upright(block, self.plan) else 0,
                 annotation_clip=False,
                 color=self.theme.ink,
                 **_FONT,
@@ -305,6 +311,12 @@ def _limits(plan: FusionPlan, thresholds: list[float]) -> tuple[float, float]:
         return 0.1, 10.0
     low, high = min(seen) / 1.4, max(seen) * 1.4
     return max(low, high / 1e8), high
+
+
+def _is_upright(block: Block, plan: FusionPlan) -> bool:
+    """Whether a block's label stands on end, for want of room."""
+    space = (block.stop - block.start) * _CELLS / max(1, len(plan.modules))
+    return _NARROWEST <= space <= 13 * len(short_label(block.label))
 
 
 def short_label(block: str) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from klora.errors import KloraError
+from klora.webui.analysis_page import View, page, rule_line
 from klora.webui.args import FusionRequest
 from klora.webui.messages import named_by, scoring_shown
 from klora.webui.options import score_cache
@@ -32,24 +34,19 @@ def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
             return pair, pair.plan(request.settings, on_scored=on_scored)
 
 
-def analyse(request: FusionRequest) -> tuple[Images.Image, str]:
-    """The selection map and two lines about it."""
-    pair, plan = plan_of(request)
-    return draw(plan, f"{request.subject} × {request.style}"), "\n".join(two_lines(request, pair, plan))
+def analyse(request: FusionRequest, view: View) -> tuple[str, str]:
+    """Give what the pair would do over that many steps, and the rule with its numbers, as HTML."""
+    settings = dataclasses.replace(request.settings, steps=view.steps)
+    pair, plan = plan_of(dataclasses.replace(request, settings=settings))
+    return page(f"{request.subject} × {request.style}", pair, plan, _cells(plan, view)), rule_line(plan)
 
 
-def two_lines(request: FusionRequest, pair: Pair, plan: FusionPlan) -> tuple[str, str]:
-    """Say what came of it, and by which rule."""
-    from klora.report.summary import absent_share, describe_rule
+def _cells(plan: FusionPlan, view: View) -> Images.Image | None:
+    if importlib.util.find_spec("matplotlib") is None:
+        return None
+    from klora.report.picture import DARK, LIGHT, selection_cells
 
-    coverage = pair.coverage
-    share = absent_share(plan) if plan.share is None else f"subject share {plan.share:.1%}"
-    parts = {"contested": plan.contested, "subject only": coverage.subject_only, "style only": coverage.style_only}
-    counts = [f"{len(modules)} {label}" for label, modules in parts.items()]
-    if coverage.unmatched:
-        counts.append(f"{len(coverage.unmatched)} keys not understood")
-    first = f"{request.subject} × {request.style}: {share}; modules: {', '.join(counts)}"
-    return first, " · ".join([describe_rule(plan), *plan.warnings])
+    return selection_cells(plan, DARK if view.dark else LIGHT)
 
 
 def draw(plan: FusionPlan, title: str) -> Images.Image:

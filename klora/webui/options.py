@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from klora.fusion.policies import policies_with
 from klora.settings import Settings, options
 from klora.webui.args import choices_of, setting_options, text_of
+from klora.webui.controls import changed_defaults, hint_of, slider_reach
 from klora.webui.prompt_tag import NAME
-from klora.webui.ui import changed_defaults
 
 if TYPE_CHECKING:
     from klora.cache import ScoreCache
@@ -35,8 +35,11 @@ def register_options() -> None:
 
     shared = importlib.import_module("modules.shared")
 
+    category = _category()
+
     def add(key: str, default: Any, label: str, info: str, *component: Any) -> Any:
         made = shared.OptionInfo(default, label, *component, section=SECTION).info(info)
+        made.category_id = category
         shared.opts.add_option(key, made)
         return made
 
@@ -52,9 +55,20 @@ def register_options() -> None:
         component: tuple[Any, ...] = ()
         if choices := choices_of(name, option):
             component = (gr.Dropdown, {"choices": list(choices)})
+        elif reach := slider_reach(name, option):
+            component = (gr.Slider, {"minimum": reach.low, "maximum": reach.high, "step": reach.step})
         elif not option.optional and not option.free:
-            component = (gr.Slider, {"minimum": option.low, "maximum": option.high, "step": 0.05})
-        add(default_key(name), default, f"Default of {option.label}", option.help, *component).needs_reload_ui()
+            component = (gr.Number, {"precision": 0 if option.kind is int else None})
+        hint = hint_of(name, option) or option.help
+        add(default_key(name), default, f"Default of {option.label}", hint, *component).needs_reload_ui()
+
+
+def _category() -> str | None:
+    """Name a group of our own among the host's, where it groups its settings; it would be "Uncategorized" otherwise."""
+    categories = getattr(importlib.import_module("modules.options"), "categories", None)
+    if categories is not None:
+        categories.register_category(NAME, SECTION[1])
+    return None if categories is None else NAME
 
 
 def default_key(setting: str) -> str:

@@ -8,10 +8,11 @@ from typing import Any
 
 from klora.errors import KloraError
 from klora.webui.args import named, truth
+from klora.webui.balance_grid import BalanceGrid
 from klora.webui.infotext import PASTERS
 from klora.webui.injection import PLANS, apply_request, pair_of
 from klora.webui.options import defaults, map_always_wanted
-from klora.webui.ui import TITLE, Names, build
+from klora.webui.ui import TITLE, Header, Names, build
 
 
 def make_script() -> type:
@@ -33,10 +34,17 @@ def make_script() -> type:
             """Mount the accordion."""
             from klora.webui.analysis import analyse
 
-            found = build("img2img" if is_img2img else "txt2img", listed, analyse, defaults())
+            tab = "img2img" if is_img2img else "txt2img"
+            found = build(tab, listed, analyse, defaults(), header_of_the_host())
+            self.grid = BalanceGrid(tab, found)
             self.infotext_fields = [(found.args[name], paste) for name, paste in PASTERS.items()]
             self.paste_field_names = list(PASTERS.values())
             return found.inputs
+
+        def after_component(self, component: Any, **kwargs: Any) -> None:
+            """Find the controls of the host's X/Y/Z plot, which it makes after ours."""
+            if hasattr(self, "grid"):
+                self.grid.see(component, kwargs.get("elem_id"))
 
         def process(self, p: Any, *args: Any) -> None:
             """Write the tag into the prompts, before anything reads them."""
@@ -53,6 +61,14 @@ def make_script() -> type:
                 add_maps(p, processed)
 
     return KLoraScript
+
+
+def header_of_the_host() -> Header | None:
+    """The host's accordion with a checkbox in its header (a class or a function), None where it has none."""
+    try:
+        return getattr(importlib.import_module("modules.ui_components"), "InputAccordion", None)
+    except ImportError:
+        return None
 
 
 def listed() -> Names:

@@ -12,22 +12,16 @@ from typing import Any, Protocol
 
 from klora.errors import KloraError
 from klora.fusion.policies import is_heeded, policies_with
-from klora.settings import Option, Settings
-from klora.webui.args import ARG_ORDER, NONE, FusionRequest, choices_of, read_values, setting_options, text_of
+from klora.settings import AUTO
+from klora.webui.analysis_page import View, failure
+from klora.webui.args import ARG_ORDER, NONE, FusionRequest, read_values, setting_options
+from klora.webui.controls import ControlMaker, hint_of, slider_reach
 
 TITLE = "K-LoRA"
 BASIC = ("balance", "share", "subject_strength", "style_strength")
 """Settings in sight; all others are folded away."""
 
-_IN_A_ROW = 3
-_STEPS = {"balance": 0.05, "share": 0.01}
-_HINTS = {
-    "balance": "left: more of the subject, right: more of the style, 0: as in the paper",
-    "share": "wished fraction of the subject, 0 to 1; the balance then follows",
-    # Their labels say it.
-    "subject_strength": None,
-    "style_strength": None,
-}
+_BEFORE_THE_POLICYS_OWN = 3
 
 
 class Names(Protocol):
@@ -40,15 +34,20 @@ class Names(Protocol):
         """Look for new files."""
 
 
-Analyse = Callable[[FusionRequest], tuple[Any, str]]
-"""Gives the selection map and a summary of two lines for a request; raises KloraError."""
+Analyse = Callable[[FusionRequest, View], tuple[str, str]]
+"""Gives what a pair would do, and the rule with its numbers, both as HTML; raises KloraError."""
+
+Header = Callable[..., Any]
+"""A host's accordion with a checkbox in its header: called with its value, label and elem_id, then entered."""
 
 
 @dataclass
 class Accordion:
-    """The mounted controls: `args` by name, in ARG_ORDER."""
+    """The mounted controls: `args` by name, in ARG_ORDER; `compare` is the button of the grid of balances."""
 
     args: dict[str, Any] = field(default_factory=dict)
+    share_slider: Any = None
+    compare: Any = None
 
     @property
     def inputs(self) -> list[Any]:
@@ -57,24 +56,43 @@ class Accordion:
 
 
 def build(
-    tab: str, library: Callable[[], Names], analyse: Analyse, defaults: Mapping[str, Any] | None = None
+    tab: str,
+    library: Callable[[], Names],
+    analyse: Analyse,
+    defaults: Mapping[str, Any] | None = None,
+    header: Header | None = None,
 ) -> Accordion:
     """Mount the accordion in the Gradio block at hand; `tab` begins all its elements' ids.
 
-    `defaults` are values of settings other than their own defaults.
+    `defaults` are values of settings other than their own defaults. Without a `header` the checkbox is the accordion's
+    first control.
     """
     import gradio as gr
 
     found = Accordion()
-    with gr.Accordion(TITLE, open=False, elem_id=f"{tab}_klora", elem_classes=["klora"]):
-        found.args["enabled"] = gr.Checkbox(label="Enable K-LoRA", value=False, elem_id=f"{tab}_klora_enabled")
+    maker = ControlMaker(gr, tab, defaults or {})
+    with _mounted(gr, tab, header) as found.args["enabled"]:
         _add_pair(gr, tab, found, library)
-        maker = _Maker(gr, tab, defaults or {})
-        _add_basic(gr, maker, found)
+        switch = _add_knob(gr, tab, maker, found)
+        _add_row(gr, maker, found, BASIC[2:])
+        button, result = _add_actions(gr, tab, found)
         with gr.Accordion("Advanced", open=False, elem_id=f"{tab}_klora_advanced"):
             _add_advanced(gr, maker, found)
-        _add_analysis(gr, tab, found, analyse)
+            rule = gr.HTML("", elem_id=f"{tab}_klora_rule")
+        _follow_policy(gr, found, switch)
+        _connect_analysis(gr, tab, found, analyse, button, [result, rule])
     return found
+
+
+@contextlib.contextmanager
+def _mounted(gr: Any, tab: str, header: Header | None) -> Iterator[Any]:
+    """Open the accordion; give the checkbox that enables it."""
+    if header is not None:
+        with header(False, label=TITLE, elem_id=f"{tab}_klora") as enabled:
+            yield enabled
+    else:
+        with gr.Accordion(TITLE, open=False, elem_id=f"{tab}_klora"):
+            yield gr.Checkbox(label="Enable K-LoRA", value=False, elem_id=f"{tab}_klora_enabled")
 
 
 def _add_pair(gr: Any, tab: str, found: Accordion, library: Callable[[], Names]) -> None:
@@ -104,61 +122,118 @@ def menu(library: Callable[[], Names]) -> list[str]:
     return [NONE, *library().names()]
 
 
-def _add_basic(gr: Any, maker: _Maker, found: Accordion) -> None:
-    found.args["balance"] = maker.control("balance")
-    _add_row(gr, maker, found, BASIC[1:])
+def _add_knob(gr: Any, tab: str, maker: ControlMaker, found: Accordion) -> Any:
+    """Add the one knob: the balance, or instead of it, where its switch is on, the share.
+
+    What the script gets is one text, "auto" or the share; it lies unseen beside the two controls that people touch.
+    """
+    option, reach = setting_options()["share"], slider_reach("share", setting_options()["share"])
+    assert reach is not None
+    with gr.Row(elem_classes=["klora-knob"]):
+        found.args["balance"] = maker.control("balance")
+        share = gr.Slider(
+            label=option.label,
+            info=hint_of("share", option),
+            minimum=reach.low,
+            maximum=reach.high,
+            step=reach.step,
+            value=0.5,
+            visible=False,
+            elem_id=f"{tab}_klora_share_slider",
+        )
+        switch = gr.Checkbox(label="Set the share instead", value=False, elem_id=f"{tab}_klora_share_switch", scale=0)
+        found.args["share"] = gr.Textbox(value=AUTO, visible=False, elem_id=f"{tab}_klora_share")
+    for control in (share, switch, found.args["share"]):
+        control.do_not_save_to_config = True
+    text = f"(on, share) => on ? String(share) : '{AUTO}'"
+    for control in (switch, share):
+        in_page(control.change, text, [switch, share], [found.args["share"]])
+    parts = "(text, share) => isNaN(parseFloat(text)) ? [false, share] : [true, parseFloat(text)]"
+    in_page(found.args["share"].change, parts, [found.args["share"], share], [switch, share])
+    found.share_slider = share
+    return switch
 
 
-def _add_advanced(gr: Any, maker: _Maker, found: Accordion) -> None:
-    known = setting_options()
-    names = [name for name in known if name not in BASIC]
+def in_page(
+    event: Callable[..., Any], code: str, inputs: Sequence[Any], outputs: Sequence[Any], then: Any = None
+) -> None:
+    """Have the browser answer an event by a JavaScript function, whose values go to the outputs or to `then`."""
+    wiring = {"fn": then, "inputs": list(inputs), "outputs": list(outputs)}
+    try:
+        event(**wiring, js=code)
+    except TypeError:
+        # Gradio 3's name for it.
+        event(**wiring, _js=code)
+
+
+def _add_advanced(gr: Any, maker: ControlMaker, found: Accordion) -> None:
+    names = [name for name in setting_options() if name not in BASIC]
     shared = [name for name in names if not policies_with(name)]
-    _add_row(gr, maker, found, shared[:_IN_A_ROW])
-    # Of these, only those show that the policy above heeds.
+    _add_row(gr, maker, found, shared[:_BEFORE_THE_POLICYS_OWN])
     _add_row(gr, maker, found, [name for name in names if policies_with(name)])
-    for start in range(_IN_A_ROW, len(shared), _IN_A_ROW):
-        _add_row(gr, maker, found, shared[start : start + _IN_A_ROW])
-    follow = [name for name in known if policies_with(name) or name in ("balance", "share")]
-
-    def show(policy: str) -> list[Any]:
-        return [gr.update(visible=is_heeded(name, policy)) for name in follow]
-
-    found.args["policy"].change(
-        show, inputs=[found.args["policy"]], outputs=[found.args[name] for name in follow], show_progress=False
-    )
+    _add_row(gr, maker, found, shared[_BEFORE_THE_POLICYS_OWN:])
 
 
-def _add_row(gr: Any, maker: _Maker, found: Accordion, names: Sequence[str]) -> None:
+def _add_row(gr: Any, maker: ControlMaker, found: Accordion, names: Sequence[str]) -> None:
     with gr.Row(elem_classes=["klora-row"]):
         for name in names:
             found.args[name] = maker.control(name)
 
 
-def _add_analysis(gr: Any, tab: str, found: Accordion, analyse: Analyse) -> None:
-    with gr.Row(elem_classes=["klora-analysis"]):
+def _follow_policy(gr: Any, found: Accordion, switch: Any) -> None:
+    """Show only the settings that the policy heeds, and of balance and share the one that counts."""
+    own = [name for name in setting_options() if policies_with(name)]
+
+    def show(policy: str, by_share: bool) -> list[Any]:
+        heeded = is_heeded("balance", policy)
+        seen = [heeded, heeded and not by_share, heeded and by_share, *(is_heeded(name, policy) for name in own)]
+        return [gr.update(visible=visible) for visible in seen]
+
+    outputs = [switch, found.args["balance"], found.share_slider, *(found.args[name] for name in own)]
+    for control in (found.args["policy"], switch):
+        control.change(show, inputs=[found.args["policy"], switch], outputs=outputs, show_progress=False)
+
+
+def _add_actions(gr: Any, tab: str, found: Accordion) -> tuple[Any, Any]:
+    """Add the buttons and the place below them where an analysis appears."""
+    with gr.Row(elem_classes=["klora-actions"]):
         button = gr.Button("Analyse pair", elem_id=f"{tab}_klora_analyse")
-        found.args["show_map"] = gr.Checkbox(
-            label="Selection map in gallery", value=False, elem_id=f"{tab}_klora_show_map"
-        )
-    summary = gr.Textbox(
-        show_label=False, container=False, lines=2, interactive=False, visible=False, elem_id=f"{tab}_klora_summary"
-    )
-    picture = gr.Image(show_label=False, type="pil", interactive=False, visible=False, elem_id=f"{tab}_klora_map")
-    inputs = [name for name in ARG_ORDER if name not in ("enabled", "show_map")]
+        # Seen where a host can make a grid.
+        found.compare = gr.Button("Compare five balances", elem_id=f"{tab}_klora_compare", visible=False)
+        found.args["show_map"] = gr.Checkbox(label="Map in gallery", value=False, elem_id=f"{tab}_klora_show_map")
+    return button, gr.HTML("", elem_id=f"{tab}_klora_result")
+
+
+def _connect_analysis(
+    gr: Any, tab: str, found: Accordion, analyse: Analyse, button: Any, outputs: Sequence[Any]
+) -> None:
+    """Analyse for the steps of the tab and in the colours of the page; mark as stale what has changed since."""
+    steps = gr.Number(value=View().steps, visible=False)
+    dark = gr.Checkbox(value=View().dark, visible=False)
+    names = [name for name in ARG_ORDER if name not in ("enabled", "show_map")]
 
     def run(*values: Any) -> list[Any]:
-        image, text = answer(analyse, dict(zip(inputs, values, strict=True)))
-        return [gr.update(value=text, visible=True), gr.update(value=image, visible=image is not None)]
+        view = View(int(values[-2]), bool(values[-1]))
+        return list(answer(analyse, dict(zip(names, values[:-2], strict=True)), view))
 
-    button.click(run, inputs=[found.args[name] for name in inputs], outputs=[summary, picture])
+    inputs = [*(found.args[name] for name in names), steps, dark]
+    # A page's function is given the outputs too, behind the inputs.
+    code = f"""(...values) => {{
+        const steps = document.querySelector('#{tab}_steps input[type=number]');
+        const dark = document.querySelector('.dark') !== null;
+        return [...values.slice(0, {len(names)}), Number(steps?.value) || {View().steps}, dark];
+    }}"""
+    in_page(button.click, code, inputs, outputs, then=run)
+    for name in names:
+        in_page(found.args[name].change, f"() => {{ window.kloraStale?.('{tab}'); return []; }}", [], [])
 
 
-def answer(analyse: Analyse, values: Mapping[str, Any]) -> tuple[Any, str]:
-    """The map and two lines about a pair, or no map and one line that says what is wrong."""
+def answer(analyse: Analyse, values: Mapping[str, Any], view: View) -> tuple[str, str]:
+    """Give what a pair would do and by which rule, as HTML; or what is wrong, and no rule."""
     try:
-        return analyse(read_values(values))
+        return analyse(read_values(values), view)
     except KloraError as error:
-        return None, " ".join(str(error).split())
+        return failure(str(error)), ""
 
 
 @contextlib.contextmanager
@@ -168,51 +243,3 @@ def _shown(gr: Any) -> Iterator[None]:
         yield
     except KloraError as error:
         getattr(gr, "Warning", print)(str(error))
-
-
-class _Maker:
-    """Makes the control of a setting from its description."""
-
-    def __init__(self, gr: Any, tab: str, defaults: Mapping[str, Any]) -> None:
-        self._gr = gr
-        self._tab = tab
-        self._defaults = defaults
-        self._options = setting_options()
-
-    def control(self, name: str) -> Any:
-        """Make one control."""
-        option = self._options[name]
-        value = self._defaults.get(name, getattr(Settings(), name))
-        common = {
-            "label": option.label,
-            "info": _HINTS.get(name, option.help),
-            "elem_id": f"{self._tab}_klora_{name}",
-            "visible": not option.hidden and is_heeded(name, str(self._defaults.get("policy", Settings().policy))),
-        }
-        made = self._of_kind(name, option, value, common)
-        # Its default is kept in the host's settings, and not beside it in ui-config.json too.
-        made.do_not_save_to_config = True
-        return made
-
-    def _of_kind(self, name: str, option: Option, value: Any, common: Mapping[str, Any]) -> Any:
-        gr = self._gr
-        if choices := choices_of(name, option):
-            return gr.Dropdown(choices=list(choices), value=value, **common)
-        if option.optional or option.free:
-            return gr.Textbox(value=str(text_of(value)), max_lines=1, **common)
-        if option.low is not None and option.high is not None:
-            step = _STEPS.get(name, 1 if option.kind is int else 0.05)
-            return gr.Slider(minimum=option.low, maximum=option.high, step=step, value=value, **common)
-        return gr.Number(value=value, precision=0 if option.kind is int else None, **common)
-
-
-def changed_defaults(read: Callable[[str], Any], names: Sequence[str]) -> dict[str, Any]:
-    """The defaults that `read` finds for settings, without those that are impossible."""
-    found = {}
-    for name, option in setting_options().items():
-        if name in names:
-            with contextlib.suppress(KloraError):
-                value = option.read(name, read(name))
-                if value in (choices_of(name, option) or (value,)):
-                    found[name] = value
-    return found

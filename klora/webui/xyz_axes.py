@@ -14,7 +14,6 @@ from klora.webui.injection import OVERRIDES
 
 PREFIX = "[K-LoRA] "
 SETTINGS = ("balance", "alpha", "beta", "scale", "policy", "subject_strength", "style_strength", "scope")
-_LABELS = {"balance": "Balance"}
 # Other files to open, and other text to encode, but no other checkpoint.
 _PAIR_COST = 0.4
 
@@ -42,7 +41,7 @@ def _axes(module: Any) -> Iterable[Any]:
         option = setting_options()[name]
         choices = choices_of(name, option)
         yield module.AxisOption(
-            PREFIX + _LABELS.get(name, option.label),
+            PREFIX + option.label,
             option.kind,
             _apply(name),
             confirm=_confirm(name, option),

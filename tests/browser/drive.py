@@ -9,7 +9,7 @@ from typing import Any
 
 from playwright.sync_api import Page, sync_playwright
 
-SCRIPT = Path(__file__).resolve().parents[2] / "javascript" / "klora.js"
+ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 WAIT = 60_000
 
@@ -22,23 +22,72 @@ def use(page: Page) -> dict[str, Any]:
     choose(page, "subject", "dog")
     choose(page, "style", "dog")
     seen["error"] = analyse(page, "there is no LoRA")
-    seen["map after error"] = page.locator("#txt2img_klora_map img").count()
+    seen["map after error"] = page.locator(".klora-map").count()
     choose(page, "style", "ink")
     seen["summary"] = analyse(page, "×")
-    page.wait_for_selector("#txt2img_klora_map img", timeout=WAIT)
     seen["active title"] = title(page)
+    seen.update(look_at_the_map(page))
     page.click("#txt2img_klora_refresh_names")
     choose(page, "style", "new")
+    page.wait_for_selector(".klora-stale-note", state="visible", timeout=WAIT)
     page.click("#txt2img_klora_advanced > .label-wrap")
+    seen["rule"] = page.inner_text("#txt2img_klora_rule")
     page.fill("#txt2img_klora_beta textarea, #txt2img_klora_beta input", "0.6")
-    page.fill("#txt2img_klora_balance input[type=number]", "-0.5")
-    page.keyboard.press("Tab")
+    seen.update(set_the_share(page))
+    fill_number(page, "balance", "-0.5")
+    fill_number(page, "style_strength", "0.83")
     seen["seed at first"] = page.locator("#txt2img_klora_seed").is_visible()
     choose(page, "policy", "random")
     page.wait_for_selector("#txt2img_klora_seed", state="visible", timeout=WAIT)
     page.wait_for_selector("#txt2img_klora_balance", state="hidden", timeout=WAIT)
+    seen["rows"] = page.evaluate(ROWS)
     seen["after"] = echo(page)
     return seen
+
+
+# The tops of labels and the bottoms of controls in every row of the advanced settings, each relative to the first.
+ROWS = """() => [...document.querySelectorAll('#txt2img_klora_advanced .klora-row .block:not(.hidden)')]
+    .filter((block) => block.offsetHeight)
+    .map((block) => ({
+        top: block.getBoundingClientRect().top,
+        label: block.querySelector('span').getBoundingClientRect().top,
+        input: (block.querySelector('.wrap-inner')?.parentElement || block.querySelector('input, textarea'))
+            .getBoundingClientRect().bottom,
+    }))"""
+
+
+def look_at_the_map(page: Page) -> dict[str, Any]:
+    """Point at the right half of the map, a third from its top, and beside it."""
+    image = page.locator(".klora-map img")
+    image.scroll_into_view_if_needed()
+    box = image.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + 0.75 * box["width"], box["y"] + 0.34 * box["height"])
+    page.wait_for_timeout(200)
+    found = {"pointed at": page.inner_text(".klora-map figcaption")}
+    page.locator(".klora-map figcaption").hover()
+    page.wait_for_timeout(200)
+    found["stale at first"] = page.locator(".klora-stale").count()
+    return found
+
+
+def set_the_share(page: Page) -> dict[str, Any]:
+    """Turn the switch on, choose a share, and turn it off again."""
+    page.check("#txt2img_klora_share_switch input")
+    page.wait_for_selector("#txt2img_klora_share_slider", state="visible", timeout=WAIT)
+    page.wait_for_selector("#txt2img_klora_balance", state="hidden", timeout=WAIT)
+    fill_number(page, "share_slider", "0.4")
+    found = {"by share": echo(page)["share"]}
+    page.uncheck("#txt2img_klora_share_switch input")
+    page.wait_for_selector("#txt2img_klora_balance", state="visible", timeout=WAIT)
+    return {**found, "by balance": echo(page)["share"]}
+
+
+def fill_number(page: Page, name: str, value: str) -> None:
+    """Type into the box of a slider."""
+    page.fill(f"#txt2img_klora_{name} input[type=number]", value)
+    page.keyboard.press("Tab")
+    page.wait_for_timeout(200)
 
 
 def choose(page: Page, name: str, value: str) -> None:
@@ -52,11 +101,11 @@ def choose(page: Page, name: str, value: str) -> None:
 
 
 def analyse(page: Page, expected: str) -> str:
-    """Press the button and give what is said."""
+    """Press the button and give what is said first."""
     page.click("#txt2img_klora_analyse")
-    words = "document.querySelector('#txt2img_klora_summary textarea')?.value || ''"
+    words = "document.querySelector('#txt2img_klora_result p')?.textContent || ''"
     page.wait_for_function(f"() => ({words}).includes({json.dumps(expected)})", timeout=WAIT)
-    return str(page.input_value("#txt2img_klora_summary textarea"))
+    return str(page.locator("#txt2img_klora_result p").first.text_content())
 
 
 def echo(page: Page) -> Any:
@@ -85,7 +134,8 @@ def main() -> None:
         page.goto(url, wait_until="domcontentloaded")
         page.wait_for_selector("#txt2img_klora", timeout=WAIT)
         page.wait_for_timeout(1000)
-        page.add_script_tag(content=SCRIPT.read_text(encoding="utf-8"))
+        page.add_script_tag(content=(ROOT / "javascript" / "klora.js").read_text(encoding="utf-8"))
+        page.add_style_tag(content=(ROOT / "style.css").read_text(encoding="utf-8"))
         seen = use(page)
         browser.close()
     print(json.dumps({**seen, "page errors": errors}))

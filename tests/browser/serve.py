@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import sys
 from pathlib import Path
@@ -9,9 +10,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import gradio as gr
-from PIL import Image
 
 from klora.errors import KloraError
+from klora.webui.analysis_page import POINT, STALE, View
 from klora.webui.args import ARG_ORDER, FusionRequest
 from klora.webui.ui import build
 
@@ -29,19 +30,25 @@ class FakeLibrary:
             NAMES.append("new")
 
 
-def analyse(request: FusionRequest) -> tuple[Image.Image, str]:
+def analyse(request: FusionRequest, view: View) -> tuple[str, str]:
+    """Stand for the analysis of files, which needs torch: two modules over so many steps."""
     if request.subject == request.style:
         raise KloraError(f"there is no LoRA named <b>{request.subject}</b>; did you mean cat?")
-    return Image.new("RGB", (300, 200), "#0072B2"), f"{request.subject} × {request.style}\nsubject share 50.0%"
-
-
-def echoed(*values: object) -> str:
-    return json.dumps(dict(zip(ARG_ORDER, values, strict=True)))
+    modules = [[["down block 1", "query"], "c" * view.steps], [["up block 0", "key"], "s" * view.steps]]
+    told = html.escape(json.dumps({"box": [0, 0, 1, 1], "steps": view.steps, "modules": modules}))
+    pixel = "data:image/gif;base64,R0lGODlhAQABAIAAAHd3dwAAACH5BAAAAAAALAAAAAABAAEAAAICRAEAOw=="
+    found = f"<p>{request.subject} × {request.style}, {view.steps} steps, {'dark' if view.dark else 'light'}</p>"
+    note = f'<p class="klora-stale-note">{STALE}</p>'
+    figure = f'<figure class="klora-map" data-klora="{told}"><img src="{pixel}" style="height: 200px">'
+    caption = f'<figcaption data-idle="{POINT}">{POINT}</figcaption></figure>'
+    return f'<div class="klora-result">{found}{note}{figure}{caption}</div>', "<p>S(τ) = 1.5·τ + 0.5</p>"
 
 
 def app() -> gr.Blocks:
     """One tab with the accordion, and a button that writes what the script would get."""
     with gr.Blocks(title="accordion") as page:
+        # What a host has beside the accordion.
+        gr.Slider(label="Sampling steps", minimum=1, maximum=150, step=1, value=24, elem_id="txt2img_steps")
         found = build("txt2img", FakeLibrary, analyse)
         echo = gr.Button("Echo", elem_id="echo")
         out = gr.Textbox(label="out", elem_id="out")

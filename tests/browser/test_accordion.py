@@ -79,13 +79,36 @@ def test_the_title_tells_the_active_pair(seen: dict[str, Any]) -> None:
     assert seen["active title"] == "K-LoRA · dog × ink"
 
 
-def test_analysing_shows_two_lines_and_the_map(seen: dict[str, Any]) -> None:
-    assert seen["summary"].splitlines() == ["dog × ink", "subject share 50.0%"]
+def test_analysing_is_for_the_steps_of_the_tab_in_the_colours_of_the_page(seen: dict[str, Any]) -> None:
+    assert seen["summary"] == "dog × ink, 24 steps, light"
+
+
+def test_the_formula_shows_under_advanced_only(seen: dict[str, Any]) -> None:
+    assert seen["rule"] == "S(τ) = 1.5·τ + 0.5"
 
 
 def test_analysing_shows_an_error_as_text_and_no_map(seen: dict[str, Any]) -> None:
     assert seen["error"] == "there is no LoRA named <b>dog</b>; did you mean cat?"
     assert seen["map after error"] == 0
+
+
+def test_what_is_pointed_at_is_told_and_an_analysis_holds_until_something_changes(seen: dict[str, Any]) -> None:
+    assert seen["pointed at"] == "up block 0 · key — step 9/24: style"
+    assert seen["stale at first"] == 0
+
+
+def test_the_share_is_a_slider_with_a_switch(seen: dict[str, Any]) -> None:
+    assert seen["by share"] == "0.4"
+    assert seen["by balance"] == "auto"
+
+
+def test_labels_and_inputs_of_a_row_lie_on_one_line(seen: dict[str, Any]) -> None:
+    rows: dict[int, list[dict[str, float]]] = {}
+    for block in seen["rows"]:
+        rows.setdefault(round(block["label"]), []).append(block)
+    assert max(map(len, rows.values())) > 1
+    for row in rows.values():
+        assert max(block["input"] for block in row) - min(block["input"] for block in row) < 3
 
 
 def test_what_is_set_reaches_the_script_and_refreshed_names_can_be_chosen(seen: dict[str, Any]) -> None:
@@ -94,7 +117,8 @@ def test_what_is_set_reaches_the_script_and_refreshed_names_can_be_chosen(seen: 
     request = read_args(list(seen["after"].values()))
     assert request is not None
     assert (request.subject, request.style) == ("dog", "new")
-    assert request.settings.changed() == {"balance": -0.5, "beta": 0.6, "policy": "random"}
+    changed = {"balance": -0.5, "beta": 0.6, "policy": "random", "style_strength": 0.83}
+    assert request.settings.changed() == changed
 
 
 def test_the_seed_shows_only_with_the_random_policy(seen: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ def test_layers_outside_the_scope_are_shown_as_what_acts_there() -> None:
 def test_the_cells_alone_are_drawn_in_the_colours_of_a_theme_and_lie_where_is_told(theme: Any) -> None:
     plan = plan_of(ATTENTION, steps=20)
     image = selection_cells(plan, theme)
-    left, top, right, bottom = (int(a * b) for a, b in zip(cells_box(), image.size * 2, strict=True))
+    left, top, right, bottom = (int(a * b) for a, b in zip(cells_box(plan), image.size * 2, strict=True))
     cells = np.asarray(image)[top + 3 : bottom - 3, left + 3 : right - 3]
     subject, style = pixels_of(cells, "c", theme), pixels_of(cells, "s", theme)
     assert subject / (subject + style) == pytest.approx(plan.share, abs=0.02)

@@ -278,7 +278,7 @@ def test_the_schema_describes_every_argument_in_order() -> None:
     assert schema["properties"]["policy"]["enum"] == list(policies_on(WEBUI))
     assert schema["properties"]["balance"] == {
         "type": "number",
-        "title": "Subject ↔ Style",
+        "title": "Balance",
         "description": options()["balance"].help,
         "minimum": -2.0,
         "maximum": 2.0,

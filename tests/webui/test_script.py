@@ -12,8 +12,10 @@ import pytest
 
 from klora.errors import KloraError
 from klora.webui import api, options, paste, register, ui, xyz_axes
+from klora.webui.analysis_page import View
 from klora.webui.args import ARG_ORDER, FusionRequest
 from klora.webui.script import make_script, map_wanted
+from tests.webui.recorded_gradio import RecordedGradio
 
 
 class OptionInfo:
@@ -61,7 +63,8 @@ class OnDisk:
 @pytest.fixture
 def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     modules = {
-        name: types.ModuleType(name) for name in ("modules", "modules.scripts", "modules.shared", "modules.paths")
+        name: types.ModuleType(name)
+        for name in ("modules", "modules.scripts", "modules.shared", "modules.paths", "modules.options")
     }
     networks = types.ModuleType("networks")
     names = {name: OnDisk(name, value, tmp_path) for name, value in {"puppy": "d8d8", "ink": "da05"}.items()}
@@ -82,10 +85,16 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
         opts=Options(), OptionInfo=OptionInfo, cmd_opts=types.SimpleNamespace(api_auth=None)
     )
     vars(modules["modules.paths"]).update(data_path=str(tmp_path))
-    for name, module in {**modules, "networks": networks}.items():
+    categories: dict[str, str] = {}
+    vars(modules["modules.options"]).update(categories=types.SimpleNamespace(register_category=categories.setdefault))
+    for name, module in {**modules, "networks": networks, "gradio": RecordedGradio()}.items():
         monkeypatch.setitem(sys.modules, name, module)
     return types.SimpleNamespace(
-        scripts=modules["modules.scripts"], shared=modules["modules.shared"], plot=plot, networks=networks
+        scripts=modules["modules.scripts"],
+        shared=modules["modules.shared"],
+        plot=plot,
+        networks=networks,
+        categories=categories,
     )
 
 
@@ -179,11 +188,16 @@ def test_an_axis_keeps_its_value_on_one_cell_and_refuses_bad_ones_before_the_plo
 
 
 def test_the_settings_page_has_defaults_cache_and_map(host: Any) -> None:
-    pytest.importorskip("gradio")
     options.register_options()
     added = host.shared.opts.added
     assert {"klora_cache_folder", "klora_cache_megabytes", "klora_show_map", "klora_default_balance"} <= added.keys()
     assert all(info.section == ("klora", "K-LoRA") for info in added.values())
+
+
+def test_the_settings_page_has_a_group_of_its_own_where_the_host_groups_them(host: Any) -> None:
+    options.register_options()
+    assert host.categories == {"klora": "K-LoRA"}
+    assert {info.category_id for info in host.shared.opts.added.values()} == {"klora"}
 
 
 def test_chosen_defaults_count_and_impossible_ones_do_not(host: Any) -> None:
@@ -233,15 +247,17 @@ def test_credentials_are_read_and_compared() -> None:
     assert not api.is_allowed(known, "nobody", "")
 
 
-def test_analysing_answers_with_a_map_or_one_line() -> None:
-    def analyse(request: FusionRequest) -> tuple[Any, str]:
+def test_analysing_answers_with_a_page_or_one_line() -> None:
+    def analyse(request: FusionRequest, view: View) -> tuple[str, str]:
         if request.style == "bad":
-            raise KloraError("two\nlines")
-        return "map", "first\nsecond"
+            raise KloraError("two\nlines of <b>")
+        return f"page for {view.steps}", "rule"
 
-    assert ui.answer(analyse, {"subject": "a", "style": "b"}) == ("map", "first\nsecond")
-    assert ui.answer(analyse, {"subject": "a", "style": "bad"}) == (None, "two lines")
-    assert ui.answer(analyse, {"subject": "None", "style": "b"})[1] == "Choose a subject LoRA"
+    assert ui.answer(analyse, {"subject": "a", "style": "b"}, View(7)) == ("page for 7", "rule")
+    said, rule = ui.answer(analyse, {"subject": "a", "style": "bad"}, View())
+    assert "two lines of &lt;b&gt;" in said
+    assert rule == ""
+    assert "Choose a style LoRA" in ui.answer(analyse, {"subject": "b", "style": "None"}, View())[0]
 
 
 @pytest.mark.parametrize("with_filename", [True, False])

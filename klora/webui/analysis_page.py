@@ -1,0 +1,101 @@
+"""What an analysis shows in the accordion: the share in words, the counts, and a map that tells what is pointed at.
+
+Every text of ours is a node of its own, so that the hosts can translate it; names, numbers and warnings are data.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from PIL import Image as Images
+
+    from klora.fusion.plan import FusionPlan
+    from klora.pair import Pair
+
+STALE = "The pair or a setting has changed since: analyse again."
+POINT = "Point at the map to see which module and step it is."
+WITHOUT_MATPLOTLIB = "The selection map needs matplotlib; install it into the WebUI's environment."
+DURING = "decided while sampling"
+NOTHING = "nothing is contested"
+SUBJECT, STEPS, MODULES, RULE = "Subject", "steps", "Modules:", "Rule:"
+COUNTS = ("contested", "subject only", "style only", "keys not understood")
+POINTED = ("step", "subject", "style", "both", "neither")
+"""Words that the page itself puts together, when something is pointed at."""
+
+
+class View(NamedTuple):
+    """For how many steps an analysis is, and whether the page is dark."""
+
+    steps: int = 20
+    dark: bool = False
+
+
+def page(title: str, pair: Pair, plan: FusionPlan, picture: Images.Image | None) -> str:
+    """Write what a pair would do; `picture` is the drawing of `selection_cells`, None without matplotlib."""
+    figure = _figure(plan, picture) if picture is not None else f"<p>{_say(WITHOUT_MATPLOTLIB)}</p>"
+    warnings = "".join(f'<p class="klora-warning">{_data(warning)}</p>' for warning in plan.warnings)
+    return (
+        f'<div class="klora-result">{_headline(title, plan)}{_counts(pair, plan)}{warnings}'
+        f'<p class="klora-stale-note">{_say(STALE)}</p>{figure}</div>'
+    )
+
+
+def rule_line(plan: FusionPlan) -> str:
+    """Write the rule with its numbers."""
+    from klora.report.summary import describe_rule
+
+    return f'<p class="klora-rule">{_say(RULE)} {_data(describe_rule(plan))}</p>'
+
+
+def failure(text: str) -> str:
+    """Write what went wrong, on one line."""
+    return f'<p class="klora-error">{_say(" ".join(text.split()))}</p>'
+
+
+def _headline(title: str, plan: FusionPlan) -> str:
+    from klora.report.words import share_in_words
+
+    if plan.share is None:
+        share = _say(DURING if plan.contested else NOTHING)
+    else:
+        number, when = share_in_words(plan)
+        share = f"{_say(SUBJECT)} <strong>{_data(number)}</strong>" + (f", {_say(when)}" if when else "")
+    steps = f"<span>{_data(str(plan.steps))} {_say(STEPS)}</span>"
+    return f'<p class="klora-headline"><span>{share}</span>{steps}<span>{_data(title)}</span></p>'
+
+
+def _counts(pair: Pair, plan: FusionPlan) -> str:
+    coverage = pair.coverage
+    lists = (plan.contested, coverage.subject_only, coverage.style_only, coverage.unmatched)
+    shown = [(len(found), name) for found, name in zip(lists, COUNTS, strict=True) if found or name == COUNTS[0]]
+    counts = ", ".join(f"{_data(str(number))} {_say(name)}" for number, name in shown)
+    return f'<p class="klora-counts">{_say(MODULES)} {counts}</p>'
+
+
+def _figure(plan: FusionPlan, picture: Images.Image) -> str:
+    from klora.report.picture import cells_box
+    from klora.report.words import module_in_words
+
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    source = base64.b64encode(buffer.getvalue()).decode()
+    modules = [[module_in_words(module.name), plan.selections[module.name]] for module in plan.modules]
+    told = json.dumps({"box": cells_box(plan), "steps": plan.steps, "modules": modules}, separators=(",", ":"))
+    return (
+        f'<figure class="klora-map" data-klora="{html.escape(told)}">'
+        f'<img src="data:image/png;base64,{source}" alt="Selection map" draggable="false">'
+        f'<figcaption data-idle="{html.escape(POINT)}">{_say(POINT)}</figcaption></figure>'
+    )
+
+
+def _say(text: str) -> str:
+    return f"<span>{html.escape(text)}</span>"
+
+
+def _data(text: str) -> str:
+    return f'<span class="klora-data">{html.escape(text)}</span>'

@@ -1,0 +1,69 @@
+"""One picture at five balances: the button fills in the host's X/Y/Z plot, starts it, and puts back what was there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from klora.webui.args import setting_options
+from klora.webui.ui import Accordion, in_page
+from klora.webui.xyz_axes import PREFIX
+
+BALANCES = (-1.0, -0.5, 0.0, 0.5, 1.0)
+_SCRIPT, _PLOT = "script_list", "X/Y/Z plot"
+
+# The page needs a moment to pass on what was filled in, and again to gather it for the host.
+_FILL_MS, _GATHER_MS = 300, 600
+
+
+class BalanceGrid:
+    """Wires the button of one tab's accordion once the host has made all controls that are needed."""
+
+    def __init__(self, tab: str, accordion: Accordion) -> None:
+        self._tab = tab
+        self._accordion = accordion
+        self._values = _plot(tab)
+        self._controls: dict[str, Any] = {}
+
+    def see(self, component: Any, elem_id: str | None) -> None:
+        """Take note of one of the host's controls."""
+        if elem_id not in self._values or elem_id in self._controls:
+            return
+        self._controls[elem_id] = component
+        if self._controls.keys() == self._values.keys():
+            self._wire()
+
+    def _wire(self) -> None:
+        import gradio as gr
+
+        controls = [self._controls[name] for name in self._values]
+        enabled, button = self._accordion.args["enabled"], self._accordion.compare
+        start = gr.Button("", visible=False, elem_id=f"{self._tab}_klora_compare_start")
+        button.visible = True
+        kept = f"window.klora_before_{self._tab}"
+        fill = f"""(...before) => {{
+            {kept} = before.slice(0, {len(controls)});
+            setTimeout(() => document.querySelector('#{self._tab}_klora_compare_start').click(), {_FILL_MS});
+            return {json.dumps([*self._values.values(), True])};
+        }}"""
+        in_page(button.click, fill, controls, [*controls, enabled])
+        run = f"""async () => {{
+            document.querySelector('#{self._tab}_generate').click();
+            await new Promise((resolve) => setTimeout(resolve, {_GATHER_MS}));
+            return {kept};
+        }}"""
+        in_page(start.click, run, [], controls)
+
+
+def _plot(tab: str) -> dict[str, Any]:
+    """Give what the plot's controls must say, by their ids."""
+    values = {
+        "x_type": PREFIX + setting_options()["balance"].label,
+        "x_values": ", ".join(f"{balance:g}" for balance in BALANCES),
+        "y_type": "Nothing",
+        "z_type": "Nothing",
+        "draw_legend": True,
+        "no_fixed_seeds": False,
+        "vary_seeds_x": False,
+    }
+    return {_SCRIPT: _PLOT, **{f"script_{tab}_xyz_plot_{name}": value for name, value in values.items()}}

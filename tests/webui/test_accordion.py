@@ -1,0 +1,113 @@
+"""The accordion and the grid of balances, on a Gradio that takes notes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+import pytest
+
+from klora.settings import Settings
+from klora.webui.analysis_page import View
+from klora.webui.args import ARG_ORDER, FusionRequest, setting_options
+from klora.webui.balance_grid import BALANCES, BalanceGrid, _plot
+from klora.webui.controls import hint_of, slider_reach
+from klora.webui.ui import Accordion, build
+from tests.webui.recorded_gradio import Component, RecordedGradio
+
+
+class NoLoras:
+    def names(self) -> list[str]:
+        return []
+
+    def refresh(self) -> None:
+        pass
+
+
+def analyse(_request: FusionRequest, _view: View) -> tuple[str, str]:
+    return "", ""
+
+
+@pytest.fixture
+def gradio(monkeypatch: pytest.MonkeyPatch) -> RecordedGradio:
+    found = RecordedGradio()
+    monkeypatch.setitem(sys.modules, "gradio", found)
+    return found
+
+
+def built(**more: Any) -> Accordion:
+    return build("txt2img", NoLoras, analyse, **more)
+
+
+def test_a_control_stands_for_every_argument_in_their_order(gradio: RecordedGradio) -> None:
+    found = built()
+    assert list(found.args) != list(ARG_ORDER)
+    assert found.inputs == [found.args[name] for name in ARG_ORDER]
+
+
+def test_the_checkbox_is_in_the_header_where_the_host_has_such_an_accordion(gradio: RecordedGradio) -> None:
+    asked: list[Any] = []
+
+    def header(*args: Any, **kwargs: Any) -> Component:
+        asked.append((args, kwargs))
+        return Component("InputAccordion")
+
+    assert built(header=header).args["enabled"].kind == "InputAccordion"
+    assert asked == [((False,), {"label": "K-LoRA", "elem_id": "txt2img_klora"})]
+    assert built().args["enabled"].kwargs["label"] == "Enable K-LoRA"
+
+
+def test_strengths_slide_from_0_to_2_and_a_tag_may_go_beyond(gradio: RecordedGradio) -> None:
+    found = built()
+    for name in ("subject_strength", "style_strength"):
+        made = found.args[name].kwargs
+        assert (made["minimum"], made["maximum"], made["step"]) == (0, 2, 0.05)
+    assert Settings(subject_strength=-3).subject_strength == -3
+
+
+def test_a_share_is_set_by_a_slider_and_handed_over_as_one_text(gradio: RecordedGradio) -> None:
+    found = built()
+    assert found.args["share"].kwargs["value"] == "auto"
+    assert found.args["share"].visible is False
+    assert gradio.by_id("txt2img_klora_share_slider").kind == "Slider"
+
+
+def test_formula_signs_are_under_advanced_only(gradio: RecordedGradio) -> None:
+    built()
+    advanced = gradio.made.index(gradio.by_id("txt2img_klora_advanced"))
+    in_sight = [text for made in gradio.made[:advanced] for text in made.texts]
+    assert not re.search("[αβγτρ]", " ".join(in_sight))
+
+
+def test_hints_are_short_and_every_slider_has_a_reach_within_its_setting() -> None:
+    for name, option in setting_options().items():
+        assert option.hidden or len(hint_of(name, option) or "") <= 60, name
+        if reach := slider_reach(name, option):
+            assert option.low is None or option.low <= reach.low
+            assert option.high is None or reach.high <= option.high
+
+
+def test_the_button_of_the_grid_shows_once_the_hosts_plot_is_there(gradio: RecordedGradio) -> None:
+    found = built()
+    grid = BalanceGrid("txt2img", found)
+    controls = {elem_id: Component("Any") for elem_id in _plot("txt2img")}
+    for elem_id, control in controls.items():
+        assert found.compare.visible is False
+        grid.see(control, elem_id)
+        grid.see(Component("Other"), "another")
+    assert found.compare.visible is True
+    (filled,) = found.compare.events["click"]
+    assert filled["outputs"] == [*controls.values(), found.args["enabled"]]
+    assert json.dumps("-1, -0.5, 0, 0.5, 1") in filled["js"]
+    (started,) = gradio.by_id("txt2img_klora_compare_start").events["click"]
+    assert started["outputs"] == list(controls.values())
+
+
+def test_the_grid_is_that_of_the_balances_alone() -> None:
+    plot = _plot("img2img")
+    assert plot["script_list"] == "X/Y/Z plot"
+    assert plot["script_img2img_xyz_plot_x_type"] == "[K-LoRA] Balance"
+    assert plot["script_img2img_xyz_plot_y_type"] == plot["script_img2img_xyz_plot_z_type"] == "Nothing"
+    assert [float(value) for value in plot["script_img2img_xyz_plot_x_values"].split(",")] == list(BALANCES)
