@@ -57,6 +57,7 @@ _HINTS = {
     "refresh": "steps for which a prediction is kept",
     "style_refs": "names in their folder, with ;",
     "subject_refs": "names in their folder, with ;",
+    "discrepancy": "how alike both LoRAs' pictures are",
     "refine_step": "how far latents move per step",
     "refine_from": "0: first step, 1: last step",
     "refine_to": "0: first step, 1: last step",
@@ -64,8 +65,8 @@ _HINTS = {
 
 
 def hint_of(name: str, option: Option) -> str | None:
-    """Give the few words below a setting's label."""
-    return _HINTS.get(name, option.help)
+    """The few words below a setting's label: its own here, else how its explanation begins."""
+    return _HINTS.get(name, option.help.partition(";")[0])
 
 
 def slider_reach(name: str, option: Option) -> Reach | None:

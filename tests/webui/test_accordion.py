@@ -83,7 +83,7 @@ def test_formula_signs_are_under_advanced_only(gradio: RecordedGradio) -> None:
 
 def test_hints_are_short_and_every_slider_has_a_reach_within_its_setting() -> None:
     for name, option in setting_options().items():
-        assert option.hidden or len(hint_of(name, option) or "") <= 60, name
+        assert option.hidden or len(hint_of(name, option) or "") <= 80, name
         if reach := slider_reach(name, option):
             assert option.low is None or option.low <= reach.low
             assert option.high is None or reach.high <= option.high
