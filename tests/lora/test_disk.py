@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -62,6 +63,26 @@ def test_a_file_that_changed_after_opening_is_told_as_such(path: Path, change: s
     for read in (file.modules[NAME].tensors, file.modules[NAME].matrix, lambda: file.sha256):
         with pytest.raises(LoraFileError, match=r"cat\.safetensors: (changed while it was in use|does not exist); \w+"):
             read()
+
+
+@pytest.mark.parametrize("change", ["empty", "truncate", "overwrite"])
+@pytest.mark.parametrize("first", [True, False])
+def test_a_file_that_changes_while_it_is_read_is_told_as_such(
+    path: Path, monkeypatch: pytest.MonkeyPatch, change: str, first: bool
+) -> None:
+    stored = next(LoraFile.open(path).modules[NAME].stored())
+    plain = disk.read_into
+
+    def read(stream: BinaryIO, offset: int, room: memoryview) -> None:
+        if first:
+            CHANGES[change](path)
+        plain(stream, offset, room)
+        if not first:
+            CHANGES[change](path)
+
+    monkeypatch.setattr(disk, "read_into", read)
+    with pytest.raises(LoraFileError, match="changed while it was in use"):
+        stored.data()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -173,3 +194,8 @@ def test_the_safetensors_package_maps_files_and_so_dies_where_this_does_not(tmp_
         command = [sys.executable, "-c", PROGRAM, reader, str(path), NAME]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         assert done.returncode == code, done.stderr
+
+
+def test_an_identity_is_all_that_a_system_tells_of_a_change(path: Path) -> None:
+    status = path.stat()
+    assert disk.identity(path) == (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
