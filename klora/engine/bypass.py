@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from klora.engine.joined import SharedInput, joins_on
 from klora.engine.weights import Weights
 from klora.errors import MismatchError
 from klora.lora.deltas import Delta
@@ -53,13 +54,19 @@ class Site:
 
 def module_shape(module: Any) -> tuple[int, ...]:
     """The shape of a Linear's or Conv's weight from its attributes, since a quantised weight is packed."""
-    if hasattr(module, "in_channels") and hasattr(module, "kernel_size"):
+    if is_conv(module):
         kernel = tuple(module.kernel_size)
         size = (module.out_channels, module.in_channels // module.groups)
         return size if all(side == 1 for side in kernel) else (*size, *kernel)
     if hasattr(module, "in_features"):
         return (module.out_features, module.in_features)
     return tuple(module.weight.shape)
+
+
+def is_conv(module: Any) -> bool:
+    """Whether a module is a convolution, by its attributes."""
+    # What a module of torch lacks is found out slowly, so what most modules have is asked for first.
+    return not hasattr(module, "in_features") and hasattr(module, "kernel_size")
 
 
 class Operand:
@@ -74,29 +81,48 @@ class Operand:
         self.site = site
         self.weights = weights or Weights(delta)
         self.factored = self.weights.factored
-        self.is_conv = hasattr(site.module, "kernel_size")
+        self.is_conv = is_conv(site.module)
+        self._shared: SharedInput | None = None
+        self._place = 0
         self._chains: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
     def chain(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The weights, from the cache when they were asked for before."""
         if (device, dtype) not in self._chains:
+            if self._shared and joins_on(device):
+                self._shared.down.stack(device, dtype)
             weights = self.weights.chain(device, dtype) if self.factored else (self._matrix().to(device, dtype),)
             if self.is_conv:
                 weights = tuple(weight[:, :, None, None] if weight.ndim == 2 else weight for weight in weights)
             self._chains[device, dtype] = weights
         return self._chains[device, dtype]
 
+    def share(self, shared: SharedInput, place: int) -> None:
+        """Take the product with `down` from what is shared with modules of the same input, where that pays."""
+        self._shared, self._place = shared, place
+
+    def set_acting(self, acts: bool) -> None:
+        """Get ready to act, or not to."""
+        if self._shared:
+            self._shared.set_acting(self._place, acts)
+        if not acts:
+            self.release()
+
     def release(self) -> None:
         """Drop a dense delta, which is as large as the weight itself; it is formed again when needed."""
+        if self._shared:
+            self._shared.forget()
         if not self.factored:
             self._chains.clear()
 
     def add(self, x: Tensor, y: Tensor, strength: float) -> Tensor:
         """y + strength·ΔW·x; in place where autograd does not watch."""
         chain = self.chain(y.device, y.dtype)
-        x = x.to(y.dtype)
         if self.factored:
             strength *= self.delta.scale
+        if self._shared and self._shared.pays and joins_on(y.device):
+            return self._add_linear(self._shared.product(self._place, x, y.dtype), y, chain[-1], strength)
+        x = x.to(y.dtype)
         if self.is_conv:
             return self._add_conv(x, y, chain, strength)
         for weight in chain[:-1]:
@@ -174,26 +200,40 @@ class Part:
 
     operands: tuple[Operand | None, Operand | None]
     strengths: tuple[float, float] = (0.0, 0.0)
+    _acting: tuple[tuple[Operand, float], ...] = field(init=False)
+    _ready: tuple[torch.device, torch.dtype] | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        self._acting = self._pairs()
 
     def set(self, strengths: tuple[float, float]) -> None:
         """Make each operand act with its strength; 0 switches it off."""
         if strengths == self.strengths:
             return
         for operand, strength in zip(self.operands, strengths, strict=True):
-            if operand is not None and not strength:
-                operand.release()
+            if operand is not None:
+                operand.set_acting(bool(strength))
         self.strengths = strengths
+        self._acting = self._pairs()
 
     def apply(self, x: Tensor, y: Tensor) -> Tensor:
         """y with what acts added, in place where possible."""
+        if (y.device, y.dtype) != self._ready:
+            self._prepare(y.device, y.dtype)
+        for operand, strength in self._acting:
+            y = operand.add(x, y, strength)
+        return y
+
+    def _pairs(self) -> tuple[tuple[Operand, float], ...]:
+        pairs = zip(self.operands, self.strengths, strict=True)
+        return tuple((operand, strength) for operand, strength in pairs if operand is not None and strength)
+
+    def _prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         for operand in self.operands:
             # Also what is not active: its becoming active then allocates nothing.
             if operand is not None and operand.factored:
-                operand.chain(y.device, y.dtype)
-        for operand, strength in zip(self.operands, self.strengths, strict=True):
-            if operand is not None and strength:
-                y = operand.add(x, y, strength)
-        return y
+                operand.chain(device, dtype)
+        self._ready = (device, dtype)
 
 
 @dataclass

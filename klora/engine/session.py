@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from klora.engine.bypass import BypassLayer, Operand, Part, Site
 from klora.engine.dynamic import Chooser, MeasuredPart, Rows
+from klora.engine.joined import SharedInput, shared_inputs
 from klora.engine.progress import SamplingPass
 from klora.engine.weights import KEPT
 from klora.errors import MismatchError
@@ -56,6 +57,7 @@ class Session:
         self._layers: dict[int, BypassLayer] = {}
         self._parts: dict[str, Part] = {}
         self._folded: set[str] = set()
+        self._shared: list[SharedInput] = []
         self._chooser = Chooser.of(plan.settings) if plan.policy.measured else None
         self._denoiser = denoiser if self._chooser and conditional else None
         self._conditional = conditional
@@ -68,6 +70,7 @@ class Session:
         self._combined = self._weights.combined(plan.settings)
         self._bind(sites, self._deltas, self._parts)
         plan.policy.check_model(self._parts)
+        self._join()
         self._bind_text(text_sites or {})
         self.set_tau(0.0)
 
@@ -109,6 +112,8 @@ class Session:
             self._watch = None
         for layer in self._layers.values():
             layer.detach()
+        for shared in self._shared:
+            shared.forget()
 
     def __enter__(self) -> Session:
         self._depth += 1
@@ -198,6 +203,18 @@ class Session:
             parts[name] = self._part(name, (self._operand(subject, site), self._operand(style, site)))
             layer = self._layers.setdefault(id(site.module), BypassLayer(site.module))
             layer.parts.append(parts[name])
+
+    def _join(self) -> None:
+        """Have operands of one LoRA share their input where their modules do, unless it is not known which will act."""
+        for names in shared_inputs(tuple(self._parts)) if self._chooser is None else ():
+            for side in (0, 1):
+                found = [operand for name in names if (operand := self._parts[name].operands[side])]
+                operands = [operand for operand in found if operand.weights.joinable and not operand.is_conv]
+                if len({operand.delta.columns for operand in operands}) == 1 and len(operands) > 1:
+                    shared = SharedInput(self._weights.joined(tuple(operand.delta for operand in operands)))
+                    for place, operand in enumerate(operands):
+                        operand.share(shared, place)
+                    self._shared.append(shared)
 
     def _bind_text(self, sites: Mapping[str, Site]) -> None:
         subject, style = self.pair.subject.text_encoder, self.pair.style.text_encoder

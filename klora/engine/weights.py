@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -34,16 +35,48 @@ class Weights:
             self._factors = tuple(weight for weight in (factors.down, factors.mid, factors.up) if weight is not None)
         self._chains: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
 
+    @property
+    def rank(self) -> int:
+        """The rows of `down`."""
+        return len(self._factors[0])
+
+    @property
+    def joinable(self) -> bool:
+        """Whether it is down and up, of a linear layer."""
+        return len(self._factors) == 2 and self._factors[0].ndim == 2
+
     def chain(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The factors there, always the same tensors."""
         if (device, dtype) not in self._chains:
             self._chains[device, dtype] = tuple(weight.to(device=device, dtype=dtype) for weight in self._factors)
         return self._chains[device, dtype]
 
+    def replace_down(self, device: torch.device, dtype: torch.dtype, down: Tensor) -> None:
+        """Take an equal `down` there, so that there are not two of it."""
+        self._chains[device, dtype] = (down, *self.chain(device, dtype)[1:])
+
     def nbytes(self) -> int:
         """Bytes of memory, on all devices together."""
         tensors = (*self._held, *self._factors, *(weight for chain in self._chains.values() for weight in chain))
         return sum({weight.data_ptr(): weight.nbytes for weight in tensors}.values())
+
+
+class JoinedDown:
+    """The `down` of several deltas below each other, of which each delta's own is a part."""
+
+    def __init__(self, weights: Sequence[Weights]) -> None:
+        self._weights = weights
+        self.ranks = [weight.rank for weight in weights]
+        self._stacks: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def stack(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """(Σ r, in) there, always the same tensor."""
+        if (device, dtype) not in self._stacks:
+            stack = torch.cat([weights.chain(device, dtype)[0] for weights in self._weights])
+            for weights, part in zip(self._weights, stack.split(self.ranks), strict=True):
+                weights.replace_down(device, dtype, part)
+            self._stacks[device, dtype] = stack
+        return self._stacks[device, dtype]
 
 
 class PairWeights:
@@ -53,6 +86,7 @@ class PairWeights:
         self._weights: weakref.WeakKeyDictionary[Delta, Weights] = weakref.WeakKeyDictionary()
         self._settings: Settings | None = None
         self._combined: dict[str, Combined] = {}
+        self._joined: dict[tuple[Delta, ...], JoinedDown] = {}
 
     def of(self, delta: Delta) -> Weights:
         """The weights of a delta, prepared when it is first asked for."""
@@ -63,8 +97,14 @@ class PairWeights:
     def combined(self, settings: Settings) -> dict[str, Combined]:
         """What a policy with these settings has made of modules so far, by name; of other settings, nothing is kept."""
         if settings != self._settings:
-            self._settings, self._combined = settings, {}
+            self._settings, self._combined, self._joined = settings, {}, {}
         return self._combined
+
+    def joined(self, deltas: tuple[Delta, ...]) -> JoinedDown:
+        """The `down` of several deltas as one."""
+        if deltas not in self._joined:
+            self._joined[deltas] = JoinedDown([self.of(delta) for delta in deltas])
+        return self._joined[deltas]
 
     def nbytes(self) -> int:
         """Bytes of memory, on all devices together."""
