@@ -259,3 +259,58 @@ def test_the_weight_of_a_slice_is_its_rows() -> None:
     assert torch.equal(Site(module, rows=(8, 12), weight=lambda: other).base_weight(), other[8:])
     with pytest.raises(MismatchError, match="Identity does not show them"):
         Site(nn.Identity()).base_weight()
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"),
+    [(k, f) for k, (_, shape) in LAYERS.items() for f in FAMILIES if not f.endswith("-cp") or 3 in shape],
+)
+@torch.no_grad()
+def test_at_some_tokens_it_adds_what_it_adds_everywhere(tmp_path: Path, kind: str, family: str) -> None:
+    module, x = layer_of(kind, torch.float32), input_of(kind, torch.float32)
+    operand = Operand(delta_of(tmp_path, kind, family, alpha=2.0), Site(module))
+    plain = module(x)
+    everywhere = operand.add(x, torch.zeros_like(plain), 0.7)
+    take = torch.tensor([0, 3, 7])
+    found = operand.at_tokens(x.half() if kind == "linear" else x, plain, take, 0.7)
+    rows = everywhere.flatten(0, 1) if kind == "linear" else everywhere.permute(0, 2, 3, 1).flatten(0, 2)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found, rows[take], atol=1e-3 if kind == "linear" else 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["conv1x1", "conv3x3", "strided"])
+def test_a_convolution_that_autograd_watches_is_not_changed_in_place(tmp_path: Path, kind: str) -> None:
+    module, x = layer_of(kind, torch.float32), input_of(kind, torch.float32).requires_grad_()
+    layer, _ = hooked(module, delta_of(tmp_path, kind), strengths=(0.5, 0.0))
+    kept: list[torch.Tensor] = []
+    module.register_forward_hook(lambda _module, _args, output: kept.append(output) or None)
+    layer.attach()
+    active = module(x)
+    layer.detach()
+    with torch.no_grad():
+        assert torch.allclose(kept[0], module(x), atol=1e-6)
+        merged = merge(module, delta_of(tmp_path, kind), 0.5)
+        assert torch.allclose(active, merged(x), atol=1e-5)
+    (gradient,) = torch.autograd.grad(active.sum(), x)
+    (expected,) = torch.autograd.grad(merged(x).sum(), x)
+    assert torch.allclose(gradient, expected, atol=1e-5)
+
+
+def test_a_convolution_is_added_to_in_place_where_nobody_watches(tmp_path: Path) -> None:
+    module, x = layer_of("conv3x3", torch.float32), input_of("conv3x3", torch.float32)
+    operand = Operand(delta_of(tmp_path, "conv3x3"), Site(module))
+    with torch.no_grad():
+        y = module(x)
+        assert operand.add(x, y, 1.0) is y
+
+
+def test_the_shape_of_a_weight_is_told_by_the_module() -> None:
+    assert module_shape(nn.Linear(4, 6)) == (6, 4)
+    assert module_shape(nn.Conv2d(8, 6, 3, groups=2)) == (6, 4, 3, 3)
+    assert module_shape(nn.Conv2d(8, 6, 1)) == (6, 8)
+    assert all(isinstance(size, int) for size in module_shape(nn.Conv2d(8, 6, 3, groups=2)))
+    packed = nn.Module()
+    packed.in_features, packed.out_features = 16, 4  # type: ignore[assignment]
+    packed.weight = nn.Parameter(torch.zeros(32, 1))
+    assert module_shape(packed) == (4, 16)
+    assert module_shape(nn.Embedding(5, 7)) == (5, 7)

@@ -295,3 +295,17 @@ def test_every_pass_is_told_from_all_before_it() -> None:
         seen.add(chooser.sampling)
         chooser.begin()
     assert len(seen | {chooser.sampling}) == 5
+
+
+@torch.no_grad()
+def test_calls_of_one_step_share_one_decision() -> None:
+    module = module_of("linear")
+    layer, part = measured(module, delta_of("linear", 1), delta_of("linear", 2))
+    layer.attach()
+    for step in (0, 1):
+        part.chooser.at(step / 2, step)
+        module(input_of("linear", step))
+        first = part._choice
+        module(input_of("linear", step + 7))
+        assert part._choice is first
+    layer.detach()

@@ -273,3 +273,50 @@ def test_what_a_policy_makes_of_a_pair_is_made_once_for_the_same_settings(
     for settings, count in (({"mu": 0.5}, 1), ({"mu": 0.5}, 1), ({"mu": 0.25}, 2)):
         session_of(pair, model(TO_Q), policy="np-lora", **settings)
         assert len(made) == count
+
+
+def test_a_new_session_is_at_the_beginning(pair: Pair) -> None:
+    layers = model(TO_Q)
+    with session_of(pair, layers, alpha=1e9, beta=0.0) as session:
+        assert session.tau == 0.0
+        assert acts(layers[TO_Q], (pair.subject.modules[TO_Q].matrix(), 1.0))
+
+
+def test_only_a_policy_that_measures_watches_the_denoiser(pair: Pair) -> None:
+    layers = model(TO_Q)
+    denoiser = Denoiser(layers[TO_Q])
+    for policy, conditional, hooks in (("k-lora", True, 0), ("dynamic", False, 0), ("dynamic", True, 1)):
+        plan = pair.plan(Settings(policy=policy))
+        rows = (lambda args, kwargs: None) if conditional else None
+        with Session(pair, plan, {TO_Q: Site(layers[TO_Q])}, None, "m", denoiser, rows):
+            assert len(denoiser._forward_pre_hooks) == hooks
+        assert not denoiser._forward_pre_hooks
+
+
+def test_a_file_that_does_not_fit_is_told_with_the_models_name(pair: Pair) -> None:
+    with pytest.raises(MismatchError, match="the test model"):
+        session_of(pair, {TO_Q: nn.Linear(2 * SIZE, SIZE)})
+
+
+def test_modules_of_the_model_that_no_file_has_are_left_alone(pair: Pair) -> None:
+    other, text = f"{BLOCK}.attn2.to_v", TEXT.replace("q_proj", "v_proj")
+    layers, encoder = model(other, TO_Q), model(text, TEXT)
+    with session_of(pair, layers, encoder, **ALWAYS_SUBJECT):
+        assert not layers[other]._forward_hooks
+        assert not encoder[text]._forward_hooks
+        assert acts(layers[TO_Q], (pair.subject.modules[TO_Q].matrix(), 1.0))
+        assert not acts(encoder[TEXT])
+
+
+def test_what_a_policy_combines_acts_in_contested_modules_alone_and_with_its_strengths_once(pair: Pair) -> None:
+    layers = model(TO_Q, FF)
+    settings = {"policy": "lego", "subject_strength": 2.0, "style_strength": 0.5}
+    subject, style = pair.subject.modules, pair.style.modules
+    with session_of(pair, layers, **settings) as session:
+        merged, nothing = session.plan.policy.combine(TO_Q, subject[TO_Q], style[TO_Q])
+        assert nothing is None
+        assert merged is not None
+        assert acts(layers[TO_Q], (merged.matrix(), 1.0))
+        assert acts(layers[FF], (subject[FF].matrix(), 2.0))
+    with session_of(pair, layers, **settings, scope="linear", other_layers="both", variant="paper"):
+        assert acts(layers[TO_Q], (merged.matrix(), 1.0))

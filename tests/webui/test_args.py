@@ -22,6 +22,7 @@ from klora.webui.args import (
     read_args,
     read_values,
     text_of,
+    truth,
 )
 from klora.webui.injection import add_tag, apply_request, rewrite
 from klora.webui.prompt_tag import Tag, find_tag
@@ -294,3 +295,41 @@ def test_an_axis_of_the_balance_drops_a_share_and_an_axis_of_both_keeps_it() -> 
     assert override({}, {"balance": 1.0}) == {"balance": 1.0}
     assert override({"share": 0.5}, {"balance": 1.0, "share": 0.25}) == {"balance": 1.0, "share": 0.25}
     assert override({"share": 0.5}, {"scope": "all"}) == {"share": 0.5, "scope": "all"}
+
+
+@pytest.mark.parametrize("text", ["true", "yes", "on", "1", " True ", "YES", "On"])
+def test_words_for_yes(text: str) -> None:
+    assert truth("enabled", text) is True
+
+
+@pytest.mark.parametrize("text", ["false", "no", "off", "0", "", " False ", "NO", "Off"])
+def test_words_for_no(text: str) -> None:
+    assert truth("enabled", text) is False
+
+
+@pytest.mark.parametrize("value", ["maybe", "XX", 2, None, [], float("nan")])
+def test_anything_else_is_neither(value: Any) -> None:
+    with pytest.raises(SettingsError, match="enabled"):
+        truth("enabled", value)
+
+
+def test_names_are_taken_without_the_space_around_them_and_an_empty_one_is_none() -> None:
+    assert read_values({"subject": " dog ", "style": "ink"}).subject == "dog"
+    for empty in ("", "  ", None):
+        with pytest.raises(SettingsError) as caught:
+            read_values({"subject": "dog", "style": empty})
+        assert caught.value.field == "style"
+
+
+def test_a_misspelt_argument_is_answered_with_the_nearest_one() -> None:
+    with pytest.raises(SettingsError, match=r"balence: unknown setting; did you mean balance\?"):
+        read_values({"subject": "dog", "style": "ink", "balence": 1})
+    with pytest.raises(SettingsError, match="known: enabled, subject, style"):
+        read_values({"subject": "dog", "style": "ink", "zzzzzz": 1})
+    with pytest.raises(SettingsError, match="3: unknown setting"):
+        read_args([{3: 1, "subject": "dog"}])
+
+
+def test_a_policy_that_a_webui_cannot_run_is_refused() -> None:
+    with pytest.raises(SettingsError, match="2 forwards"):
+        read_values({"subject": "dog", "style": "ink", "policy": "composite"})

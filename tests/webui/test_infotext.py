@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from klora.settings import Settings
 from klora.webui.args import ARG_ORDER, FusionRequest, read_values
-from klora.webui.infotext import PASTERS, from_infotext, rename_by_hash, to_infotext
+from klora.webui.infotext import PASTERS, from_infotext, hashes_of, rename_by_hash, to_infotext
 from tests.webui.test_args import requests
 
 # How both hosts write and read the last line of an image's text.
@@ -128,3 +128,26 @@ def test_whole_numbers_are_written_without_a_point() -> None:
     given_ = Settings(balance=1.0, subject_strength=0.5, gamma=2.0)
     entries = to_infotext(given_.resolve("SD1"), given_, None)
     assert (entries["K-LoRA balance"], entries["K-LoRA subject strength"], entries["K-LoRA gamma"]) == ("1", "0.5", "2")
+
+
+def test_hashes_are_found_for_names_that_the_host_writes_without_their_signs() -> None:
+    assert hashes_of({"Lora hashes": "dog: 0a1, in: k: ff"}) == {"dog": "0a1", "in: k": "ff"}
+    assert hashes_of({}) == {}
+    params = {"Prompt": "a <klora:big, dog:ink:0.5> here", "Lora hashes": "big dog: 0a1, ink: ff"}
+    asked: list[tuple[str, str]] = []
+
+    def name_for(name: str, value: str) -> str | None:
+        asked.append((name, value))
+        return {"0a1": "hound"}.get(value)
+
+    rename_by_hash(params, name_for)
+    assert asked == [("big, dog", "0a1"), ("ink", "ff")]
+    assert params["Prompt"] == "a <klora:hound:ink:0.5> here"
+
+
+def test_a_name_without_a_hash_is_not_looked_for() -> None:
+    params = {"Prompt": "<klora:dog:ink>", "Lora hashes": "dog: 0a1"}
+    asked: list[str] = []
+    rename_by_hash(params, lambda name, value: asked.append(name))
+    assert asked == ["dog"]
+    assert params["Prompt"] == "<klora:dog:ink>"

@@ -124,3 +124,17 @@ def test_a_bad_tag_is_quoted_with_its_fault(text: str, says: str) -> None:
         find_tag(text)
     assert text in str(failed.value)
     assert says in str(failed.value)
+
+
+def test_a_setting_is_given_once_however_its_name_is_written() -> None:
+    with pytest.raises(KloraError, match="text_encoder: is given twice"):
+        Tag.parse(["dog", "ink", "text-encoder=none", "text_encoder=both"])
+
+
+def test_free_text_may_hold_the_signs_of_a_tag_and_numbers_may_not_be_quoted() -> None:
+    tag = Tag("dog", "ink", Settings(policy="dynamic", style_refs="a=b:c>d<e|f,g(h)[i]100%;j"))
+    text = str(tag)
+    assert set(text[1:-1].partition("style_refs=")[2]).isdisjoint(":<>()[]|,")
+    assert find_tag(f"a dog {text}") == tag
+    with pytest.raises(KloraError, match="balance"):
+        Tag.parse(["dog", "ink", "balance=%31"])
