@@ -11,8 +11,9 @@ from klora.webui.args import named, truth
 from klora.webui.balance_grid import BalanceGrid
 from klora.webui.infotext import PASTERS
 from klora.webui.injection import PLANS, apply_request, pair_of
+from klora.webui.listed_loras import listed
 from klora.webui.options import defaults, map_always_wanted
-from klora.webui.ui import TITLE, Header, Names, build
+from klora.webui.ui import TITLE, Header, build
 
 
 def make_script() -> type:
@@ -69,27 +70,6 @@ def header_of_the_host() -> Header | None:
         return getattr(importlib.import_module("modules.ui_components"), "InputAccordion", None)
     except ImportError:
         return None
-
-
-def listed() -> Names:
-    """The host's LoRAs; none where it knows no LoRAs at all."""
-    try:
-        from klora.hosts.lora_library import Library
-
-        return Library()
-    except ImportError:
-        return _NoLoras()
-
-
-class _NoLoras:
-    """Stands for the list of a host whose LoRA extension is switched off."""
-
-    def names(self) -> list[str]:
-        """List nothing."""
-        return []
-
-    def refresh(self) -> None:
-        """Find nothing."""
 
 
 def map_wanted(args: Sequence[Any]) -> bool:

@@ -11,6 +11,7 @@ from klora.errors import KloraError
 from klora.settings import Option
 from klora.webui.args import choices_of, setting_options
 from klora.webui.injection import OVERRIDES
+from klora.webui.listed_loras import listed
 
 PREFIX = "[K-LoRA] "
 SETTINGS = ("balance", "alpha", "beta", "scale", "policy", "subject_strength", "style_strength", "scope")
@@ -70,8 +71,6 @@ def _confirm(name: str, option: Option) -> Callable[[Any, list[Any]], None]:
 
 
 def _names() -> list[str]:
-    from klora.webui.script import listed
-
     return listed().names()
 
 
