@@ -55,8 +55,8 @@ def fuse(
     Raises SettingsError, LoraFileError or MismatchError before anything is touched.
     """
     host = DiffusersHost(pipe)
-    pair = PAIRS.open(subject, style, cache)
-    plan = pair.plan(Settings.parse(settings), host.architecture, host.device, on_scored)
+    pair = PAIRS.open(subject, style, cache).for_model(host.index)
+    plan = pair.plan(Settings.parse(settings), host.device, on_scored)
     session = Session(
         pair, plan, host.sites(), host.text_sites(), host.model_name, host.denoiser, host.conditional_rows
     )

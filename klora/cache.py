@@ -97,16 +97,18 @@ class ScoreCache:
 
     def _load_scores(self, digest: str, file: LoraFile, quiet: bool = False) -> FileScores:
         """The stored scores, or nothing where there are none or they are not of this file."""
-        return self._load(self._scores_entry(digest), lambda data: _parse_scores(data, digest, file), quiet) or {}
+        return self._load(self._scores_entry(digest, file), lambda data: _parse_scores(data, digest, file), quiet) or {}
 
     def _save_scores(self, digest: str, file: LoraFile, scores: FileScores) -> None:
         # Another process may have added its own K in the meantime.
         others = self._load_scores(digest, file, quiet=True)
         modules = {name: vars(_limit(_merge(others.get(name), score))) for name, score in scores.items()}
-        self._save(self._scores_entry(digest), {"version": SCORING_VERSION, "sha256": digest, "modules": modules})
+        self._save(self._scores_entry(digest, file), {"version": SCORING_VERSION, "sha256": digest, "modules": modules})
 
-    def _scores_entry(self, digest: str) -> Path:
-        return self.folder / f"{SCORES}{digest}-v{SCORING_VERSION}.json"
+    def _scores_entry(self, digest: str, file: LoraFile) -> Path:
+        # Under the names of a model at hand, a file of an unknown architecture has other modules.
+        naming = f"-{file.naming}" if file.naming else ""
+        return self.folder / f"{SCORES}{digest}{naming}-v{SCORING_VERSION}.json"
 
     def _digest_entry(self, path: Path) -> Path:
         return self.folder / f"{DIGEST}{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"

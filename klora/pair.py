@@ -18,6 +18,7 @@ from klora.fusion.scores import OnScored
 from klora.lora.deltas import Delta
 from klora.lora.disk import Identity, identity
 from klora.lora.file import Coverage, LoraFile, check_partner, coverage
+from klora.lora.model_index import ModelIndex
 from klora.lora.names import kind_of, slice_of, sort_key
 from klora.settings import Settings
 
@@ -33,19 +34,32 @@ KINDS_IN_SCOPE = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Two LoRA files that are to be fused."""
+    """Two LoRA files that are to be fused; with `model`, their modules go by the names of a model at hand."""
 
     subject: LoraFile
     style: LoraFile
     cache: ScoreCache
-    _plans: dict[tuple[Settings, str | None], FusionPlan] = field(default_factory=dict, compare=False, repr=False)
+    model: ModelIndex | None = field(default=None, compare=False, repr=False)
+    _plans: dict[tuple[Settings, str | None, LoraFile, LoraFile], FusionPlan] = field(
+        default_factory=dict, compare=False, repr=False
+    )
 
     @classmethod
     def open(cls, subject: str | PathLike[str], style: str | PathLike[str], cache: ScoreCache | None = None) -> Pair:
-        """Open both files; LoraFileError for a bad one, MismatchError where they belong to different models."""
+        """Open both files; LoraFileError for a bad one, MismatchError where they belong to different models.
+
+        Without a model at hand, files of an unknown architecture are compared by bare names.
+        """
         pair = cls(LoraFile.open(subject), LoraFile.open(style), cache or ScoreCache())
+        if None in (pair.subject.table, pair.style.table):
+            pair = dataclasses.replace(pair, subject=pair.subject.bare(), style=pair.style.bare())
         check_partner(pair.subject, pair.style)
         return pair
+
+    def for_model(self, model: ModelIndex) -> Pair:
+        """The same pair under the names of a model; MismatchError where a fused weight cannot be split as it is."""
+        subject, style = self.subject.for_model(model), self.style.for_model(model)
+        return dataclasses.replace(self, subject=subject, style=style, model=model)
 
     @property
     def coverage(self) -> Coverage:
@@ -54,37 +68,34 @@ class Pair:
 
     @property
     def architecture(self) -> str | None:
-        """What the files were made for, as far as they tell."""
+        """What the model at hand is, or else what the files were made for; None where that is unknown."""
+        if self.model:
+            return self.model.architecture
         return self.subject.architecture or self.style.architecture
 
     def plan(
-        self,
-        settings: Settings,
-        architecture: str | None = None,
-        device: torch.device | None = None,
-        on_scored: OnScored | None = None,
+        self, settings: Settings, device: torch.device | None = None, on_scored: OnScored | None = None
     ) -> FusionPlan:
         """Score what is contested (or take the scores from the cache) and decide; LoraValueError for NaN or infinity.
 
-        `architecture` is the model's, where one is at hand; the files' own otherwise. What has to be computed is
-        computed on `device` where that is an accelerator; `on_scored` hears how many modules of both files are done.
+        What has to be computed is computed on `device` where that is an accelerator; `on_scored` hears how many modules
+        of both files are done.
         """
-        key = (settings, architecture)
+        # A pair under the names of a model shares its plans with the pair as it was opened.
+        key = (settings, self.architecture, self.subject, self.style)
         if key not in self._plans:
             while len(self._plans) >= MAX_PLANS:
                 del self._plans[next(iter(self._plans))]
-            self._plans[key] = self._plan(settings, architecture, device, on_scored)
+            self._plans[key] = self._plan(settings, device, on_scored)
         return self._plans[key]
 
-    def _plan(
-        self, settings: Settings, architecture: str | None, device: torch.device | None, on_scored: OnScored | None
-    ) -> FusionPlan:
-        settings = resolve(settings, architecture or self.architecture)
+    def _plan(self, settings: Settings, device: torch.device | None, on_scored: OnScored | None) -> FusionPlan:
+        settings = resolve(settings, self.architecture)
         kinds = KINDS_IN_SCOPE[settings.scope]
         wanted = {
             name: {wanted_k(settings, delta.rank, self.style.modules[name].rank, delta.shape)}
             for name, delta in self.subject.modules.items()
-            if name in self.style.modules and kind_of(name) in kinds
+            if name in self.style.modules and kind_of(name, delta.shape) in kinds
         }
         before, total = len(self.subject.modules), len(self.subject.modules) + len(self.style.modules)
         subject = self.cache.scores(

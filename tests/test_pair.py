@@ -9,6 +9,7 @@ import pytest
 from klora.cache import ScoreCache
 from klora.errors import LoraFileError, MismatchError
 from klora.fusion.policies.base import BOTH, NEITHER, STYLE, SUBJECT
+from klora.lora.model_index import ModelIndex
 from klora.pair import MAX_PLANS, Pair
 from klora.settings import Settings
 from tests.support.lora_files import write_lora
@@ -73,7 +74,7 @@ def test_sums_are_those_of_the_k_that_the_ranks_make(tmp_path: Path, cache: Scor
 
 def test_the_model_at_hand_counts_more_than_the_files(tmp_path: Path, cache: ScoreCache) -> None:
     pair = Pair.open(*write_pair(tmp_path), cache)
-    assert pair.plan(Settings(), "FLUX").settings.scale == "s*"
+    assert pair.for_model(ModelIndex({}, architecture="FLUX")).plan(Settings()).settings.scale == "s*"
     assert pair.plan(Settings()).settings.scale == "s"
 
 
@@ -102,7 +103,8 @@ def test_a_plan_is_made_once_for_the_same_settings(tmp_path: Path, cache: ScoreC
     pair = Pair.open(*write_pair(tmp_path), cache)
     plan = pair.plan(Settings())
     assert pair.plan(Settings()) is plan
-    assert pair.plan(Settings(), "FLUX") is not plan
+    assert pair.for_model(ModelIndex({}, architecture="FLUX")).plan(Settings()) is not plan
+    assert pair.for_model(ModelIndex({})).plan(Settings()) is plan
     assert pair.plan(Settings(balance=1.0)).balance == 1.0
     for step in range(MAX_PLANS):
         pair.plan(Settings(steps=step + 1))

@@ -80,13 +80,15 @@ class Ensemble:
 
 
 def weighted_mean(outputs: Sequence[Any], weights: Sequence[float]) -> Any:
-    """Σ w·ε of tensors, or of the first tensors of tuples or model outputs, in the form of the first output."""
+    """Σ w·ε of tensors, of lists of them, or of what tuples or model outputs begin with, in the form of the first."""
     first = outputs[0]
     if isinstance(first, Tensor):
         mean = first * weights[0]
         for output, weight in zip(outputs[1:], weights[1:], strict=True):
             mean = mean.add_(output, alpha=weight)
         return mean
+    if isinstance(first, list):
+        return [weighted_mean(parts, weights) for parts in zip(*outputs, strict=True)]
     if isinstance(first, tuple):
         return (weighted_mean([output[0] for output in outputs], weights), *first[1:])
     # A model output: a dictionary with a class of its own.

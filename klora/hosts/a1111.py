@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from klora.engine.dynamic import Rows
 from klora.hosts.host_text_encoder import TextPart, host_tensors, kohya_text_key
+from klora.hosts.ldm_sites import third_of, weight_shape
 from klora.hosts.webui_host import WebuiHost
 
 _PROJECTION = re.compile(r"_[qkv]_proj$")
@@ -24,6 +25,23 @@ class A1111Host(WebuiHost):
     def diffusion_model(self) -> nn.Module:
         """The UNet."""
         return self.sd_model.model.diffusion_model
+
+    def lora_keys(self) -> Mapping[str, Any]:
+        """The modules that A1111 has named for its own LoRA code; of SD3 also by their names in diffusers."""
+        paths = {
+            name: path
+            for path, module in self.diffusion_model.named_modules()
+            if (name := getattr(module, "network_layer_name", None)) and weight_shape(module)
+        }
+        keys: dict[str, Any] = {name: f"diffusion_model.{path}.weight" for name, path in paths.items()}
+        heights = {name: self.diffusion_model.get_submodule(path).weight.shape[0] for name, path in paths.items()}
+        for key, name in getattr(self.sd_model, "diffusers_weight_mapping", dict)():
+            flat = name.replace(".", "_")
+            if third := third_of(flat, heights):
+                keys[key] = (keys[third[0]], third[1])
+            elif flat in keys:
+                keys[key] = keys[flat]
+        return keys
 
     @contextmanager
     def text_encoder_with(self, parts: list[TextPart]) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""The diffusers host: any pipeline with a UNet or a FLUX transformer."""
+"""The diffusers host: any pipeline with a UNet or a transformer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from klora.engine.bypass import Site, module_shape
 from klora.engine.dynamic import Rows
 from klora.errors import KloraError
-from klora.lora.file import ARCHITECTURE_OF_WIDTH
+from klora.lora.model_index import ModelIndex
+from klora.lora.tables import ARCHITECTURE_OF_WIDTH
 
-TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TIMES = ("timestep", "timesteps", "t")
+CONDITIONS = ("encoder_hidden_states", "cap_feats", "encoder_hidden_states_t5", "text_bth")
 # Attention blocks after fuse_qkv_projections(): the fused Linear and the canonical names of its slices.
 FUSED_PROJECTIONS = {
     "to_qkv": ("to_q", "to_k", "to_v"),
@@ -32,14 +35,22 @@ class DiffusersHost:
     """
 
     def __init__(self, pipe: Any) -> None:
-        """Take a pipeline; KloraError for one without a UNet or FLUX transformer."""
+        """Take a pipeline; KloraError for one whose denoiser is not one UNet or transformer that is told the time."""
         self.pipe = pipe
+        name = type(pipe).__name__
         denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
         if denoiser is None:
+            raise KloraError(f"{name} has no UNet and no transformer; use a pipeline that denoises with one of these")
+        if getattr(pipe, "transformer_2", None) is not None:
             raise KloraError(
-                f"{type(pipe).__name__} has no UNet and no transformer; use an SD 1.x, SD 2.x, SDXL or FLUX pipeline"
+                f"{name} denoises with two transformers, and K-LoRA fuses in one; use a pipeline without transformer_2"
             )
         self.denoiser: nn.Module = denoiser
+        if not set(TIMES) & set(self.inputs):
+            raise KloraError(
+                f"{type(denoiser).__name__} is not told the time as {', '.join(TIMES)}, so that how far sampling is"
+                " cannot be told; use another pipeline"
+            )
 
     @property
     def model_name(self) -> str:
@@ -48,11 +59,17 @@ class DiffusersHost:
 
     @property
     def architecture(self) -> str | None:
-        """SD1, SD2, SDXL or FLUX, from the denoiser's class and the width of its text conditioning."""
-        if "Flux" in type(self.denoiser).__name__:
+        """SD1, SD2, SDXL or FLUX, from the denoiser's class and the width of its text conditioning; None for others."""
+        if any(kind.__name__ == "FluxTransformer2DModel" for kind in type(self.denoiser).__mro__):
             return "FLUX"
         width = getattr(self.denoiser.config, "cross_attention_dim", None)
-        return ARCHITECTURE_OF_WIDTH.get(width) if isinstance(width, int) else None
+        unet = getattr(self.pipe, "unet", None) is not None
+        return ARCHITECTURE_OF_WIDTH.get(width) if unet and isinstance(width, int) else None
+
+    @property
+    def index(self) -> ModelIndex:
+        """The names under which files may mean the denoiser's modules."""
+        return ModelIndex({name: site.shape for name, site in self.sites().items()}, architecture=self.architecture)
 
     def sites(self) -> Mapping[str, Site]:
         """The denoiser's Linear and Conv modules by canonical name, which is their path."""
@@ -68,14 +85,29 @@ class DiffusersHost:
         }
 
     def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
-        """The rows that follow the prompt in a call of the denoiser: pipelines batch [unconditional, conditional].
+        """The rows that follow the prompt in a call of the denoiser.
 
-        None, for all, without guidance, and where guidance takes two calls, of which the conditional one comes first.
+        Where guidance takes one call, its batch is the latents twice: tensors [unconditional, conditional], lists
+        (Z-Image) the other way round. None, for all, without guidance, and where guidance takes two calls, of which the
+        conditional one comes first.
         """
-        batch = self.argument(self.inputs[0], args, kwargs).shape[0]
-        # A FLUX pipeline makes two calls; a pipeline without this property, or before its first call, has no guidance.
-        guided = "Flux" not in type(self.denoiser).__name__ and getattr(self.pipe, "do_classifier_free_guidance", False)
-        return Rows(batch // 2, batch, batch) if guided and batch % 2 == 0 else None
+        latents = self.argument(self.inputs[0], args, kwargs)
+        batch = len(latents)
+        half = batch // 2
+        if batch % 2 or not getattr(self.pipe, "do_classifier_free_guidance", True):
+            return None
+        if isinstance(latents, list):
+            twice = all(torch.equal(*both) for both in zip(latents[:half], latents[half:], strict=True))
+            return Rows(0, half, batch) if twice else None
+        return Rows(half, batch, batch) if torch.equal(latents[:half], latents[half:]) else None
+
+    def condition(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        """What calls of the denoiser with one conditioning have in common; a new object where that is unknown."""
+        found = next((value for name in CONDITIONS if (value := self.argument(name, args, kwargs)) is not None), None)
+        if isinstance(found, list):
+            # The list is made anew for every call, of the same tensors.
+            found = found[-1] if found else None
+        return object() if found is None else found
 
     def decode_latents(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of latents as the denoiser has them; gradients pass.
@@ -120,8 +152,9 @@ class DiffusersHost:
         return args[position] if position < len(args) else None
 
     def timestep(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """The timesteps that the denoiser is called with."""
-        return torch.as_tensor(self.argument("timestep", args, kwargs))
+        """What the denoiser is told of the time."""
+        name = next(name for name in TIMES if name in self.inputs)
+        return torch.as_tensor(self.argument(name, args, kwargs))
 
 
 def _sites(model: nn.Module) -> Iterator[tuple[str, Site]]:

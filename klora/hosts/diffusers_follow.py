@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from klora.engine.ensemble import Ensemble
 from klora.engine.refine import Refiner
 from klora.engine.session import Session
 from klora.hosts.diffusers import DiffusersHost
 from klora.hosts.diffusers_refine import LatentRefinement
+from klora.hosts.diffusers_time import Schedule
 
 
 def follow(host: DiffusersHost, session: Session, refiner: Refiner | None = None) -> Handles:
@@ -22,7 +21,7 @@ def follow(host: DiffusersHost, session: Session, refiner: Refiner | None = None
     Where its policy asks for several forwards per call, they are made and averaged. A `refiner` moves the latents
     before each step.
     """
-    ensemble = Ensemble(session, partial(host.argument, "encoder_hidden_states"))
+    ensemble = Ensemble(session, host.condition)
     several = session.plan.policy.forwards > 1
     follower = _Follower(host, session, ensemble.begin if several else None)
     handles = Handles([host.denoiser.register_forward_pre_hook(follower, with_kwargs=True)])
@@ -57,34 +56,21 @@ class Handles:
 
 
 class _Follower:
-    """The pre-hook that reads the timestep a denoiser is called with."""
+    """The pre-hook that reads the time that a denoiser is called with."""
 
     def __init__(self, host: DiffusersHost, session: Session, then: Callable[[], None] | None = None) -> None:
         self.host = host
         self.session = session
         self.then = then
-        # FLUX pipelines hand their transformer t/1000.
-        self.divisor = 1000.0 if "Flux" in type(host.denoiser).__name__ else 1.0
-        self.schedule: Tensor | None = None
+        self.schedule: Schedule | None = None
 
     def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = self.host.timestep(args, kwargs)
         scheduler = self.host.pipe.scheduler
         # set_timesteps makes a new tensor: a new image, batch or pass.
-        if scheduler.timesteps is not self.schedule:
-            self.schedule = scheduler.timesteps
-            self.session.start_pass(self._levels(timestep.dtype))
-        self.session.at_level(timestep.flatten()[0].item())
+        if self.schedule is None or scheduler.timesteps is not self.schedule.timesteps:
+            self.schedule = Schedule(scheduler, timestep, type(self.host.pipe).__name__)
+            self.session.start_pass(self.schedule.steps)
+        self.session.at_level(self.schedule.level(timestep))
         if self.then is not None:
             self.then()
-
-    def _levels(self, dtype: torch.dtype) -> list[float]:
-        """The schedule as the denoiser will see it, rounded to the type in which pipelines pass timesteps."""
-        scheduler = self.host.pipe.scheduler
-        levels = scheduler.timesteps
-        # Flow schedulers of older diffusers keep no count, and list no midpoints.
-        steps = getattr(scheduler, "num_inference_steps", None)
-        if steps and len(levels) == 2 * steps - 1:
-            # Second-order schedulers list the level of every call: of these, every other one is a step's.
-            levels = levels[::2]
-        return (levels.to(dtype) / self.divisor).tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
+from klora.errors import KloraError
 from klora.hosts.forge_weights import with_plain_weight
 from klora.hosts.host_text_encoder import TextPart, host_tensors, kohya_text_key
 from klora.hosts.webui_host import WebuiHost, trainable_copy
@@ -24,14 +25,18 @@ class ForgeHost(WebuiHost):
     """
 
     @property
-    def architecture(self) -> str | None:
-        """SD1, SD2, SDXL or FLUX; None when unknown."""
-        return "FLUX" if "Flux" in type(self.diffusion_model).__name__ else super().architecture
-
-    @property
     def diffusion_model(self) -> nn.Module:
         """The UNet or transformer."""
         return self.sd_model.forge_objects.unet.model.diffusion_model
+
+    def lora_keys(self) -> Mapping[str, Any]:
+        """Forge's map, or reForge's and Classic's, which lies elsewhere."""
+        keys: Mapping[str, Any] = _lora_code().model_lora_keys_unet(
+            # A dictionary of our own: the host's default argument is shared between calls.
+            self.sd_model.forge_objects.unet.model,
+            {},
+        )
+        return keys
 
     def sites(self) -> Mapping[str, Site]:
         """The diffusion model's modules by canonical name."""
@@ -40,7 +45,7 @@ class ForgeHost(WebuiHost):
     @contextmanager
     def text_encoder_with(self, parts: list[TextPart]) -> Iterator[None]:
         """Put a patched clone of the CLIP object in place while the text is encoded; Forge merges and unmerges it."""
-        lora = importlib.import_module("backend.patcher.lora")
+        lora = _lora_code()
         objects = self.sd_model.forge_objects
         before = clip = objects.clip
         for part in parts:
@@ -83,3 +88,11 @@ class ForgeHost(WebuiHost):
     @cached_property
     def _vae(self) -> Any:
         return trainable_copy(self.sd_model.forge_objects.vae.first_stage_model)
+
+
+def _lora_code() -> Any:
+    """The host's module of LoRA code."""
+    for name in ("backend.patcher.lora", "ldm_patched.modules.lora"):
+        with suppress(ModuleNotFoundError):
+            return importlib.import_module(name)
+    raise KloraError("this WebUI keeps its LoRA code where K-LoRA does not look; tell K-LoRA's authors which it is")

@@ -9,6 +9,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
 from klora.hosts.host_text_encoder import TextPart
-from klora.hosts.ldm_sites import ldm_sites
+from klora.hosts.ldm_sites import Weights, is_flux_model, weights_by_host, weights_by_rule
+from klora.lora.model_index import ModelIndex
 
 
 class WebuiHost(ABC):
@@ -31,13 +33,13 @@ class WebuiHost(ABC):
         """How messages call the model."""
         return f"the {self.architecture or ''} checkpoint {self.sd_model.sd_checkpoint_info.name}".replace("  ", " ")
 
-    @property
+    @cached_property
     def architecture(self) -> str | None:
-        """SD1, SD2, SDXL or FLUX, as the host tells them apart; None when unknown."""
+        """SD1, SD2 or SDXL, as the host tells them apart, FLUX by the names of its modules; None for any other."""
         for flag, name in (("is_sdxl", "SDXL"), ("is_sd2", "SD2"), ("is_sd1", "SD1")):
             if getattr(self.sd_model, flag, False):
                 return name
-        return None
+        return "FLUX" if is_flux_model(self.diffusion_model) else None
 
     @property
     @abstractmethod
@@ -49,9 +51,28 @@ class WebuiHost(ABC):
         """Where the diffusion model's weights lie now."""
         return next((weight.device for weight in self.diffusion_model.parameters()), torch.device("cpu"))
 
+    @abstractmethod
+    def lora_keys(self) -> Mapping[str, Any]:
+        """The host's own map of a LoRA's keys to the weights of the loaded model.
+
+        Its values are the name of a weight, `diffusion_model.….weight`, or (name, (0, start, length)) for rows of it.
+        """
+
     def sites(self) -> Mapping[str, Site]:
         """The diffusion model's modules by canonical name."""
-        return dict(ldm_sites(self.diffusion_model))
+        return self._weights.sites
+
+    @property
+    def index(self) -> ModelIndex:
+        """The names under which files may mean the diffusion model's modules."""
+        shapes = {name: site.shape for name, site in self._weights.sites.items()}
+        return ModelIndex(shapes, self._weights.aliases, self.architecture)
+
+    @cached_property
+    def _weights(self) -> Weights:
+        if self.architecture is not None:
+            return weights_by_rule(self.diffusion_model)
+        return weights_by_host(self.diffusion_model, self.lora_keys())
 
     @abstractmethod
     def text_encoder_with(self, parts: list[TextPart]) -> AbstractContextManager[None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,18 +18,23 @@ from klora.lora.container import TensorFile
 from klora.lora.deltas import Delta, Group, load_delta
 from klora.lora.deltas.base import size, squeeze
 from klora.lora.keys import refused_family, split_key
-from klora.lora.names import Target, is_flux, kernel_of, resolve, sort_key
+from klora.lora.model_index import ModelIndex, Place, flat
+from klora.lora.names import Target, bare, is_text, kernel_of, resolve, sort_key
+from klora.lora.tables import Table, architecture_of, table_of
 from klora.text import printable
 
 _DIGEST = re.compile("[0-9a-f]{12,64}")
-ARCHITECTURE_OF_WIDTH = {768: "SD1", 1024: "SD2", 2048: "SDXL"}
+
+Places = Callable[[str, Delta], tuple[Place, ...]]
+"""From a file's own prefix and the delta there to the modules that it acts in."""
 
 
 class LoraFile:
     """A LoRA file whose structure has been checked; its tensors stay on disk until they are used.
 
     `modules` and `text_encoder` hold the deltas by canonical name, in network order; `unmatched` the full keys that
-    were not understood; `architecture` is "SD1", "SD2", "SDXL", "FLUX", or None where the file does not tell.
+    were not understood. `table` says by which rule all of it can be named, and `architecture` is "SD1", "SD2", "SDXL",
+    "FLUX", or None where the file does not tell. What fits no table goes by its own bare names, flattened.
     """
 
     def __init__(self, tensors: TensorFile) -> None:
@@ -41,8 +48,16 @@ class LoraFile:
         self.finite = False
         """Whether its values are known to be numbers, neither NaN nor infinity."""
         self._tensors = tensors
+        self._unread: list[str] = []
+        self._keys: dict[str, dict[str, str]] = self._group_keys()
+        self._deltas: dict[str, Delta] = {}
+        self._targets: dict[str, tuple[Target, ...]] = {}
         self._load()
-        self.architecture = _architecture(self.modules)
+        self.table: Table | None = table_of(self._targets, self._deltas)
+        self._assign(self._by_rule if self.table else _bare_place)
+        self._first_names = self.modules.keys()
+        self._renamed: LoraFile | None = None
+        self.architecture = architecture_of(self.table, self.modules, self._deltas, self.metadata)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> LoraFile:
@@ -83,31 +98,85 @@ class LoraFile:
             delta.check_finite()
         self.finite = True
 
+    @cached_property
+    def naming(self) -> str:
+        """Tells the names of the modules apart from those that the file was opened with; empty where they are these."""
+        if self.modules.keys() == self._first_names:
+            return ""
+        return hashlib.sha256("\n".join(self.modules).encode()).hexdigest()[:16]
+
+    def for_model(self, index: ModelIndex) -> LoraFile:
+        """The same file with its modules under the names of a model; those that it lacks keep theirs.
+
+        Raises MismatchError where a fused weight cannot be split into the parts that the model has.
+        """
+        return self._named(lambda prefix, delta: self._in_model(index, prefix, delta))
+
+    def bare(self) -> LoraFile:
+        """The same file with its modules under their own bare names, as where no table fits."""
+        return self._named(_bare_place)
+
+    def _named(self, places: Places) -> LoraFile:
+        """The same file under other names; the same object for the same names, since much is kept by it."""
+        file = copy.copy(self)
+        file.__dict__.pop("naming", None)
+        file._assign(places)
+        known = next((one for one in (self, self._renamed) if one and one.modules.keys() == file.modules.keys()), None)
+        self._renamed = known or file
+        return self._renamed
+
+    def _in_model(self, index: ModelIndex, prefix: str, delta: Delta) -> tuple[Place, ...]:
+        try:
+            found = index.find(prefix, delta.shape)
+        except ValueError:
+            raise _not_fused(delta) from None
+        if not found:
+            return self._by_rule(prefix, delta) if self.table else _bare_place(prefix, delta)
+        height = found[-1].rows[1] if found[-1].rows else delta.shape[0]
+        if height != delta.shape[0]:
+            raise MismatchError(
+                f"{_label(self)} is for {_model(self)}: its {delta.key} is {size(delta.shape)}, in the model it has"
+                f" {height} rows; choose a LoRA made for this model"
+            )
+        return found
+
+    def _by_rule(self, prefix: str, delta: Delta) -> tuple[Place, ...]:
+        targets = self._targets[prefix]
+        rows = [_rows(target, delta) for target in targets]
+        if targets and rows[-1][1] != delta.shape[0]:
+            raise _not_fused(delta)
+        return tuple(Place(target.name, span) for target, span in zip(targets, rows, strict=True))
+
     def _load(self) -> None:
-        groups = self._group_keys()
-        targets = {prefix: resolve(prefix) for prefix in groups}
-        alphas = self._alphas(
-            slots["alpha"] for prefix, slots in groups.items() if targets[prefix] and "alpha" in slots
-        )
+        self._targets = {prefix: resolve(prefix) or () for prefix in self._keys}
+        read = {prefix: slots for prefix, slots in self._keys.items() if self._is_read(prefix, slots)}
+        alphas = self._alphas(slots["alpha"] for slots in read.values() if "alpha" in slots)
         configs = peft_alpha.read(self.metadata, self._tensors.file)
-        for prefix, slots in groups.items():
-            if not (found := targets[prefix]):
-                self.unmatched.extend(slots.values())
+        for prefix, slots in self._keys.items():
+            if prefix not in read:
+                self._unread.extend(slots.values())
                 continue
-            group = self._group(prefix, slots, found[0])
+            target = next(iter(self._targets[prefix]), Target(bare(prefix)))
+            group = self._group(prefix, slots, target)
             if "alpha" in slots:
                 group.alpha = alphas[slots["alpha"]]
                 group.used.add("alpha")
-            elif config := configs.get(found[0].component):
-                group.alpha, group.rslora = config.of(found[0].path), config.rslora
+            elif config := configs.get(target.component):
+                group.alpha, group.rslora = config.of(target.path), config.rslora
             delta = load_delta(group)
             if delta is not None:
-                self._add(found, delta)
-            self.unmatched.extend(key for slot, key in slots.items() if delta is None or slot not in group.used)
-        if not self.modules and not self.text_encoder:
+                self._deltas[prefix] = delta
+            self._unread.extend(key for slot, key in slots.items() if delta is None or slot not in group.used)
+        if not self._deltas:
             raise _no_modules(self._tensors.file, list(self._tensors.entries))
-        self.modules = _in_order(self.modules)
-        self.text_encoder = _in_order(self.text_encoder)
+
+    def _is_read(self, prefix: str, slots: Mapping[str, str]) -> bool:
+        """Whether a group is a module: one known by rule, or one of a LoRA for the diffusion model of any kind."""
+        if self._targets[prefix]:
+            return True
+        # Checkpoints have layers called "up" and "down" too.
+        of_lora = {"down", "up"} <= slots.keys() and "lora" in f"{slots['down']}{slots['up']}".lower()
+        return (of_lora or bool(slots.keys() - {"alpha", "down", "up"})) and not is_text(prefix)
 
     def _group_keys(self) -> dict[str, dict[str, str]]:
         """prefix → slot → full key; refuses families that are not read, and two tensors for one slot."""
@@ -117,7 +186,7 @@ class LoraFile:
                 cure = "use a LoRA, LoCon, DoRA, LoHa, LoKr or full-difference file"
                 raise UnsupportedFormatError(self._tensors.file, f"is of the {family} family", cure, key)
             if (split := split_key(key)) is None:
-                self.unmatched.append(key)
+                self._unread.append(key)
                 continue
             slots = groups.setdefault(split[0], {})
             if split[1] in slots:
@@ -136,15 +205,26 @@ class LoraFile:
         tensors = {slot: self._tensors.weight(key) for slot, key in slots.items() if slot != "alpha"}
         return Group(self._tensors.file, printable(prefix), tensors, kernel=kernel_of(target.name))
 
-    def _add(self, targets: tuple[Target, ...], delta: Delta) -> None:
-        ranges = [_rows(target, delta) for target in targets]
-        if ranges[-1][1] != delta.shape[0]:
-            raise _not_fused(delta)
-        for target, rows in zip(targets, ranges, strict=True):
-            table = self.text_encoder if target.text_encoder else self.modules
-            if target.name in table:
-                raise _twice(self._tensors.file, table[target.name].key, delta.key)
-            table[target.name] = delta.part(*rows)
+    def _assign(self, places: Places) -> None:
+        """Fill `modules` and `text_encoder`, whose names `places` gives; what it gives none for is unmatched."""
+        self.unmatched = list(self._unread)
+        modules: dict[str, Delta] = {}
+        text_encoder: dict[str, Delta] = {}
+        for prefix, delta in self._deltas.items():
+            text = any(target.text_encoder for target in self._targets[prefix])
+            table = text_encoder if text else modules
+            found = self._by_rule(prefix, delta) if text else places(prefix, delta)
+            if not found:
+                self.unmatched.extend(self._keys[prefix].values())
+            for name, rows in found:
+                if name in table:
+                    raise _twice(self._tensors.file, table[name].key, delta.key)
+                table[name] = delta.part(*rows) if rows else delta
+        self.modules, self.text_encoder = _in_order(modules), _in_order(text_encoder)
+
+
+def _bare_place(prefix: str, delta: Delta) -> tuple[Place, ...]:
+    return (Place(flat(bare(prefix))),)
 
 
 def _rows(target: Target, delta: Delta) -> tuple[int, int]:
@@ -171,19 +251,7 @@ def _twice(file: str, first: str, second: str) -> LoraFileError:
 def _no_modules(file: str, keys: list[str]) -> LoraFileError:
     example = f" (such as {printable(min(keys, key=len))})" if keys else ""
     reason = f"zero modules matched: none of its {len(keys)} keys{example} is of a known LoRA"
-    return LoraFileError(file, reason, "give a LoRA of SD 1.x, SD 2.x, SDXL or FLUX, not a checkpoint or an embedding")
-
-
-def _architecture(modules: Mapping[str, Delta]) -> str | None:
-    """The model a file was made for, from its names and the width of its text context; None where they do not tell."""
-    if any(is_flux(name) for name in modules):
-        return "FLUX"
-    for name, delta in modules.items():
-        if name.endswith((".attn2.to_k", ".attn2.to_v")):
-            return ARCHITECTURE_OF_WIDTH.get(delta.shape[1])
-    # Only SDXL has several transformer layers, and only from 640 channels on.
-    layers = (delta.shape for name, delta in modules.items() if ".transformer_blocks.1." in name)
-    return "SDXL" if any(shape[0] in (640, 1280) for shape in layers) else None
+    return LoraFileError(file, reason, "give a LoRA, not a checkpoint or an embedding")
 
 
 @dataclass(frozen=True)
@@ -211,8 +279,11 @@ def coverage(subject: LoraFile, style: LoraFile) -> Coverage:
 
 def check_partner(subject: LoraFile, style: LoraFile) -> None:
     """Raise MismatchError when two files are for different models, saying which is which."""
-    kinds = (subject.architecture, style.architecture)
-    if subject.modules and style.modules and kinds[0] != kinds[1] and (None not in kinds or "FLUX" in kinds):
+    differ = any(
+        ours is not None and theirs is not None and ours != theirs
+        for ours, theirs in ((subject.table, style.table), (subject.architecture, style.architecture))
+    )
+    if subject.modules and style.modules and differ:
         raise MismatchError(
             f"{_label(subject)} is for {_model(subject)} and {_label(style)} is for {_model(style)};"
             " choose two LoRAs for the same model"
@@ -254,4 +325,4 @@ def _label(file: LoraFile) -> str:
 
 
 def _model(file: LoraFile) -> str:
-    return file.architecture or "an unknown UNet"
+    return file.architecture or ("an unknown UNet" if file.table == "unet" else "an unknown architecture")

@@ -1,8 +1,8 @@
-"""Every spelling of a module's name, brought to one: its path in diffusers.
+"""The names of modules of SD, SDXL and FLUX by rule: every spelling brought to one, the path in diffusers.
 
 A name is flattened first ('.' becomes '_'), because kohya's keys are flat already; a small grammar of containers and
 a table of leaves then reads it: `unet_names`, `flux_names`, `text_names`. LDM is the original code, whose names the
-WebUIs keep.
+WebUIs keep. Of any other model nothing is known here but what a name says by itself: its kind, its block.
 
 FLUX weights that its original code stores fused are split: `double_blocks.0.img_attn.qkv` is three modules here.
 `final_layer.adaLN_modulation` is left unmatched: diffusers stores its rows in another order.
@@ -11,6 +11,7 @@ FLUX weights that its original code stores fused are split: `double_blocks.0.img
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
@@ -20,8 +21,10 @@ from klora.lora.flux_names import is_flux
 __all__ = [
     "Kind",
     "Target",
+    "bare",
     "block_of",
     "is_flux",
+    "is_text",
     "kernel_of",
     "kind_of",
     "ldm_name",
@@ -30,9 +33,11 @@ __all__ = [
     "slice_of",
     "slice_rows",
     "sort_key",
+    "spellings",
 ]
 
 _LONGEST = 300
+_DIGITS = 8
 
 Kind = Literal["attention", "linear", "conv"]
 
@@ -77,16 +82,48 @@ def slice_rows(part: str, out: int, width: int) -> tuple[int, int]:
     return start, stop
 
 
-_PREFIXES = (
-    "base_model_model_",
-    "model_diffusion_model_",
-    "diffusion_model_",
+_WRAPPERS = (
+    "base_model.model.",
+    "model.diffusion_model.",
+    "diffusion_model.",
     "lora_unet_",
     "lora_transformer_",
     "lycoris_",
-    "unet_",
-    "transformer_",
+    "unet.",
+    "transformer.",
 )
+_FLAT_WRAPPERS = tuple(wrapper.replace(".", "_") for wrapper in _WRAPPERS)
+# A wrapper may stand before another ("base_model.model.unet.…", "unet.unet.…"), seldom more than two.
+_DEEPEST = 4
+
+
+def spellings(prefix: str) -> Iterator[str]:
+    """A file's own key prefix, flattened, then again without each wrapper and prefix that it begins with."""
+    flat = prefix.replace(".", "_")
+    if len(flat) > _LONGEST:
+        return
+    for _ in range(_DEEPEST):
+        yield flat
+        wrapper = next((wrapper for wrapper in _FLAT_WRAPPERS if flat.startswith(wrapper)), None)
+        if wrapper is None:
+            return
+        flat = flat[len(wrapper) :]
+
+
+def bare(prefix: str) -> str:
+    """A file's own key prefix without wrappers, dots left in: what files of one unknown model can be compared by.
+
+    A wrapper is taken as it is written, since "transformer_blocks" does not begin with "transformer.".
+    """
+    for _ in range(_DEEPEST):
+        wrapper = next((wrapper for wrapper in _WRAPPERS if prefix.startswith(wrapper)), "")
+        prefix = prefix[len(wrapper) :]
+    return prefix
+
+
+def is_text(prefix: str) -> bool:
+    """Whether a file's own key prefix names a module of a text encoder, known or not."""
+    return any(text_names.is_text(flat) for flat in spellings(prefix))
 
 
 def resolve(prefix: str) -> tuple[Target, ...] | None:
@@ -94,18 +131,7 @@ def resolve(prefix: str) -> tuple[Target, ...] | None:
 
     Several targets mean that the file's weight is fused; each then has its `slice`.
     """
-    flat = prefix.replace(".", "_")
-    if len(flat) > _LONGEST:
-        return None
-    # A wrapper may stand before another ("base_model.model.unet.…", "unet.unet.…"), seldom more than two.
-    for _ in range(4):
-        if targets := _resolve_flat(flat):
-            return targets
-        stripped = next((flat[len(p) :] for p in _PREFIXES if flat.startswith(p)), None)
-        if stripped is None:
-            return None
-        flat = stripped
-    return None
+    return next((targets for flat in spellings(prefix) if (targets := _resolve_flat(flat))), None)
 
 
 def _resolve_flat(flat: str) -> tuple[Target, ...]:
@@ -123,17 +149,20 @@ def slice_of(name: str) -> str | None:
     return names[1] if names else None
 
 
-def kind_of(name: str) -> Kind:
-    """What a canonical module is, for the scope of the selection.
+_ATTENTION = re.compile(r"(?:^|[._])(?:attn[0-9]?|attention|SelfAttention)[._]\w")
+_CONVOLUTION = re.compile(r"(?:^|[._])conv(?:[0-9]|_\w+)?$")
+
+
+def kind_of(name: str, shape: tuple[int, ...] = ()) -> Kind:
+    """What a module is, for the scope of the selection, by its name and the shape of its weight.
 
     "attention": q, k, v and output projections of attention (FLUX: both streams; q, k, v of single blocks); "conv":
     the convolutions of resnets, samplers, input and output; "linear": everything else, also a projection that SD1
     stores as a 1×1 convolution.
     """
-    if re.search(r"(?:^|\.)(?:attn[12]?|self_attn|SelfAttention)\.\w+", name):
+    if _ATTENTION.search(name):
         return "attention"
-    last = name.rsplit(".", 1)[-1]
-    return "conv" if last in ("conv", "conv1", "conv2", "conv_shortcut", "conv_in", "conv_out") else "linear"
+    return "conv" if len(shape) > 2 or _CONVOLUTION.search(name) else "linear"
 
 
 def kernel_of(name: str) -> int:
@@ -158,9 +187,14 @@ def ldm_name(name: str) -> tuple[str, str | None] | None:
 
 
 def block_of(name: str) -> str:
-    """The part of the network that a module belongs to, for reports: "down_blocks.1", "mid_block", "conv_in" …"""
+    """The part of the network that a module belongs to, for reports: "down_blocks.1", "mid_block", "conv_in" …
+
+    Of a flattened name, what stands before its first number.
+    """
     first, *rest = name.split(".")
-    return f"{first}.{rest[0]}" if first in ("down_blocks", "up_blocks") and rest else first
+    if not rest:
+        return re.split(r"_[0-9]+(?:_|$)", name)[0]
+    return f"{first}.{rest[0]}" if first in ("down_blocks", "up_blocks") else first
 
 
 _TOP_ORDER = (
@@ -184,13 +218,15 @@ _TOP_ORDER = (
 
 
 def sort_key(name: str) -> tuple[int, int, int, int, int, int, str]:
-    """Sorts names in the order in which the network runs them, numbers as numbers; unknown names go last."""
+    """Sorts names in the order in which the network runs them; unknown names go last, numbers in them as numbers."""
     first = name.split(".")[0]
     top = _TOP_ORDER.index(first) if first in _TOP_ORDER else len(_TOP_ORDER)
     if place := unet_names.place_of(name.replace(".", "_")):
         return (top, *unet_names.order(place), name)
     if is_flux(name):
         return (top, *flux_names.order(name), 0, 0, 0, name)
+    if top == len(_TOP_ORDER):
+        return (top, 0, 0, 0, 0, 0, re.sub(r"[0-9]+", lambda number: number[0].zfill(_DIGITS), name))
     numbers = [int(number) for number in re.findall(r"\.([0-9]{1,3})\.", name)]
     layer, part = [*numbers, 0, 0][:2]
     return (top, layer, part, 0, 0, 0, name)

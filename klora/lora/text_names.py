@@ -14,6 +14,7 @@ _T5 = flat_table([*(f"SelfAttention.{leaf}" for leaf in "qkvo"), *_T5_FF])
 _PREFIX = re.compile(
     r"(?:lora_te([123]?)|text_encoder(_[23])?|text_encoders_(clip_l|clip_g|t5xxl)(?:_transformer)?)_(?:text_model_)?(.+)"
 )
+_ANY = re.compile(r"(?:lora_te[0-9]?|text_encoders?(?:_[0-9])?)_")
 _CLIP_LAYER = re.compile(rf"encoder_layers_{NUMBER}_(.+)")
 _T5_LAYER = re.compile(rf"encoder_block_{NUMBER}_layer_{NUMBER}_(.+)")
 
@@ -36,3 +37,8 @@ def find(flat: str) -> str | None:
         path = "text_projection" if (rest, number) == ("text_projection", "2") else None
     root = "text_encoder_2" if number == "2" else "text_encoder"
     return f"{root}.{path}" if path else None
+
+
+def is_text(flat: str) -> bool:
+    """Whether a flattened name is that of a text encoder's module, known or not."""
+    return _ANY.match(flat) is not None

@@ -84,7 +84,8 @@ class ActiveFusion:
         sampling = self._session.sampling if same_pass and self._session else None
         self._release()
         with named_by(fusion.subject.path, fusion.style.path):
-            plan = fusion.plan(host, hires)
+            fusion = fusion.for_model(host)
+            plan = fusion.plan(host.device, hires)
             session = Session(
                 fusion.pair,
                 plan,

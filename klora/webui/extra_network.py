@@ -76,12 +76,13 @@ def make_extra_network() -> Any:
         def _check(self, p: Any, fusion: RequestedFusion) -> None:
             shared = importlib.import_module("modules.shared")
             host = host_of(shared.sd_model)
+            fusion = fusion.for_model(host)
             # Here, and not at the first evaluation, so that the text encoder is left alone too.
             shapes = {name: site.shape for name, site in host.sites().items()}
             for file in (fusion.pair.subject, fusion.pair.style):
                 check_model(file, shapes, host.model_name)
             with scoring_shown(fusion.tag.subject, fusion.tag.style) as on_scored:
-                plan = fusion.plan(host, on_scored=on_scored).with_steps(p.steps)
+                plan = fusion.plan(host.device, on_scored=on_scored).with_steps(p.steps)
             p.extra_generation_params.update(to_infotext(plan.settings, fusion.tag.settings, plan.share))
 
     return ExtraNetworkKlora()

@@ -39,12 +39,17 @@ class RequestedFusion:
                 parts.append(TextPart(lora, deltas, strength, file.sha256))
         return parts
 
-    def plan(self, host: WebuiHost, hires: bool = False, on_scored: OnScored | None = None) -> FusionPlan:
+    def for_model(self, host: WebuiHost) -> RequestedFusion:
+        """The same with the pair's modules under the names of a loaded model."""
+        return dataclasses.replace(self, pair=self.pair.for_model(host.index))
+
+    def plan(self, device: torch.device, hires: bool = False, on_scored: OnScored | None = None) -> FusionPlan:
         """Decide for one pass; the pass that `passes` leaves out applies the pair as two plain LoRAs.
 
-        `on_scored` hears how many modules of both files have been scored, of how many, where that takes time.
+        Scores are computed on `device`; `on_scored` hears how many modules of both files have been scored, of how many,
+        where that takes time.
         """
         settings = self.settings
         if settings.passes not in ("both", "hires" if hires else "first"):
             settings = dataclasses.replace(settings, policy="direct", preset="1,1", share=None)
-        return self.pair.plan(settings, host.architecture, host.device, on_scored)
+        return self.pair.plan(settings, device, on_scored)

@@ -107,7 +107,7 @@ def sites_of(layer: nn.Module) -> dict[str, Site]:
 
 def dora(layer: nn.Module, dtype: torch.dtype, pair: Pair) -> float | str:
     """The error of a DoRA, which depends on the weight, in the same units; or why it is refused."""
-    plan = pair.plan(Settings.parse({"policy": "direct", "style_strength": 0}), "SD1")
+    plan = pair.plan(Settings.parse({"policy": "direct", "style_strength": 0}))
     sites = sites_of(layer)
     x, probe = torch.randn(2, 7, IN).to(dtype), torch.eye(IN).to(dtype)
     with torch.inference_mode():
@@ -127,7 +127,7 @@ def dora(layer: nn.Module, dtype: torch.dtype, pair: Pair) -> float | str:
 def check(layer: nn.Module, dtype: torch.dtype, pair: Pair) -> dict[str, object]:
     """Hook a layer, and compare what it then gives with what it gave and ΔW·x."""
     sites = sites_of(layer)
-    session = Session(pair, pair.plan(Settings.parse({"policy": "direct", "style_strength": 0.5}), "SD1"), sites)
+    session = Session(pair, pair.plan(Settings.parse({"policy": "direct", "style_strength": 0.5})), sites)
     x = torch.randn(2, 7, IN).to(dtype)
     before = bytes_of(layer)
     with torch.inference_mode():
@@ -155,7 +155,7 @@ def online(layer: nn.Module, dtype: torch.dtype, pair: Pair) -> float:
     """The distance between the hook and Forge's own online LoRA, in units of the output's resolution."""
     delta = pair.subject.modules[NAME]
     factors = delta.factors()
-    plan = pair.plan(Settings.parse({"policy": "direct", "style_strength": 0}), "SD1")
+    plan = pair.plan(Settings.parse({"policy": "direct", "style_strength": 0}))
     session = Session(pair, plan, sites_of(layer))
     x = torch.randn(2, 7, IN).to(dtype)
     with torch.inference_mode():

@@ -1,0 +1,108 @@
+"""The place in its scheduler's schedule that a diffusers denoiser is called for, whatever unit it is told the time in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from klora.errors import KloraError
+
+TRAIN_TIMESTEPS = 1000
+_ROUNDINGS = 4
+"""How many roundings may part what a pipeline computes from what is computed here."""
+
+
+@dataclass
+class Unit:
+    """One way to tell a denoiser the time: `of` makes a noise level of it.
+
+    `schedule` holds the levels of the scheduler's timesteps, in their order. A value may differ from its timestep by
+    `eps`, times itself where that is `relative`. `span` is the level at which sampling begins.
+    """
+
+    schedule: list[float]
+    of: Callable[[float], float]
+    eps: float
+    relative: bool
+    span: float = 1.0
+    last: float = float("inf")
+
+    def nearest(self, value: float) -> float:
+        """The level of the schedule that is nearest to a value's."""
+        level = self.of(value)
+        return min(self.schedule, key=lambda other: abs(other - level))
+
+    def residual(self, value: float) -> float:
+        """How far a value lies from the schedule, as a fraction of the span."""
+        return abs(self.of(value) - self.nearest(value)) / self.span
+
+    def fits(self, value: float) -> bool:
+        """Whether rounding alone parts a value from the schedule."""
+        return self.residual(value) * self.span <= self.eps * (abs(value) if self.relative else 1.0)
+
+    def follows(self, value: float) -> bool:
+        """Whether a value fits, and has no more noise than the one before."""
+        return self.fits(value) and self.nearest(value) <= self.last
+
+    def level(self, value: float) -> float:
+        """The noise level of a value: that of the schedule where it fits."""
+        self.last = self.nearest(value) if self.fits(value) else self.of(value)
+        return self.last
+
+
+class Schedule:
+    """One pass over a scheduler's timesteps, in the unit that the denoiser is told the time in.
+
+    That is the unit which fits the first call of the pass. Where several do, as in the very middle, they agree on the
+    level there, and later calls tell them apart, since noise does not grow.
+    """
+
+    def __init__(self, scheduler: Any, timestep: Tensor, pipeline: str) -> None:
+        """Take the `timestep` of the pass's first call; KloraError, naming `pipeline`, where it fits in no unit."""
+        self.timesteps = scheduler.timesteps
+        value = value_of(timestep)
+        found = sorted(_units(scheduler, timestep.dtype), key=lambda unit: unit.residual(value))
+        self._units = [unit for unit in found if unit.fits(value)]
+        if not self._units:
+            raise KloraError(
+                f"{pipeline} calls its model with timestep {value:g}, which {type(scheduler).__name__} does not have in"
+                " any known unit, so that how far sampling is cannot be told; use another scheduler or pipeline"
+            )
+        self.steps = self._units[0].schedule
+        # Flow schedulers of older diffusers keep no count, and list no midpoints.
+        count = getattr(scheduler, "num_inference_steps", None)
+        if count and len(self.steps) == 2 * count - 1:
+            # Second-order schedulers list the level of every call: of these, every other one is a step's.
+            self.steps = self.steps[::2]
+
+    def level(self, timestep: Tensor) -> float:
+        """The noise level that the denoiser is called with."""
+        value = value_of(timestep)
+        if len(self._units) > 1:
+            self._units = [unit for unit in self._units if unit.follows(value)] or self._units[:1]
+        level, *_ = [unit.level(value) for unit in self._units]
+        return level
+
+
+def value_of(timestep: Tensor) -> float:
+    """One value of a call's timesteps: the last, since video models are told of given first frames that they are done."""
+    return float(timestep.flatten()[-1].item())
+
+
+def _units(scheduler: Any, dtype: torch.dtype) -> Iterator[Unit]:
+    """t, t/N and 1 − t/N for N training steps, rounded to `dtype` before or after, as pipelines do either."""
+    timesteps, rounded = scheduler.timesteps, scheduler.timesteps.to(dtype)
+    count = float(getattr(scheduler.config, "num_train_timesteps", None) or TRAIN_TIMESTEPS)
+    if not dtype.is_floating_point:
+        yield Unit(rounded.tolist(), float, 0.0, relative=True, span=count)
+        return
+    eps = _ROUNDINGS * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
+    yield Unit(rounded.tolist(), float, eps, relative=True, span=count)
+    for fractions in (rounded / count, (timesteps / count).to(dtype)):
+        yield Unit(fractions.tolist(), float, eps, relative=True)
+    for times in (1 - rounded / count, (1 - timesteps / count).to(dtype)):
+        yield Unit([1 - time for time in times.tolist()], lambda time: 1 - time, eps, relative=False)
