@@ -28,13 +28,12 @@ class A1111Host(WebuiHost):
 
     def lora_keys(self) -> Mapping[str, Any]:
         """The modules that A1111 has named for its own LoRA code; of SD3 also by their names in diffusers."""
-        paths = {
-            name: path
-            for path, module in self.diffusion_model.named_modules()
-            if (name := getattr(module, "network_layer_name", None)) and weight_shape(module)
-        }
-        keys: dict[str, Any] = {name: f"diffusion_model.{path}.weight" for name, path in paths.items()}
-        heights = {name: self.diffusion_model.get_submodule(path).weight.shape[0] for name, path in paths.items()}
+        keys: dict[str, Any] = {}
+        heights: dict[str, int] = {}
+        for path, module in self.diffusion_model.named_modules():
+            named, shape = getattr(module, "network_layer_name", None), weight_shape(module)
+            if named and shape:
+                keys[named], heights[named] = f"diffusion_model.{path}.weight", shape[0]
         for key, name in getattr(self.sd_model, "diffusers_weight_mapping", dict)():
             flat = name.replace(".", "_")
             if third := third_of(flat, heights):

@@ -1,4 +1,4 @@
-"""The place in its scheduler's schedule that a diffusers denoiser is called for, whatever unit it is told the time in."""
+"""How far along its scheduler's schedule a diffusers denoiser is called, whatever unit it is told the time in."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ class Schedule:
 
 
 def value_of(timestep: Tensor) -> float:
-    """One value of a call's timesteps: the last, since video models are told of given first frames that they are done."""
+    """One value of a call's timesteps: the last, since frames that a video begins with are told to be done."""
     return float(timestep.flatten()[-1].item())
 
 

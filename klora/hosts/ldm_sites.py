@@ -58,13 +58,15 @@ def weights_by_host(diffusion_model: nn.Module, keys: Mapping[str, Any]) -> Weig
     weights = Weights()
     for path, module, shape in _modules(diffusion_model):
         mine = _within(named.get(path, {}), shape[0])
-        slices = finest_slices(shape[0], filter(None, mine.values()))
-        spans: list[Rows | None] = [*slices] or [None, *sorted(filter(None, mine.values()))]
-        for rows in spans:
+        parts = sorted({rows for rows in mine.values() if rows})
+        slices = finest_slices(shape[0], parts)
+        if not slices:
+            weights.sites[path] = Site(module, known_shape=shape)
+        for rows in slices or parts:
             weights.sites[slice_name(path, rows)] = Site(module, rows, known_shape=shape)
-        for key, rows in {path: None, **mine}.items():
-            inside = [one for one in slices if rows is None or (rows[0] <= one[0] and one[1] <= rows[1])]
-            weights.aliases[key] = [slice_name(path, one) for one in inside or [rows]]
+        for key, span in {path: None, **mine}.items():
+            inside = [one for one in slices if span is None or (span[0] <= one[0] and one[1] <= span[1])]
+            weights.aliases[key] = [slice_name(path, one) for one in inside] or [slice_name(path, span)]
     return weights
 
 

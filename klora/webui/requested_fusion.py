@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
+
 from klora.fusion.plan import FusionPlan
 from klora.fusion.scores import OnScored
 from klora.hosts.host_text_encoder import TextPart
