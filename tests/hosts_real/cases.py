@@ -144,11 +144,12 @@ class Cases:
 
     def damage(self, draw: random.Random) -> None:
         """A file that is cut off, emptied or gone: the plain picture, and a word about it."""
+        if not self.server.with_klora:
+            return
         self._damage(draw)
-        if self.server.with_klora:
-            picture = self.server.txt2img(self.tag(*LIVE))
-            _same(picture, self.expected(""))
-            assert "K-LoRA error" in picture.infotext, "damage is not named"
+        picture = self.server.txt2img(self.tag(*LIVE))
+        _same(picture, self.expected(""))
+        assert "K-LoRA error" in picture.infotext, "damage is not named"
         for name in LIVE:
             self._write(name, "subj_te")
 
@@ -204,7 +205,8 @@ class Cases:
     def _write(self, name: str, original: str, in_place: bool = False) -> None:
         """Give a LoRA's file the content of another's."""
         path, content = self._path(name), self._path(original).read_bytes()
-        if in_place and path.exists():
+        # A host that has mapped a file of a plain LoRA dies where that is written over.
+        if in_place and path.exists() and self.server.with_klora:
             with path.open("r+b") as file:
                 file.write(content)
                 file.truncate()

@@ -96,9 +96,17 @@ class Server:
     def log(self) -> str:
         return (self.data / "host.log").read_text(errors="replace")
 
-    @property
-    def is_alive(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+    def is_alive(self, patience: float) -> bool:
+        """Whether the host answers; one that is about to end has `patience` seconds to do so."""
+        end = time.monotonic() + patience
+        while time.monotonic() < end:
+            try:
+                self.call("/klora-probe/comments")
+            except (OSError, ApiError):
+                time.sleep(0.5)
+            else:
+                return True
+        return False
 
     def start(self, timeout: float = 600) -> None:
         """Start the host and wait until it serves."""

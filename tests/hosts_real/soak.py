@@ -50,7 +50,8 @@ class Soak:
             except Exception as error:
                 self.faults.append(f"case {number} of seed {self.seed}, {name}: {type(error).__name__}: {error}"[:600])
                 print(self.faults[-1], flush=True)
-                if not self.server.is_alive:
+                if not self.server.is_alive(10):
+                    print("the host has ended", flush=True)
                     break
             self.seconds[name].append(time.monotonic() - begin)
             if (number + 1) % MEMORY_EVERY == 0:
