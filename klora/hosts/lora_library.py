@@ -37,7 +37,8 @@ class Library:
     def find(self, name: str) -> ListedLora:
         """The LoRA of that name or alias; KloraError where there is none."""
         on_disk = self._lookup(name)
-        if on_disk is None:
+        # The host does not notice by itself that a file has come, gone or moved to another folder.
+        if on_disk is None or not Path(on_disk.filename).exists():
             self.refresh()
             on_disk = self._lookup(name)
         if on_disk is None:

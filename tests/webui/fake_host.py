@@ -318,7 +318,7 @@ def _modules(host: FakeHost) -> Iterator[types.ModuleType]:
     def list_available_networks() -> None:
         networks.available_networks.clear()
         networks.available_network_aliases.clear()
-        for path in sorted(host.folder.glob("*.safetensors")):
+        for path in sorted(host.folder.rglob("*.safetensors")):
             networks.available_networks[path.stem] = networks.available_network_aliases[path.stem] = OnDisk(path)
 
     networks.list_available_networks = list_available_networks  # type: ignore[attr-defined]

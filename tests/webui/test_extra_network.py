@@ -174,6 +174,15 @@ def test_of_two_tags_the_first_counts(host: FakeHost) -> None:
     assert picture.same(host.txt2img(f"a dog {FORCED}"))
 
 
+def test_a_file_that_was_moved_to_another_folder_is_found(host: FakeHost, tmp_path: Path) -> None:
+    first = host.txt2img(f"a dog {TAG}")
+    (tmp_path / "styles").mkdir()
+    (tmp_path / "ink.safetensors").rename(tmp_path / "styles" / "ink.safetensors")
+    moved = host.txt2img(f"a dog {TAG}")
+    assert moved.comments == ""
+    assert moved.same(first)
+
+
 def test_the_same_file_twice_is_told_of(host: FakeHost) -> None:
     picture = host.txt2img("a dog <klora:dog:dog>")
     assert "subject and style are the same file" in picture.comments
