@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": "make pictures with a diffusers pipeline",
     "compare": "fuse one pair by several policies, on one contact sheet",
     "evaluate": "score policies on your own subjects and styles, as in K-LoRA's Table 1",
+    "merge": "write a fusion that is the same at every step as one LoRA file",
     "measure-discrepancy": "measure EST-LoRA's discrepancy of a pair, from one picture of each LoRA",
     "demo": "fuse the LoRAs that come with the project; no download, no GPU",
 }

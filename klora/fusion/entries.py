@@ -146,7 +146,7 @@ def refuse_dora(deltas: Sequence[Delta]) -> None:
         if delta.needs_base:
             raise MismatchError(
                 f"{delta.file}: {delta.key}: is a DoRA, whose difference depends on the model's weight and cannot be"
-                " merged without it; use k-lora or direct, or a file without DoRA"
+                " merged without it; fuse with k-lora or direct while sampling, or use a file without DoRA"
             )
 
 

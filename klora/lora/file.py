@@ -45,6 +45,8 @@ class LoraFile:
         self.modules: dict[str, Delta] = {}
         self.text_encoder: dict[str, Delta] = {}
         self.unmatched: list[str] = []
+        self.kernels: set[str] = set()
+        """Keys of deltas stored as a convolution's, a 1×1 one's too, whose `shape` is as that of a linear layer."""
         self.finite = False
         """Whether its values are known to be numbers, neither NaN nor infinity."""
         self._tensors = tensors
@@ -166,6 +168,8 @@ class LoraFile:
             delta = load_delta(group)
             if delta is not None:
                 self._deltas[prefix] = delta
+                if any(len(stored.shape) == 4 for stored in group.tensors.values()):
+                    self.kernels.add(delta.key)
             self._unread.extend(key for slot, key in slots.items() if delta is None or slot not in group.used)
         if not self._deltas:
             raise _no_modules(self._tensors.file, list(self._tensors.entries))

@@ -1,0 +1,220 @@
+"""`klora merge`: what it writes is what the policy does, for every program that loads it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import klora
+from klora import cli
+from klora.fusion.policies import POLICIES
+from klora.lora.file import LoraFile
+from klora.lora.names import kind_of
+from klora.merge import merge, static_policies
+from klora.pair import Pair
+from klora.settings import Settings
+from tests.support.lora_files import FAMILIES, write_lora
+from tests.support.models import module_shapes
+from tests.support.pipelines import PIPELINES, run
+
+STATIC = static_policies()
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+CONV = "down_blocks.0.resnets.0.conv1"
+SHAPES = {ATTENTION: (24, 24), ATTENTION.replace("to_q", "to_k"): (24, 20), CONV: (12, 16, 3, 3)}
+TEXT = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+
+
+def written(subject: Path, style: Path, *words: str) -> tuple[LoraFile, dict[str, str]]:
+    target = subject.parent / "merged.safetensors"
+    assert cli.main(["merge", str(subject), str(style), "-o", str(target), "--dtype", "float32", *words]) == 0
+    with safe_open(str(target), "pt") as file:
+        return LoraFile.open(target), file.metadata()
+
+
+def close(a: torch.Tensor, b: torch.Tensor, tolerance: float = 1e-4) -> bool:
+    return bool((a - b).abs().max() <= tolerance * b.abs().max().clamp_min(1e-9))
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> tuple[Path, Path]:
+    shapes = {**SHAPES, TEXT: (32, 32)}
+    subject = write_lora(tmp_path / "dog.safetensors", shapes, "kohya", rank=3, alpha=2.0, seed=1)
+    return subject, write_lora(tmp_path / "ink.safetensors", SHAPES, "peft", rank=4, seed=2)
+
+
+class TestTheFile:
+    @pytest.mark.parametrize("spelling", ["kohya", "diffusers"])
+    def test_a_direct_merge_is_the_exact_sum_with_both_ranks(self, pair: tuple[Path, Path], spelling: str) -> None:
+        words = ("--policy", "direct", "--spelling", spelling, "--subject-strength", "0.5", "--style-strength", "-2")
+        made, _ = written(*pair, *words)
+        subject, style = (LoraFile.open(path) for path in pair)
+        assert made.modules.keys() == SHAPES.keys()
+        assert made.unmatched == []
+        for name, delta in made.modules.items():
+            assert delta.rank == 7
+            assert close(delta.matrix(), 0.5 * subject.modules[name].matrix() - 2 * style.modules[name].matrix())
+        assert close(made.text_encoder[TEXT].matrix(), 0.5 * subject.text_encoder[TEXT].matrix())
+
+    @pytest.mark.parametrize("policy", [policy for policy in STATIC if policy != "b-lora"])
+    def test_every_static_policy_is_written(self, pair: tuple[Path, Path], policy: str) -> None:
+        made, metadata = written(*pair, "--policy", policy)
+        assert made.modules.keys() == SHAPES.keys()
+        assert json.loads(metadata["klora"])["policy"] == policy
+
+    def test_the_metadata_tells_what_made_it(self, pair: tuple[Path, Path]) -> None:
+        _, metadata = written(*pair, "--policy", "ties", "--density", "0.4")
+        facts = json.loads(metadata["klora"])
+        assert facts["settings"] == {"policy": "ties", "density": 0.4}
+        assert facts["subject"] == {"file": "dog.safetensors", "sha256": LoraFile.open(pair[0]).sha256}
+        assert 0 < facts["lost_energy"] < 1
+        assert (metadata["ss_network_module"], metadata["ss_network_dim"]) == ("networks.lora", "7")
+
+    def test_its_tensors_are_the_same_each_time(self, pair: tuple[Path, Path]) -> None:
+        one = written(*pair, "--policy", "dare", "--seed", "3")[0].model_hash
+        assert written(*pair, "--policy", "dare", "--seed", "3")[0].model_hash == one
+        assert written(*pair, "--policy", "dare", "--seed", "4")[0].model_hash != one
+
+    @pytest.mark.parametrize("rank", [1, 5, 40])
+    def test_a_rank_is_the_best_of_that_rank_and_says_what_is_lost(self, pair: tuple[Path, Path], rank: int) -> None:
+        files = Pair.open(*pair)
+        made, _ = merge(files, Settings(policy="direct"), rank)
+        exact, _ = merge(files, Settings(policy="direct"))
+        assert exact.lost == 0
+        total = lost = 0.0
+        for name, delta in exact.deltas.items():
+            S = torch.linalg.svdvals(delta.matrix().flatten(1).double()).square()
+            total, lost = total + float(S.sum()), lost + float(S[rank:].sum())
+            assert made.deltas[name].rank == min(rank, delta.rank)
+        assert made.energy == pytest.approx(total, rel=1e-4)
+        assert made.lost_share == pytest.approx(lost / total, abs=1e-5)
+
+    def test_half_precision_changes_little_and_is_the_default(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
+        target = tmp_path / "half.safetensors"
+        assert cli.main(["merge", *map(str, pair), "--policy", "direct", "-o", str(target)]) == 0
+        exact, _ = merge(Pair.open(*pair), Settings(policy="direct"))
+        for name, delta in LoraFile.open(target).modules.items():
+            assert delta.factors().up.dtype == torch.float16
+            assert close(delta.matrix(), exact.deltas[name].matrix(), 5e-3)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_other_families_become_low_rank_or_are_named(
+        self, tmp_path: Path, family: str, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        subject = write_lora(tmp_path / "dog.safetensors", SHAPES, family=family, rank=2, seed=1)
+        style = write_lora(tmp_path / "ink.safetensors", SHAPES, rank=4, seed=2)
+        words = ("--policy", "direct", "--dtype", "float32", "-o", str(tmp_path / "out.safetensors"))
+        code = cli.main(["merge", str(subject), str(style), *words])
+        if "dora" in family:
+            assert code == 2
+            assert "is a DoRA" in capfd.readouterr().err
+            return
+        files = (LoraFile.open(subject), LoraFile.open(style))
+        for name, delta in LoraFile.open(tmp_path / "out.safetensors").modules.items():
+            assert close(delta.matrix(), files[0].modules[name].matrix() + files[1].modules[name].matrix())
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("policy", [name for name in POLICIES if name not in STATIC])
+    def test_a_policy_that_depends_on_the_step_is_refused_and_others_are_named(
+        self, pair: tuple[Path, Path], tmp_path: Path, policy: str, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        target = tmp_path / "out.safetensors"
+        assert cli.main(["merge", *map(str, pair), "--policy", policy, "-o", str(target)]) == 2
+        err = capfd.readouterr().err
+        assert f"{policy} depends on the step" in err
+        assert all(name in err for name in STATIC)
+        assert not target.exists()
+
+    @pytest.mark.parametrize(
+        ("words", "named"),
+        [
+            (["-o", "{}/a.pt"], "must end in .safetensors"),
+            (["-o", "{}/dog.safetensors"], "is read and would be overwritten"),
+            (["-o", "{}/no/a.safetensors"], "there is no folder"),
+            (["-o", "{}/a.safetensors", "--policy", "b-lora"], "b-lora is for SDXL"),
+            (["-o", "{}/a.safetensors", "--subject-strength", "0", "--style-strength", "0"], "leaves nothing"),
+            ([], "-o"),
+        ],
+    )
+    def test_what_cannot_be_written_is_named(
+        self, pair: tuple[Path, Path], tmp_path: Path, words: list[str], named: str, capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        words = [word.format(tmp_path) for word in words]
+        assert cli.main(["merge", *map(str, pair), "--policy", "direct", *words]) == 2
+        out, err = capfd.readouterr()
+        assert (out, len(err.splitlines())) == ("", 1)
+        assert named in err
+
+
+def model_shapes(pipe: Any) -> dict[str, tuple[int, ...]]:
+    """Attention of a pipeline, and for FLUX all that its original code fuses with it."""
+    shapes = module_shapes(getattr(pipe, "unet", None) or pipe.transformer)
+    if "Flux" in type(pipe).__name__:
+        return {name: shape for name, shape in shapes.items() if "transformer_blocks" in name and "norm" not in name}
+    return {name: shape for name, shape in shapes.items() if kind_of(name) == "attention"}
+
+
+@pytest.fixture(scope="module", params=list(PIPELINES))
+def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
+    folder = tmp_path_factory.mktemp(request.param)
+    pipe = PIPELINES[request.param](folder / "tokenizer")
+    text = {TEXT.replace("q_proj", f"{leaf}_proj"): (32, 32) for leaf in ("q", "k", "v", "out")}
+    shapes = {**model_shapes(pipe), **text}
+    flux = request.param == "flux"
+    spelling = "diffusers" if flux else "kohya"
+    subject = write_lora(folder / "dog.safetensors", shapes, spelling, rank=3, seed=1, strength=0.3)
+    return pipe, subject, write_lora(folder / "ink.safetensors", shapes, "peft", rank=4, seed=2, strength=0.3)
+
+
+def test_flux_in_kohyas_spelling_has_q_k_and_v_in_one_tensor(loaded: tuple[Any, Path, Path]) -> None:
+    pipe, subject, style = loaded
+    if "Flux" not in type(pipe).__name__:
+        pytest.skip("of FLUX")
+    made, _ = written(subject, style, "--policy", "direct")
+    exact, _ = merge(Pair.open(subject, style), Settings(policy="direct"))
+    assert made.unmatched == []
+    assert made.modules["transformer_blocks.0.attn.to_q"].key == "lora_unet_double_blocks_0_img_attn_qkv"
+    for name, delta in {**made.modules, **made.text_encoder}.items():
+        assert close(delta.matrix(), exact.deltas[name].matrix())
+
+
+def test_a_fused_tensor_has_rows_for_slices_that_are_not_there(tmp_path: Path) -> None:
+    names = [f"single_transformer_blocks.0.attn.to_{leaf}" for leaf in "qv"]
+    subject = write_lora(tmp_path / "dog.safetensors", {names[0]: (16, 16)}, "diffusers", rank=2, seed=1)
+    style = write_lora(tmp_path / "ink.safetensors", {names[1]: (16, 16)}, "diffusers", rank=3, seed=2)
+    made, _ = written(subject, style, "--policy", "direct")
+    assert close(made.modules[names[0]].matrix(), LoraFile.open(subject).modules[names[0]].matrix())
+    assert close(made.modules[names[1]].matrix(), LoraFile.open(style).modules[names[1]].matrix())
+    assert not made.modules[names[0].replace("to_q", "to_k")].matrix().any()
+    assert made.modules["single_transformer_blocks.0.proj_mlp"].shape == (64, 16)
+
+
+@pytest.mark.parametrize("spelling", ["kohya", "diffusers"])
+@pytest.mark.parametrize("policy", ["direct", "knots", "ties", "b-lora"])
+def test_diffusers_loads_it_and_makes_the_picture_of_the_policy(
+    loaded: tuple[Any, Path, Path], policy: str, spelling: str
+) -> None:
+    pipe, subject, style = loaded
+    kind = type(pipe).__name__
+    if policy != "direct" and (policy == "b-lora") != ("XL" in kind):
+        pytest.skip("one architecture is enough for this policy")
+    if "Flux" in kind and spelling == "kohya":
+        pytest.skip(
+            "diffusers splits kohya's fused tensors at the widths of the real FLUX; klora's own reader is tested"
+        )
+    with klora.fuse(pipe, subject, style, policy=policy):
+        expected = run(pipe)
+    plain = run(pipe)
+    made, _ = written(subject, style, "--policy", policy, "--spelling", spelling)
+    try:
+        pipe.load_lora_weights(str(made.path.parent), weight_name=made.path.name)
+        picture = run(pipe)
+    finally:
+        pipe.unload_lora_weights()
+    assert close(picture, expected, 1e-3)
+    assert not close(picture, plain, 1e-2)
