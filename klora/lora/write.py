@@ -21,8 +21,8 @@ def file_tensors(
 
     kohya: `lora_unet_….lora_down.weight`, for FLUX with q, k and v in one tensor as its original code has them;
     diffusers: `unet.….lora_A.weight`, `transformer.…` for FLUX. Those with a key in `kernels` get the four
-    dimensions of a convolution. Scales are in the factors and no alpha is written, which means alpha = rank everywhere: diffusers
-    loses the alphas of kohya's attention where the modules' ranks differ.
+    dimensions of a convolution. Scales are in the factors and no alpha is written, which means alpha = rank
+    everywhere: diffusers loses the alphas of kohya's attention where the modules' ranks differ.
     """
     write = _kohya if spelling == "kohya" else _diffusers
     tensors: dict[str, Tensor] = {}
