@@ -98,7 +98,7 @@ def _within(named: Mapping[str, Rows | None], height: int) -> dict[str, Rows | N
     """
     fused = sorted({rows for rows in named.values() if rows})
     length = fused[0][1] if fused else 0
-    if fused == [(i * length, (i + 1) * length) for i in range(3)] and length < height != 3 * length:
+    if fused == [(i * length, (i + 1) * length) for i in range(3)] and length < height < 3 * length:
         rest = (height - length) // 2
         real = dict(zip(fused, [(0, length), (length, length + rest), (length + rest, height)], strict=True))
         named = {key: rows and real[rows] for key, rows in named.items()}

@@ -17,7 +17,7 @@ from klora.lora import peft_alpha
 from klora.lora.container import TensorFile
 from klora.lora.deltas import Delta, Group, load_delta
 from klora.lora.deltas.base import size, squeeze
-from klora.lora.keys import refused_family, split_key
+from klora.lora.keys import is_numbered, refused_family, split_key
 from klora.lora.model_index import ModelIndex, Place, flat
 from klora.lora.names import Target, bare, is_text, kernel_of, resolve, sort_key
 from klora.lora.tables import Table, architecture_of, table_of
@@ -189,6 +189,11 @@ class LoraFile:
             if family := refused_family(key, len(entry.shape)):
                 cure = "use a LoRA, LoCon, DoRA, LoHa, LoKr or full-difference file"
                 raise UnsupportedFormatError(self._tensors.file, f"is of the {family} family", cure, key)
+            if is_numbered(key):
+                reason = "is by the first LoRA trainer for SD 1, which numbers layers and does not name them"
+                raise UnsupportedFormatError(
+                    self._tensors.file, reason, "convert it to diffusers' or kohya's keys", key
+                )
             if (split := split_key(key)) is None:
                 self._unread.append(key)
                 continue

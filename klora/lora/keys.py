@@ -10,13 +10,14 @@ _SLOTS = {
     "down": rf"(?:lora_|lora\.|lora_linear_layer\.)?down\.weight|lora_A{_ADAPTER}\.weight",
     "up": rf"(?:lora_|lora\.|lora_linear_layer\.)?up\.weight|lora_B{_ADAPTER}\.weight",
     "mid": r"lora_mid\.weight",
-    "alpha": r"alpha",
+    "alpha": r"(?:lora_down\.)?alpha",
     "dora_scale": r"dora_scale",
     "magnitude": rf"lora_magnitude_vector{_ADAPTER}(?:\.weight)?",
     "diff": r"diff",
 }
+# Where a file of PEFT's was turned into one of kohya's without its dots, an underscore stands before "lora_down".
 _ENDING = re.compile(
-    r"\.(?:"
+    r"(?:\.|_(?=lora_(?:down|up)\.))(?:"
     + "|".join(f"(?P<{slot}>{pattern})" for slot, pattern in _SLOTS.items())
     + rf"|(?P<other>hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)){_ADAPTER})$"
 )
@@ -29,6 +30,9 @@ _REFUSED = {
     "GLoRA": re.compile(r"\.(?:a1|a2|b1|b2|bm1|bm2)\.weight$"),
     "IA3": re.compile(r"\.(?:ia3_l\b|on_input$)"),
 }
+
+# `unet:12:up`, as the first LoRA trainer for SD 1 wrote it.
+_NUMBERED = re.compile(r"(?:unet|text_encoder):[0-9]+:(?:up|down)")
 
 
 def split_key(key: str) -> tuple[str, str] | None:
@@ -47,3 +51,8 @@ def refused_family(key: str, dimensions: int) -> str | None:
     name = next((name for name, pattern in _REFUSED.items() if pattern.search(key)), None)
     # LyCORIS keeps the blocks of both in `oft_blocks`; BOFT has one dimension more, for its butterfly factors.
     return "BOFT" if name == "OFT" and dimensions == 4 else name
+
+
+def is_numbered(key: str) -> bool:
+    """Whether a key tells its layer by nothing but its place in an order."""
+    return _NUMBERED.fullmatch(key) is not None

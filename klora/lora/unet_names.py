@@ -74,7 +74,7 @@ _UNET = re.compile(
 _LDM = re.compile(
     rf"(?:(?:(in|out)put_blocks_{NUMBER}_([0-2]))|middle_block_([0-2]))_(?:transformer_blocks_{NUMBER}_)?(.+)"
 )
-_PROCESSOR = re.compile(r"(attn[12])_processor_to_(q|k|v|out)_lora")
+_PROCESSOR = re.compile(r"(attn[12])_processor_to_(q|k|v|out)(?:_lora)?")
 
 
 def _number(text: str | None) -> int | None:

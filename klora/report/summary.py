@@ -10,6 +10,7 @@ from klora.fusion.plan import FusionPlan, PlanModule
 from klora.fusion.policies.base import ScaledPolicy
 from klora.fusion.scale import Scale
 from klora.lora.file import LoraFile
+from klora.lora.likeness import alike
 from klora.lora.names import block_of
 from klora.pair import Pair
 from klora.text import one_line
@@ -40,6 +41,11 @@ def notices(pair: Pair, plan: FusionPlan) -> list[str]:
     found = list(plan.warnings)
     if unmatched := pair.coverage.unmatched:
         found.append(f"{len(unmatched)} keys were not understood and do nothing, such as {unmatched[0]}")
+    if pair.model is None and (twins := alike(pair.subject.modules, pair.style.modules)):
+        found.append(
+            f"{len(twins)} modules of the subject may be modules of the style in another spelling, such as"
+            f" {twins[0][0]} and {twins[0][1]}; without the model they are not compared"
+        )
     return found
 
 

@@ -1,0 +1,168 @@
+"""Models of other architectures in WebUIs: the host's own map says which weights, and rows of them, a file means."""
+
+from __future__ import annotations
+
+import sys
+import types
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from klora.cache import ScoreCache
+from klora.engine.session import Session
+from klora.hosts.loaded_model import host_of
+from klora.hosts.webui_host import WebuiHost
+from klora.pair import Pair
+from klora.settings import Settings
+
+SIZE = 8
+MODULES = {
+    "layers.0.attention.qkv": (3 * SIZE, SIZE),
+    "layers.0.attention.out": (SIZE, SIZE),
+    "layers.0.feed_forward.w1": (2 * SIZE, SIZE),
+    "cap_embedder.1": (SIZE, SIZE),
+}
+QKV = "diffusion_model.layers.0.attention.qkv.weight"
+
+
+def diffusion_model(modules: Mapping[str, tuple[int, int]]) -> nn.Module:
+    torch.manual_seed(0)
+    root = nn.Module()
+    for path, (out, width) in modules.items():
+        *parents, leaf = path.split(".")
+        place = root
+        for parent in parents:
+            if parent not in place._modules:
+                place.add_module(parent, nn.Module())
+            place = place.get_submodule(parent)
+        place.add_module(leaf, nn.Linear(width, out))
+    return root
+
+
+def forge_model(modules: Mapping[str, tuple[int, int]] = MODULES) -> Any:
+    inner = types.SimpleNamespace(diffusion_model=diffusion_model(modules))
+    unet = types.SimpleNamespace(model=inner)
+    return types.SimpleNamespace(forge_objects=types.SimpleNamespace(unet=unet), is_sd1=False, is_sdxl=False)
+
+
+def lora_keys(model: Any, key_map: dict[str, Any]) -> dict[str, Any]:
+    """What Forge Neo says of Z-Image: flat and generic names, and those of diffusers with rows of qkv."""
+    for path in MODULES:
+        weight = f"diffusion_model.{path}.weight"
+        key_map[f"lora_unet_{path.replace('.', '_')}"] = key_map[f"diffusion_model.{path}"] = weight
+    for i, leaf in enumerate("qkv"):
+        key_map[f"transformer.layers.0.attention.to_{leaf}"] = (QKV, (0, i * SIZE, SIZE))
+    key_map["transformer.layers.0.attention.to_out.0"] = "diffusion_model.layers.0.attention.out.weight"
+    key_map["transformer.layers.1.attention.to_q"] = ("diffusion_model.layers.1.attention.qkv.weight", (0, 0, SIZE))
+    key_map["lora_unet_swapped"] = (QKV, None, lambda weight: weight)
+    key_map["diffusion_model.layers.0.attention.qkv.bias"] = "diffusion_model.layers.0.attention.qkv.bias"
+    return key_map
+
+
+@pytest.fixture(params=["backend.patcher.lora", "ldm_patched.modules.lora"])
+def forge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> WebuiHost:
+    """Forge or Neo, and reForge or Classic, with a model of a kind that has no table."""
+    parts = request.param.split(".")
+    for i in range(len(parts)):
+        monkeypatch.setitem(sys.modules, ".".join(parts[: i + 1]), types.ModuleType(parts[i]))
+    sys.modules[request.param].model_lora_keys_unet = lora_keys  # type: ignore[attr-defined]
+    return host_of(forge_model())
+
+
+def write(path: Path, prefixes: Mapping[str, tuple[int, int]], seed: int) -> Path:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for prefix, (out, width) in prefixes.items():
+        tensors[f"{prefix}.lora_down.weight"] = torch.randn(2, width, generator=generator)
+        tensors[f"{prefix}.lora_up.weight"] = torch.randn(out, 2, generator=generator)
+    save_file(tensors, path)
+    return path
+
+
+def pair_of(folder: Path) -> Pair:
+    """A subject as kohya's tools write it, with q, k and v in one; a style as diffusers does, with them apart."""
+    fused = {f"lora_unet_{path.replace('.', '_')}": shape for path, shape in MODULES.items()}
+    split = {f"transformer.layers.0.attention.to_{leaf}": (SIZE, SIZE) for leaf in ("q", "k", "v", "out.0")}
+    return Pair.open(
+        write(folder / "dog.safetensors", fused, 1),
+        write(folder / "ink.safetensors", split, 2),
+        ScoreCache(folder / "cache"),
+    )
+
+
+def test_a_fused_file_and_a_split_one_meet_in_the_parts_that_the_host_names(forge: WebuiHost, tmp_path: Path) -> None:
+    pair = pair_of(tmp_path).for_model(forge.index)
+    parts = [f"layers.0.attention.qkv[{i * SIZE}:{(i + 1) * SIZE}]" for i in range(3)]
+    assert set(forge.sites()) == {*parts, *MODULES} - {"layers.0.attention.qkv"}
+    assert set(pair.coverage.contested) == {*parts, "layers.0.attention.out"}
+    assert set(pair.coverage.subject_only) == {"layers.0.feed_forward.w1", "cap_embedder.1"}
+    assert forge.architecture is None
+    assert pair.architecture is None
+
+
+def test_what_acts_on_the_parts_is_what_the_files_hold(forge: WebuiHost, tmp_path: Path) -> None:
+    opened = pair_of(tmp_path)
+    pair = opened.for_model(forge.index)
+    session = Session(pair, pair.plan(Settings(policy="direct", preset="1,1")), forge.sites())
+    layer = forge.diffusion_model.get_submodule("layers.0.attention.qkv")
+    with session, torch.no_grad():
+        changed = layer(torch.eye(SIZE)) - layer.bias
+    style = opened.style.modules
+    deltas = torch.cat([style[f"layers_0_attention_to_{leaf}"].matrix() for leaf in "qkv"])
+    deltas += opened.subject.modules["layers_0_attention_qkv"].matrix()
+    torch.testing.assert_close(changed.T, layer.weight + deltas)
+    assert session.missing == ()
+
+
+def test_q_k_and_v_of_grouped_attention_have_the_rows_that_are_left(forge: WebuiHost) -> None:
+    host = host_of(forge_model({**MODULES, "layers.0.attention.qkv": (2 * SIZE, SIZE)}))
+    half = SIZE // 2
+    for leaf, rows in (("q", (0, SIZE)), ("k", (SIZE, SIZE + half)), ("v", (SIZE + half, 2 * SIZE))):
+        (place,) = host.index.find(f"transformer.layers.0.attention.to_{leaf}", (rows[1] - rows[0], SIZE)) or ()
+        assert place.name == f"layers.0.attention.qkv[{rows[0]}:{rows[1]}]"
+
+
+def test_slices_that_do_not_cover_a_weight_leave_it_whole(forge: WebuiHost) -> None:
+    host = host_of(forge_model({**MODULES, "layers.0.attention.qkv": (5 * SIZE, SIZE)}))
+    (whole,) = host.index.find("lora_unet_layers_0_attention_qkv", (5 * SIZE, SIZE)) or ()
+    assert (whole.name, whole.rows) == ("layers.0.attention.qkv", None)
+
+
+def test_a_model_with_names_of_flux_alone_is_flux_and_needs_no_map() -> None:
+    modules = {
+        "img_in": (SIZE, 4),
+        "double_blocks.0.img_attn.qkv": (3 * SIZE, SIZE),
+        "single_blocks.0.linear1": (7 * SIZE, SIZE),
+        "final_layer.adaLN_modulation.1": (2 * SIZE, SIZE),
+    }
+    host = host_of(forge_model(modules))
+    assert host.architecture == "FLUX"
+    assert "single_transformer_blocks.0.proj_mlp" in host.sites()
+    assert host_of(forge_model({**modules, "distilled_guidance_layer.in_proj": (4, 4)})).architecture is None
+
+
+def test_a1111_names_the_modules_of_sd3_by_its_own_map() -> None:
+    paths = {"joint_blocks.0.x_block.attn.qkv": (3 * SIZE, SIZE), "joint_blocks.0.x_block.attn.proj": (SIZE, SIZE)}
+    inner = diffusion_model(paths)
+    for path in paths:
+        inner.get_submodule(path).network_layer_name = f"diffusion_model_{path.replace('.', '_')}"
+    block = "diffusion_model_joint_blocks_0_x_block_attn"
+    mapping = [(f"transformer.transformer_blocks.0.attn.to_{x}", f"{block}_qkv_{x}_proj") for x in "qkv"]
+    mapping.append(("transformer.transformer_blocks.0.attn.to_out.0", f"{block}_proj"))
+    host = host_of(
+        types.SimpleNamespace(
+            model=types.SimpleNamespace(diffusion_model=inner),
+            diffusers_weight_mapping=lambda: iter(mapping),
+            is_sd1=False,
+        )
+    )
+    for i, leaf in enumerate("qkv"):
+        (place,) = host.index.find(f"transformer.transformer_blocks.0.attn.to_{leaf}", (SIZE, SIZE)) or ()
+        assert place.name == f"joint_blocks.0.x_block.attn.qkv[{i * SIZE}:{(i + 1) * SIZE}]"
+    assert len(host.index.find("lora_unet_joint_blocks_0_x_block_attn_qkv", (3 * SIZE, SIZE)) or ()) == 3
+    assert host.index.find("transformer.transformer_blocks.0.attn.to_out.0", (SIZE, SIZE))

@@ -1,0 +1,205 @@
+"""Files of other models than SD and FLUX: named by themselves, by a model at hand, and never taken for FLUX."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from klora.cache import ScoreCache
+from klora.errors import LoraFileError, MismatchError, UnsupportedFormatError
+from klora.lora.file import LoraFile
+from klora.lora.likeness import alike
+from klora.lora.model_index import ModelIndex, finest_slices
+from klora.lora.names import block_of, kind_of, sort_key
+from klora.pair import Pair
+from klora.report.summary import notices, summarise
+from klora.settings import Settings
+
+WIDTH = 12
+
+
+def write(path: Path, prefixes: dict[str, tuple[int, int]], kohya: bool = True, seed: int = 0, **metadata: str) -> Path:
+    """A LoRA of rank 2 under these very prefixes, by (out, in)."""
+    down, up = (".lora_down", ".lora_up") if kohya else (".lora_A", ".lora_B")
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for prefix, (out, width) in prefixes.items():
+        tensors[f"{prefix}{down}.weight"] = torch.randn(2, width, generator=generator)
+        tensors[f"{prefix}{up}.weight"] = torch.randn(out, 2, generator=generator)
+    save_file(tensors, path, metadata)
+    return path
+
+
+def square(*names: str) -> dict[str, tuple[int, int]]:
+    return dict.fromkeys(names, (WIDTH, WIDTH))
+
+
+def test_one_name_that_flux_has_too_makes_no_flux_file(tmp_path: Path) -> None:
+    names = square("transformer.proj_out", "transformer.blocks.0.attn1.to_q")
+    file = LoraFile.open(write(tmp_path / "wan.safetensors", names, kohya=False))
+    assert (file.architecture, file.table) == (None, None)
+    assert set(file.modules) == {"blocks_0_attn1_to_q", "proj_out"}
+    assert file.unmatched == []
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        square("transformer.single_transformer_blocks.38.attn.to_q"),
+        square("transformer.transformer_blocks.19.attn.to_q", "transformer.single_transformer_blocks.0.attn.to_q"),
+        {"lora_unet_single_blocks_0_linear1": (9 * WIDTH, WIDTH)},
+        {"lora_unet_double_blocks_0_img_mlp_0": (6 * WIDTH, WIDTH)},
+        square("transformer.transformer_blocks.0.attn.to_q"),
+    ],
+    ids=["too many single blocks", "too many double blocks", "FLUX.2's linear1", "FLUX.2's MLP", "SD3's attention"],
+)
+def test_names_of_flux_in_sizes_that_it_has_not_are_of_another_model(tmp_path: Path, names: dict) -> None:
+    assert LoraFile.open(write(tmp_path / "x.safetensors", names)).architecture is None
+
+
+def test_a_file_that_says_it_is_of_another_model_is_not_flux(tmp_path: Path) -> None:
+    names = square("lora_unet_double_blocks_0_img_attn_proj", "lora_unet_single_blocks_0_modulation_lin")
+    says = {"modelspec.architecture": "chroma/lora"}
+    assert LoraFile.open(write(tmp_path / "flux.safetensors", names)).architecture == "FLUX"
+    assert LoraFile.open(write(tmp_path / "chroma.safetensors", names, **says)).architecture is None
+
+
+def test_two_spellings_of_an_unknown_model_meet_under_bare_names(tmp_path: Path) -> None:
+    names = [f"layers.{i}.attention.{leaf}" for i in range(2) for leaf in ("to_q", "to_k")]
+    names += ["layers.0.feed_forward.w1"]
+    flat = write(tmp_path / "a.safetensors", square(*(f"lora_unet_{name.replace('.', '_')}" for name in names)))
+    dotted = write(tmp_path / "b.safetensors", square(*(f"transformer.{name}" for name in names)), kohya=False, seed=1)
+    pair = Pair.open(flat, dotted, ScoreCache(tmp_path / "cache"))
+    plan = pair.plan(Settings(steps=4))
+    assert {module.name for module in plan.contested} == {name.replace(".", "_") for name in names}
+    assert "unknown architecture" in summarise(pair, plan)
+    assert notices(pair, plan) == []
+    assert len(pair.plan(Settings(steps=4, scope="attention")).contested) == 4
+
+
+def test_one_stray_module_does_not_part_two_files_of_one_model(tmp_path: Path) -> None:
+    names = ["down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.attentions.0.proj_in"]
+    one = write(tmp_path / "a.safetensors", square(*(f"unet.{name}" for name in names), "unet.stray.0.to_q"))
+    two = write(tmp_path / "b.safetensors", square(*(f"lora_unet_{name.replace('.', '_')}" for name in names)), seed=1)
+    assert len(Pair.open(one, two, ScoreCache(tmp_path / "cache")).coverage.contested) == 2
+
+
+def test_what_may_be_one_weight_in_two_spellings_is_pointed_out(tmp_path: Path) -> None:
+    fused = {f"lora_unet_layers_{i}_attention_qkv": (3 * WIDTH, WIDTH) for i in range(2)}
+    split = square(*(f"transformer.layers.{i}.attention.to_{part}" for i in range(2) for part in "qkv"))
+    one = write(tmp_path / "a.safetensors", fused)
+    two = write(tmp_path / "b.safetensors", split, kohya=False)
+    pair = Pair.open(one, two, ScoreCache(tmp_path / "cache"))
+    (_, notice) = notices(pair, pair.plan(Settings()))
+    assert "layers_0_attention_qkv and layers_0_attention_to_k" in notice
+    other = LoraFile.open(write(tmp_path / "c.safetensors", square("lora_unet_layers_0_feed_forward_w1")))
+    assert alike(pair.subject.modules, other.modules) == []
+
+
+def test_a_model_at_hand_names_the_modules_and_their_parts(tmp_path: Path) -> None:
+    parts = [f"layers.0.attention.qkv[{i * WIDTH}:{(i + 1) * WIDTH}]" for i in range(3)]
+    aliases = {"layers.0.attention.qkv": parts} | {
+        f"transformer.layers.0.attention.to_{leaf}": [part] for leaf, part in zip("qkv", parts, strict=True)
+    }
+    model = ModelIndex(square(*parts, "layers.0.feed_forward.w1"), aliases)
+    fused = {
+        "lora_unet_layers_0_attention_qkv": (3 * WIDTH, WIDTH),
+        "lora_unet_layers_0_feed_forward_w1": (WIDTH, WIDTH),
+    }
+    one = LoraFile.open(write(tmp_path / "a.safetensors", fused)).for_model(model)
+    split = square(*(f"transformer.layers.0.attention.to_{part}" for part in "qkv"), "transformer.gone.0")
+    two = LoraFile.open(write(tmp_path / "b.safetensors", split, kohya=False)).for_model(model)
+    assert list(one.modules) == [*parts, "layers.0.feed_forward.w1"]
+    assert set(two.modules) == {*parts, "gone_0"}
+    whole = LoraFile.open(tmp_path / "a.safetensors").modules["layers_0_attention_qkv"].matrix()
+    assert torch.equal(torch.cat([one.modules[part].matrix() for part in parts]), whole)
+    assert one.for_model(model) is one
+    too_high = {"lora_unet_layers_0_attention_qkv": (4 * WIDTH, WIDTH)}
+    with pytest.raises(
+        MismatchError, match=r"its lora_unet_layers_0_attention_qkv is 48×12, in the model it has 36 rows"
+    ):
+        LoraFile.open(write(tmp_path / "c.safetensors", too_high)).for_model(model)
+
+
+def test_scores_under_the_names_of_a_model_do_not_disturb_those_of_the_file(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    file = LoraFile.open(write(tmp_path / "a.safetensors", {"lora_unet_x_0_qkv": (3 * WIDTH, WIDTH)}))
+    parts = [f"x.0.qkv[{i * WIDTH}:{(i + 1) * WIDTH}]" for i in range(3)]
+    bound = file.for_model(ModelIndex(square(*parts), {"x.0.qkv": parts}))
+    cache = ScoreCache(tmp_path / "cache")
+    first, cut = cache.scores(file), cache.scores(bound)
+    assert cache.scores(file) == first != cut == cache.scores(bound)
+    assert sum(score.l1 for score in cut.values()) == pytest.approx(first["x_0_qkv"].l1)
+    assert len(recwarn) == 0
+
+
+def test_slices_are_cut_as_finely_as_they_are_named_where_they_cover_the_weight() -> None:
+    assert finest_slices(7, [(0, 1), (1, 2), (2, 3), (3, 7), (0, 3)]) == [(0, 1), (1, 2), (2, 3), (3, 7)]
+    assert finest_slices(7, [(0, 3), (3, 6)]) == []
+    assert finest_slices(6, [(0, 2), (4, 6)]) == []
+    assert finest_slices(6, [(0, 3), (3, 6), (6, 9)]) == [(0, 3), (3, 6)]
+    assert finest_slices(6, []) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("layers.0.attention.qkv[0:64]", "attention"),
+        ("layers_0_attention_to_q", "attention"),
+        ("blocks.3.cross_attn.k_img", "attention"),
+        ("double_blocks.0.img_attn.proj", "attention"),
+        ("joint_transformer_blocks.0.attn.add_k_proj", "attention"),
+        ("transformer_blocks.0.ff.conv_point", "conv"),
+        ("layers.0.feed_forward.w1", "linear"),
+        ("transformer_blocks.0.img_mlp.net.0.proj", "linear"),
+        ("distilled_guidance_layer.in_proj", "linear"),
+        ("down_blocks_1_attentions_0_proj_in", "linear"),
+    ],
+)
+def test_the_kind_of_a_module_is_told_by_its_name(name: str, kind: str) -> None:
+    assert kind_of(name) == kind
+
+
+def test_a_kernel_makes_a_convolution_whatever_its_name() -> None:
+    assert kind_of("patch_embedding", (8, 4, 2, 2)) == "conv"
+    assert kind_of("patch_embedding", (8, 4)) == "linear"
+
+
+def test_unknown_names_sort_by_stack_and_number_and_have_their_stack_for_a_block() -> None:
+    names = ["layers_10_mlp", "layers_9_mlp", "context_refiner_0_mlp", "layers_9_attention_out"]
+    assert sorted(names, key=sort_key) == [names[2], names[3], names[1], names[0]]
+    assert [block_of(name) for name in names] == ["layers", "layers", "context_refiner", "layers"]
+
+
+def test_an_underscore_before_lora_down_is_understood(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    stem = "lora_unet_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1"
+    tensors = {}
+    for leaf in ("to_k", "processor_to_q"):
+        tensors[f"{stem}_{leaf}_lora_down.weight"] = torch.ones(2, WIDTH)
+        tensors[f"{stem}_{leaf}_lora_up.weight"] = torch.ones(WIDTH, 2)
+    tensors[f"{stem}_to_k.alpha"] = torch.tensor(1.0)
+    tensors[f"{stem}_processor_to_q_lora_down.alpha"] = torch.tensor(1.0)
+    save_file(tensors, path)
+    file = LoraFile.open(path)
+    block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    assert {name: delta.scale for name, delta in file.modules.items()} == {f"{block}.to_q": 0.5, f"{block}.to_k": 0.5}
+    assert (file.unmatched, file.table) == ([], "unet")
+
+
+def test_files_that_number_their_layers_are_named_for_what_they_are(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"unet:0:up": torch.ones(8, 4), "unet:0:down": torch.ones(4, 8), "<s1>": torch.ones(768)}, path)
+    with pytest.raises(UnsupportedFormatError, match=r"unet:0:\w+: is by the first LoRA trainer for SD 1"):
+        LoraFile.open(path)
+
+
+def test_layers_of_a_checkpoint_that_are_called_up_and_down_are_no_lora(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    save_file({"blocks.0.mlp.up.weight": torch.ones(8, 4), "blocks.0.mlp.down.weight": torch.ones(4, 8)}, path)
+    with pytest.raises(LoraFileError, match="zero modules matched"):
+        LoraFile.open(path)
