@@ -122,7 +122,7 @@ def _read_header(stream: BinaryIO, length: int, file: str) -> tuple[bytearray, i
         raise LoraFileError(file, "is empty", DAMAGED)
     head = stream.read(32)
     size = int.from_bytes(head[:8], "little")
-    if length < 8 or size > length - 8 or size > MAX_HEADER or head[8:9] != b"{":
+    if size > length - 8 or size > MAX_HEADER or head[8:9] != b"{":
         raise _not_safetensors(file, head, size, length)
     header = bytearray(size)
     disk.read_into(stream, 8, memoryview(header))

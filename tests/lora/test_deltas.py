@@ -111,6 +111,8 @@ def test_rows_of_any_part_are_the_rows_of_the_matrix(
         torch.testing.assert_close(part.rows(0, last - first), whole[first:last])
         start, stop = sorted(data.draw(st.tuples(*[st.integers(0, last - first)] * 2)))
         torch.testing.assert_close(part.rows(start, stop), whole[first + start : first + stop])
+        if start < stop:
+            torch.testing.assert_close(part.part(start, stop).rows(0, stop - start), part.rows(start, stop))
     buffer = torch.full((delta.shape[0] * delta.columns + 5,), torch.nan)
     rows = delta.rows(first, last, out=buffer)
     torch.testing.assert_close(rows, whole[first:last])

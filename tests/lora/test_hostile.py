@@ -260,10 +260,9 @@ def test_a_header_of_very_many_tensors_is_refused(path: Path) -> None:
 
 
 def test_many_commas_in_a_text_are_no_parts(path: Path) -> None:
-    tags = json.dumps({f"a tag, and {i}": i for i in range(100_000)})
-    assert LoraFile.open(raw(path, header(__metadata__={"ss_tag_frequency": tags}))).metadata == {
-        "ss_tag_frequency": tags
-    }
+    tags = json.dumps({f"a tag, and {i}": i for i in range(150_000)})
+    metadata = {"ss_folder": "C:\\", "ss_tag_frequency": tags}
+    assert LoraFile.open(raw(path, header(__metadata__=metadata))).metadata == metadata
 
 
 def test_an_entry_that_is_not_a_table_is_refused(path: Path) -> None:
@@ -351,6 +350,12 @@ def test_small_tensors_with_an_enormous_product_are_refused(
 ) -> None:
     save_file({UP: torch.zeros(up), DOWN: torch.zeros(down)}, path)
     assert f"{PREFIX}: makes a weight of {up[0]}×{down[1]}, larger than any layer" in str(refused(path))
+
+
+def test_the_sides_of_a_kernel_count_towards_its_columns(path: Path) -> None:
+    for columns in (2**12, 2**13):
+        save_file({UP: torch.zeros(1, 1, 1, 1), DOWN: torch.zeros(1, columns, 3, 3)}, path)
+        assert (error_of(path) is None) == (columns == 2**12)
 
 
 def test_files_that_are_no_lora_match_zero_modules(path: Path) -> None:
