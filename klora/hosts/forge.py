@@ -1,4 +1,4 @@
-"""The Forge host and its family, whose models carry `forge_objects`."""
+"""Forge and its family (Forge Neo, Forge Classic, reForge), whose models carry `forge_objects`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,21 @@ import importlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
 
 from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
-from klora.errors import KloraError
+from klora.errors import KloraError, MismatchError
 from klora.hosts.forge_weights import with_plain_weight
 from klora.hosts.host_text_encoder import TextPart, host_tensors, kohya_text_key
 from klora.hosts.webui_host import WebuiHost, trainable_copy
 
 
 class ForgeHost(WebuiHost):
-    """A model loaded in Forge.
+    """A model loaded in Forge or one of its family.
 
     Nothing of what Forge remembers about its own LoRAs (hashes, online patches, backups) is touched.
     """
@@ -44,20 +45,14 @@ class ForgeHost(WebuiHost):
 
     @contextmanager
     def text_encoder_with(self, parts: list[TextPart]) -> Iterator[None]:
-        """Put a patched clone of the CLIP object in place while the text is encoded; Forge merges and unmerges it."""
-        lora = _lora_code()
+        """Put a patched clone of the CLIP object in place while the text is encoded; Forge merges and unmerges it.
+
+        Raises MismatchError for a DoRA where the host's code does not know them.
+        """
         objects = self.sd_model.forge_objects
         before = clip = objects.clip
         for part in parts:
-            tensors = {
-                f"{kohya_text_key(name, several=True)}.{ending}": tensor
-                for name, delta in part.deltas.items()
-                for ending, tensor in host_tensors(delta).items()
-            }
-            # A dictionary of our own: the host's default argument is shared between calls.
-            patches, _ = lora.load_lora(tensors, lora.model_lora_keys_clip(clip.cond_stage_model, {}))
-            clip = clip.clone()
-            clip.add_patches(filename=f"klora:{part.sha256}", patches=patches, strength_patch=part.strength)
+            clip = _patched(clip, part)
         objects.clip = clip
         try:
             yield
@@ -88,6 +83,31 @@ class ForgeHost(WebuiHost):
     @cached_property
     def _vae(self) -> Any:
         return trainable_copy(self.sd_model.forge_objects.vae.first_stage_model)
+
+
+def _patched(clip: Any, part: TextPart) -> Any:
+    """A clone of a CLIP object in which a LoRA acts."""
+    lora = _lora_code()
+    tensors = {
+        f"{kohya_text_key(name, several=True)}.{ending}": tensor
+        for name, delta in part.deltas.items()
+        for ending, tensor in host_tensors(delta).items()
+    }
+    # A dictionary of our own: the host's default argument is shared between calls.
+    found = lora.load_lora(tensors, lora.model_lora_keys_clip(clip.cond_stage_model, {}))
+    # reForge gives the patches alone, the others also what they have not used.
+    patches, unused = found if isinstance(found, tuple) else (found, ())
+    if any(key.endswith(".dora_scale") for key in unused):
+        raise MismatchError(
+            f"{part.lora.path.name}: this WebUI applies no DoRA to a text encoder;"
+            " set the text encoder to none, or use another file"
+        )
+    clip = clip.clone()
+    # Forge tells patches apart by the names of files; reForge and Classic know no names.
+    named = "filename" in signature(clip.patcher.add_patches).parameters
+    name = {"filename": f"klora:{part.sha256}"} if named else {}
+    clip.add_patches(patches=patches, strength_patch=part.strength, **name)
+    return clip
 
 
 def _lora_code() -> Any:

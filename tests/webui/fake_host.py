@@ -1,4 +1,4 @@
-"""A WebUI in small, for tests: it calls an extension in the order, and with the faults, of A1111 and of Forge.
+"""A WebUI in small, for tests: it calls an extension in the order, and with the faults, of A1111 and the Forge family.
 
     with installed("a1111", tmp_path) as host:
         picture = host.txt2img("a dog <klora:dog:ink>")
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tests.support.lora_files import unet_ldm
 from tests.support.pairs import TEXT
-from tests.webui.fake_model import TEXT_LAYER, Checkpoint, Clip, merge, restore
+from tests.webui.fake_model import FORGES, TEXT_LAYER, Checkpoint, merge, restore
 from tests.webui.fake_processing import Data, ExtraNetworkParams, Processing, setup_img2img_steps
 
 
@@ -86,7 +86,7 @@ class OnDisk:
 
 
 class FakeHost:
-    """One running WebUI, of `family` a1111 or forge, with the LoRA files of a folder."""
+    """One running WebUI, of `family` a1111, forge, reforge or classic, with the LoRA files of a folder."""
 
     def __init__(self, family: str, folder: Path) -> None:
         self.family = family
@@ -160,7 +160,7 @@ class FakeHost:
 
     def load_networks(self, wanted: list[tuple[str, float, float]]) -> None:
         """Remember what is wanted; it is merged later, when it is needed."""
-        if self.family == "forge":
+        if self.family in FORGES:
             if str(wanted) == self.sd_model.current_lora_hash:
                 # Also what somebody else has made of the text encoder stays.
                 return
@@ -170,12 +170,13 @@ class FakeHost:
             found = sys.modules["networks"].available_network_aliases.get(name)  # type: ignore[attr-defined]
             if found is not None:
                 self.loaded.append(self._network(found, te, unet))
-        if self.family == "forge":
+        if self.family in FORGES:
             self.sd_model.wanted = list(self.loaded)
-            clip = Clip(self.sd_model.text)
+            clip = self.sd_model.clip.clone()
             for net in self.loaded:
                 text = {name: module.delta for name, module in net.modules.items() if name.startswith("transformer_")}
-                clip.add_patches(filename=net.name, patches=text, strength_patch=net.te_multiplier)
+                name = {"filename": net.name} if self.family == "forge" else {}
+                clip.add_patches(patches=text, strength_patch=net.te_multiplier, **name)
             self.sd_model.forge_objects.clip = clip
 
     def _network(self, found: OnDisk, te: float, unet: float) -> Any:
@@ -329,9 +330,11 @@ def _modules(host: FakeHost) -> Iterator[types.ModuleType]:
         networks.module_types = [kind]  # type: ignore[attr-defined]
         yield module("network", Network=Network, NetworkWeights=_network_weights)
     else:
-        yield module("backend", __path__=[])
-        yield module("backend.patcher", __path__=[])
-        yield module("backend.patcher.lora", load_lora=_load_lora, model_lora_keys_clip=_clip_keys)
+        packages = ("backend", "backend.patcher") if host.family == "forge" else ("ldm_patched", "ldm_patched.modules")
+        for package in packages:
+            yield module(package, __path__=[])
+        load_lora = _load_patches if host.family == "reforge" else _load_lora
+        yield module(f"{packages[-1]}.lora", load_lora=load_lora, model_lora_keys_clip=_clip_keys)
     yield networks
 
 
@@ -354,6 +357,10 @@ def _load_lora(tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> tuple[
         if mine:
             found[target] = NetworkModule(mine).delta
     return found, rest
+
+
+def _load_patches(tensors: Mapping[str, Tensor], keys: Mapping[str, str]) -> dict[str, Tensor]:
+    return _load_lora(tensors, keys)[0]
 
 
 assert TEXT.replace(".", "_").endswith(TEXT_LAYER)

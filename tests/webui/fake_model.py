@@ -54,27 +54,50 @@ class DiffusionModel(nn.Module):
         return x
 
 
-class Clip:
-    """Forge's text encoder with the patches that are to act when it encodes."""
+class Patcher:
+    """What is to act in a text encoder when it encodes; Forge tells LoRAs apart by the names of files."""
 
-    def __init__(self, layer: nn.Linear, patches: tuple[Any, ...] = ()) -> None:
-        self.cond_stage_model = layer
+    def __init__(self, patches: tuple[tuple[Tensor, float], ...] = ()) -> None:
         self.patches = patches
+
+    def add_patches(self, *, filename: str, patches: Mapping[str, Any], strength_patch: float = 1.0) -> None:
+        """Have a LoRA act."""
+        self.patches += tuple((delta, strength_patch) for delta in patches.values())
+
+
+class LdmPatcher(Patcher):
+    """The same of reForge and Classic, which take no names."""
+
+    def add_patches(self, patches: Mapping[str, Any], strength_patch: float = 1.0) -> None:  # type: ignore[override]
+        """Have a LoRA act."""
+        super().add_patches(filename="", patches=patches, strength_patch=strength_patch)
+
+
+class Clip:
+    """The text encoder of the Forge family with the patches that are to act when it encodes."""
+
+    def __init__(self, layer: nn.Linear, patcher: Patcher) -> None:
+        self.cond_stage_model = layer
+        self.patcher = patcher
 
     def clone(self) -> Clip:
         """A copy that shares the weights."""
-        return Clip(self.cond_stage_model, self.patches)
+        return Clip(self.cond_stage_model, type(self.patcher)(self.patcher.patches))
 
-    def add_patches(self, *, filename: str, patches: Mapping[str, Any], strength_patch: float) -> None:
-        """Have a LoRA act."""
-        self.patches += tuple((filename, key, delta, strength_patch) for key, delta in patches.items())
+    def add_patches(self, *args: Any, **kwargs: Any) -> None:
+        """Have a LoRA act, told as the patcher wants it."""
+        self.patcher.add_patches(*args, **kwargs)
 
     def encode(self, x: Tensor) -> Tensor:
         """Encode with what is patched in."""
         weight = self.cond_stage_model.weight
-        for _, _, delta, strength in self.patches:
+        for delta, strength in self.patcher.patches:
             weight = weight + strength * delta
         return x @ weight.T
+
+
+# The hosts with Forge's way of patching, and their text encoders' patchers.
+FORGES: dict[str, type[Patcher]] = {"forge": Patcher, "reforge": LdmPatcher, "classic": LdmPatcher}
 
 
 class Checkpoint:
@@ -87,9 +110,10 @@ class Checkpoint:
         self.sd_checkpoint_info = types.SimpleNamespace(name=name)
         with torch.no_grad():
             self.text.weight.copy_(torch.eye(SIZE))
-        if family == "forge":
+        if family in FORGES:
             unet = types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=self.diffusion))
-            self.forge_objects = types.SimpleNamespace(unet=unet, clip=Clip(self.text))
+            self.clip = Clip(self.text, FORGES[family]())
+            self.forge_objects = types.SimpleNamespace(unet=unet, clip=self.clip)
             self.current_lora_hash = str([])
             self.merged: list[Any] = []
             self.wanted: list[Any] = []

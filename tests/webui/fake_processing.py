@@ -155,7 +155,7 @@ class Processing:
         self.c = self._cached("cached_c", self.prompts[0], self.extra_network_data)
         if self.enable_hr and self.host.opts.hires_fix_use_firstpass_conds:
             self.calculate_hr_conds()
-        elif self.enable_hr and self.host.family == "forge":
+        elif self.enable_hr and self.host.family != "a1111":
             self.host.activate(self, self.hr_extra_network_data)
             self.calculate_hr_conds()
             self.host.activate(self, self.extra_network_data)

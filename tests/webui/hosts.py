@@ -1,4 +1,4 @@
-"""The fake host as a fixture, of either family, with its LoRAs; after each test, nothing of ours may be left in it."""
+"""The fake host as a fixture, of each family, with its LoRAs; after each test, nothing of ours may be left in it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORCED = "<klora:dog:ink:alpha=0:beta=0>"
 TAG = "<klora:dog:ink>"
 
 
-@pytest.fixture(params=["a1111", "forge"])
+@pytest.fixture(params=["a1111", "forge", "reforge"])
 def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeHost]:
     """A host with four LoRAs: dog and ink for attention, dog_te and ink_te for the text encoder too."""
     names = shapes([*ATTENTION, *FEED_FORWARD])

@@ -1,4 +1,4 @@
-"""A fusion in a fake host of either family: what it does in each pass, and that nothing is left however it ends."""
+"""A fusion in a fake host of each family: what it does in each pass, and that nothing is left however it ends."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _refine(host: FakeHost, other: Checkpoint) -> None:
     def swap(p: Processing, denoiser: Any) -> None:
         if denoiser.step == 3:
             host.sd_model = other
-            if host.family == "forge":
+            if host.family != "a1111":
                 host.activate(p, p.extra_network_data)
                 p.setup_conds()
             else:

@@ -1,4 +1,4 @@
-"""Tags in a fake host of either family: the text encoder, plain tags beside ours, bad tags, the picture's text."""
+"""Tags in a fake host of each family: the text encoder, plain tags beside ours, bad tags, the picture's text."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from klora.errors import MismatchError
+from klora.hosts.loaded_model import host_of
 from klora.hosts.webui_schedule import schedule_of
 from klora.lora.deltas import Delta
 from tests.support.lora_files import write_lora
@@ -248,7 +249,7 @@ def test_a_text_encoder_s_part_that_cannot_be_applied_stops_the_fusion_and_not_t
     def fail(delta: Delta) -> None:
         raise fault(f"{delta.file}: a fault") if fault is MismatchError else OSError(5, "a fault", delta.file)
 
-    monkeypatch.setattr(f"klora.hosts.{host.family}.host_tensors", fail)
+    monkeypatch.setattr(f"{type(host_of(host.sd_model)).__module__}.host_tensors", fail)
     picture = host.txt2img("a dog <klora:dog:ink_te>")
     assert picture.same(plain)
     assert "a fault" in picture.comments
