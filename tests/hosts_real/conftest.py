@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.hosts_real.server import Picture, Server, find_server
-
-HOSTS = ("a1111", "forge")
+from tests.hosts_real.server import HOSTS, Picture, Server, find_server
 
 
 @pytest.fixture(scope="session", params=HOSTS)

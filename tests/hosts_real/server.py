@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,16 +27,19 @@ from tests.hosts_real.checkpoints import Checkpoint, read_checkpoint, write_lora
 REPOSITORY = Path(__file__).parents[2]
 FLAGS = (
     "--api --skip-prepare-environment --skip-torch-cuda-test --skip-version-check --skip-python-version-check"
-    " --skip-install --do-not-download-clip --no-download-sd-model --loglevel INFO"
+    " --skip-install --loglevel INFO"
 )
-CPU_FLAGS = {
-    "a1111": "--use-cpu all --no-half --no-half-vae --precision full",
-    "forge": "--always-cpu --skip-google-blockly",
+NO_DOWNLOADS = "--no-download-sd-model --do-not-download-clip"
+# An unknown flag ends a host: each has those it knows. The last takes the folder of checkpoints.
+FLAGS_OF = {
+    "a1111": f"{NO_DOWNLOADS} --use-cpu all --no-half --no-half-vae --precision full --ckpt-dir",
+    "forge": f"{NO_DOWNLOADS} --always-cpu --skip-google-blockly --ckpt-dir",
+    "neo": "--cpu --ckpt-dirs",
+    "reforge": f"{NO_DOWNLOADS} --always-cpu --ckpt-dir",
+    "classic": "--no-download-sd-model --always-cpu --ckpt-dir",
 }
-SMALL = {
-    "a1111": {"width": 64, "height": 64, "steps": 6},
-    "forge": {"width": 64, "height": 64, "steps": 4},
-}
+STEPS = {"a1111": 6}
+HOSTS = tuple(FLAGS_OF)
 PROMPT = "a photo of a dog in the snow"
 
 
@@ -76,7 +81,7 @@ class Picture:
 
 @dataclass
 class Server:
-    """One running host. `kind` is a1111 or forge."""
+    """One running host. `kind` is one of HOSTS."""
 
     kind: str
     root: Path
@@ -121,12 +126,18 @@ class Server:
             write_sdxl_loras(loras, self.sdxl_model)
         (self.data / "config.json").write_text(
             # Other previews and the samples folder would download or write something.
-            json.dumps({"sd_model_checkpoint": self.model.path.name, "show_progress_type": "Approx cheap"})
+            json.dumps(
+                {
+                    "sd_model_checkpoint": self.model.path.name,
+                    "show_progress_type": "Approx cheap",
+                    **_settings_version(self.root),
+                }
+            )
         )
         self.port = _free_port()
-        command = [str(self.python), "launch.py", *FLAGS.split(), *CPU_FLAGS[self.kind].split()]
+        command = [str(self.python), "launch.py", *FLAGS.split(), "--data-dir", str(self.data)]
         command += ["--port", str(self.port), "--server-name", "127.0.0.1", *self.extra_flags.split()]
-        command += ["--data-dir", str(self.data), "--ckpt-dir", str(self.model.path.parent)]
+        command += [*FLAGS_OF[self.kind].split(), str(self.model.path.parent)]
         with (self.data / "host.log").open("wb") as log:
             self._process = subprocess.Popen(
                 command,
@@ -145,7 +156,9 @@ class Server:
             "cfg_scale": 5,
             "sampler_name": "Euler",
             "scheduler": "Automatic",
-            **SMALL[self.kind],
+            "width": 64,
+            "height": 64,
+            "steps": STEPS.get(self.kind, 4),
         }
 
     def wait_started(self, times: int, timeout: float = 600) -> None:
@@ -194,7 +207,7 @@ class Server:
         hires = {
             "enable_hr": True,
             "hr_scale": 1.5,
-            "hr_upscaler": "Latent",
+            "hr_upscaler": self._upscaler,
             "hr_second_pass_steps": 4,
             "denoising_strength": 0.6,
             # Forge fails without these two.
@@ -216,6 +229,12 @@ class Server:
         args[labels.index("Include Sub Images")] = True
         args[labels.index("Draw legend")] = False
         return self.txt2img(tags, script_name="x/y/z plot", script_args=args, **changes)
+
+    @cached_property
+    def _upscaler(self) -> str:
+        """Latent where the host has it, else the first that it has."""
+        modes = [one["name"] for one in self.call("/sdapi/v1/latent-upscale-modes")]
+        return "Latent" if "Latent" in modes else self.call("/sdapi/v1/upscalers")[0]["name"]
 
     def _generate(self, path: str, tags: str, changes: dict[str, Any]) -> Picture:
         body = {**self.defaults, **changes}
@@ -289,6 +308,13 @@ def find_server(kind: str, data: Path) -> Server | str:
     sdxl = next((one for one in found if one.is_sdxl), None)
     flags = os.environ.get(f"KLORA_{kind.upper()}_FLAGS", "")
     return Server(kind, root, python, data, sd1[0], sd1[1] if len(sd1) > 1 else None, sdxl, flags)
+
+
+def _settings_version(root: Path) -> dict[str, str]:
+    """What a host that asks before it takes older settings wants to find in them."""
+    code = (root / "modules" / "launch_utils.py").read_text(encoding="utf8")
+    found = re.search(r'^VERSION_UID\b.*= "(\w+)"$', code, re.MULTILINE)
+    return {"VERSION_UID": found[1]} if found else {}
 
 
 def _free_port() -> int:

@@ -43,9 +43,9 @@ def test_the_direct_policy_is_two_plain_loras(server: Server) -> None:
 
 
 @pytest.mark.parametrize("kind", ["", "_te"], ids=["attention", "with a text encoder"])
-def test_a_peft_pair_is_its_kohya_twin(server: Server, plain: Picture, kind: str) -> None:
-    # The host itself cannot load this spelling.
-    assert server.txt2img(f"<lora:subj{kind}_peft:1>").same(plain)
+def test_a_peft_pair_is_its_kohya_twin(server: Server, kind: str) -> None:
+    # No host itself loads this spelling, or not all of it: reForge loads the text encoder's part.
+    assert server.txt2img(f"<lora:subj{kind}_peft:1>").distance(server.txt2img(f"<lora:subj{kind}:1>")) > 5
     kohya = server.txt2img(f"<klora:subj{kind}:style{kind}>")
     assert server.txt2img(f"<klora:subj{kind}_peft:style{kind}_peft>").distance(kohya) <= 1
     assert server.txt2img(f"<klora:subj{kind}_peft:style{kind}>").distance(kohya) <= 1

@@ -9,6 +9,8 @@ from modules import script_callbacks, scripts, shared
 
 PREFIX = "/klora-probe"
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# No checkpoint of SD 1 holds these two, and Neo draws what is not there anew at each load.
+UNUSED = ("text_projection.weight", "logit_scale")
 levels, said, wrapped = [], [], []
 
 
@@ -23,6 +25,8 @@ def parts():
 def digest(module):
     found = hashlib.blake2b(digest_size=32)
     for name, tensor in sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items()):
+        if name.endswith(UNUSED):
+            continue
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(
             tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b""
