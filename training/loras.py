@@ -30,8 +30,6 @@ from training.parallel import Pace, write_checkpoint
 from training.words import STYLE_TOKEN, SUBJECT_TOKEN, tokenize
 
 BATCH = 16
-PICTURES = 1024
-"""Pictures that one LoRA is trained on."""
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 LEAST_KEPT = 0.35
 """A step keeps each module with a probability between this and 1."""
@@ -90,10 +88,10 @@ def style_example(name: str, rng: np.random.Generator) -> tuple[np.ndarray, str]
 
 
 @torch.no_grad()
-def examples(job: Job, pipe: StableDiffusionPipeline) -> tuple[torch.Tensor, torch.Tensor]:
+def examples(job: Job, pipe: StableDiffusionPipeline, pictures: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents (n, 8, 16, 16) and text states (n, length, width) of all its training pictures."""
     make = subject_example if job.is_subject else style_example
-    pairs = [make(job.name, np.random.default_rng((4, JOBS.index(job), i))) for i in range(PICTURES)]
+    pairs = [make(job.name, np.random.default_rng((4, JOBS.index(job), i))) for i in range(pictures)]
     images = as_tensor(np.stack([image for image, _ in pairs]))
     tokens = tokenize(pipe.tokenizer, [caption for _, caption in pairs])
     latents = torch.cat([pipe.vae.encode(part).latent_dist.mean for part in images.split(32)])
@@ -105,19 +103,28 @@ def lora_layers(unet: torch.nn.Module) -> list[LoraLayer]:
     return [m for m in unet.modules() if isinstance(m, LoraLayer)]
 
 
+@dataclass(frozen=True)
+class Effort:
+    """What is spent on one LoRA: steps, the highest learning rate, and how many pictures are drawn for it."""
+
+    steps: int
+    rate: float
+    pictures: int
+
+
 class Trainer:
     """A LoRA in the making; saved and restored as one file. Whatever is random is a function of the step."""
 
-    def __init__(self, job: Job, steps: int, rate: float) -> None:
+    def __init__(self, job: Job, effort: Effort) -> None:
         torch.manual_seed(JOBS.index(job))
         pipe = load_pipeline()
-        self.job, self.steps, self.rate, self.step = job, steps, rate, 0
+        self.job, self.effort, self.step = job, effort, 0
         self.unet, self.scheduler = pipe.unet.requires_grad_(False), make_scheduler()
         self.unet.set_attn_processor(AttnProcessor())  # its backward is faster than the fused kernel's here
         self.unet.add_adapter(LoraConfig(r=job.rank, lora_alpha=job.alpha, target_modules=TARGETS))
         self.weights = [p for p in self.unet.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.weights, lr=rate, weight_decay=0.01)
-        self.latents, self.texts = examples(job, pipe)
+        self.optimizer = torch.optim.AdamW(self.weights, lr=effort.rate, weight_decay=0.01)
+        self.latents, self.texts = examples(job, pipe, effort.pictures)
         self.file = WORK / f"lora-{job.name}.pt"
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
@@ -141,12 +148,11 @@ class Trainer:
         rng = np.random.default_rng((5, JOBS.index(self.job), self.step))
         noise_rng = torch.Generator().manual_seed(self.step)
         self.leave_out(rng)
-        chosen = torch.from_numpy(rng.integers(PICTURES, size=BATCH))
+        chosen = torch.from_numpy(rng.integers(len(self.latents), size=BATCH))
         clean = self.latents[chosen]
         noise, t = torch.randn(clean.shape, generator=noise_rng), torch.randint(0, 1000, (BATCH,), generator=noise_rng)
-        progress = self.step / self.steps
-        rate = self.rate * min(1, (self.step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * progress))
-        self.optimizer.param_groups[0]["lr"] = rate
+        falling = 0.5 * (1 + math.cos(math.pi * self.step / self.effort.steps))
+        self.optimizer.param_groups[0]["lr"] = self.effort.rate * min(1, (self.step + 1) / 20) * falling
         with torch.autocast("cpu", torch.bfloat16):
             guess = self.unet(self.scheduler.add_noise(clean, noise, t), t, self.texts[chosen]).sample
         loss = torch.nn.functional.mse_loss(guess.float(), self.scheduler.get_velocity(clean, noise, t))
@@ -200,15 +206,16 @@ def save(job: Job, unet: torch.nn.Module) -> None:
     job.file.chmod(0o644)
 
 
-def make_file(job: Job, steps: int, rate: float) -> None:
+def make_file(job: Job, effort: Effort) -> None:
     """Train and save one LoRA on one thread."""
     torch.set_num_threads(1)
-    trainer, pace, losses = Trainer(job, steps, rate), Pace(60), []
-    while trainer.step < steps:
+    trainer, pace, losses = Trainer(job, effort), Pace(60), []
+    while trainer.step < effort.steps:
         losses.append(trainer.advance())
         if trainer.step % 50 == 0:
             print(
-                f"{time.strftime('%H:%M:%S')} {job.name} {trainer.step}/{steps} {np.mean(losses[-50:]):.4f}", flush=True
+                f"{time.strftime('%H:%M:%S')} {job.name} {trainer.step}/{effort.steps} {np.mean(losses[-50:]):.4f}",
+                flush=True,
             )
         if pace.due():
             trainer.save()
@@ -223,10 +230,12 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="default: those not yet made")
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--pictures", type=int, default=1024, help="drawn for each")
     args = parser.parse_args()
+    effort = Effort(args.steps, args.rate, args.pictures)
     jobs = [j for j in JOBS if (j.name in args.names if args.names else not j.file.exists())]
     with torch.multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-        pool.starmap(make_file, [(job, args.steps, args.rate) for job in jobs], chunksize=1)
+        pool.starmap(make_file, [(job, effort) for job in jobs], chunksize=1)
 
 
 if __name__ == "__main__":
