@@ -156,7 +156,7 @@ def work(rank: int, total: int, save_every: float) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2600)
     parser.add_argument("--save-every", type=float, default=60, help="seconds between checkpoints")
     args = parser.parse_args()
     WORK.mkdir(parents=True, exist_ok=True)

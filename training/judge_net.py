@@ -16,6 +16,8 @@ from torch import nn
 
 SIZE = 64
 _WIDTHS = (3, 24, 48, 64, 80)
+_FINE, _COARSE = 9, 12
+"""Layers down to the map of 16×16, where a cell knows its piece of texture, and to that of 8×8."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,14 @@ class JudgeNet(nn.Module):
                 layers += [nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
         self.body, self.drop = nn.Sequential(*layers), nn.Dropout(0.2)
         self.subject = nn.Linear(_WIDTHS[-1] * 16, subjects)
-        self.style = nn.Sequential(nn.Linear(2 * 64, 96), nn.ReLU(), nn.Linear(96, styles))
-        self.at_texture = len(layers) - 3  # before the last convolution: 8×8, where a cell still knows its texture
+        self.style = nn.Sequential(nn.Linear(2 * (48 + 64), 96), nn.ReLU(), nn.Linear(96, styles))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the subject and of the style."""
-        texture = self.body[: self.at_texture](x)
-        pooled = torch.cat([texture.mean((2, 3)), texture.amax((2, 3))], 1)
-        features = self.body[self.at_texture :](texture).flatten(1)
+        fine = self.body[:_FINE](x)
+        coarse = self.body[_FINE:_COARSE](fine)
+        pooled = torch.cat([pool((2, 3)) for map_ in (fine, coarse) for pool in (map_.mean, map_.amax)], 1)
+        features = self.body[_COARSE:](coarse).flatten(1)
         return self.subject(self.drop(features)), self.style(self.drop(pooled))
 
 

@@ -58,7 +58,7 @@ def work(rank: int, pictures: int) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pictures", type=int, default=65_536)
+    parser.add_argument("--pictures", type=int, default=24_576)
     pictures = parser.parse_args().pictures
     _room(pictures)
     run_workers(work, pictures)
