@@ -50,7 +50,8 @@ def balance_strip(home: Path, pairs: int) -> Image.Image:
                     ).images
                 )
     sides = ("subject", "", "as in the paper", "", "style")
-    return contact_sheet(groups, [(f"balance {b:+g}" if b else "balance 0", side) for b, side in zip(BALANCES, sides, strict=True)], rows)
+    titles = [f"balance {balance:+g}" if balance else "balance 0" for balance in BALANCES]
+    return contact_sheet(groups, list(zip(titles, sides, strict=True)), rows)
 
 
 def premises(home: Path) -> Image.Image:
