@@ -12,70 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from klora.errors import KloraError, LoraFileError, LoraValueError, UnsupportedFormatError
-from klora.lora import disk
+from klora.errors import LoraValueError, UnsupportedFormatError
 from klora.lora.file import LoraFile
 from klora.lora.header import MAX_HEADER
+from tests.lora.hostile import DOWN, NAME, PREFIX, SHAPES, UP, error_of, header, path, raw, refused, without_waiting
 from tests.support.lora_files import FAMILIES, lora_tensors, write_lora
 
-NAME = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-PREFIX = "lora_unet_" + NAME.replace(".", "_")
-DOWN, UP = f"{PREFIX}.lora_down.weight", f"{PREFIX}.lora_up.weight"
-SHAPES = {NAME: (8, 8), "mid_block.resnets.0.conv1": (8, 4, 3, 3)}
-
-
-def header(down: dict[str, Any] | None = None, up: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """The header of a good file of one module, rank 2, with changes."""
-    entries = {
-        DOWN: {"dtype": "F32", "shape": [2, 8], "data_offsets": [0, 64], **(down or {})},
-        UP: {"dtype": "F32", "shape": [8, 2], "data_offsets": [64, 128], **(up or {})},
-    }
-    return {**entries, **more}
-
-
-def raw(path: Path, table: object, data: bytes = bytes(128), size: int | None = None) -> Path:
-    text = table if isinstance(table, bytes) else json.dumps(table).encode()
-    path.write_bytes((len(text) if size is None else size).to_bytes(8, "little") + text + data)
-    return path
-
-
-def refused(path: Path | str, kind: type[LoraFileError] = LoraFileError) -> LoraFileError:
-    """The error of opening a file, checked to be of exactly one kind and one line that names the file."""
-    with pytest.raises(LoraFileError) as caught:
-        LoraFile.open(path)
-    error = caught.value
-    assert type(error) is kind
-    assert len(str(error).splitlines()) == 1
-    assert str(error).isprintable()
-    assert len(str(error)) < 1500
-    assert error.__cause__ is None
-    assert Path(error.file).name in str(error)
-    assert error.cure in str(error)
-    return error
-
-
-def error_of(path: Path) -> KloraError | None:
-    """The error of opening a file, if there is one; anything but a KloraError fails the test."""
-    try:
-        LoraFile.open(path)
-    except KloraError as error:
-        return error
-    return None
-
-
-@pytest.fixture(autouse=True)
-def without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These files do not change while they are open, so that none is too young to be read."""
-    monkeypatch.setattr(disk, "CLOCK_TICK_NS", 0)
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "bad.safetensors"
+__all__ = ["path", "without_waiting"]
 
 
 def test_the_good_file_that_the_others_are_made_of_opens(path: Path) -> None:
@@ -376,97 +321,3 @@ def test_files_that_are_no_lora_match_zero_modules(path: Path) -> None:
 def test_an_odd_key_or_path_stays_on_one_line(tmp_path: Path) -> None:
     table = header(**{"a\nb\u2028\ud800\x1b[31m" * 99: {"dtype": "X"}})
     refused(raw(tmp_path / "new\nline\x1b[31m.safetensors", table)) if os.name == "posix" else None
-
-
-# --- fuzzing ---------------------------------------------------------------------------------------------------------
-
-
-def only_klora_errors(path: Path) -> None:
-    """Open, and use what opens: every tensor readable, every delta computable."""
-    if (error := error_of(path)) is not None:
-        assert len(str(error).splitlines()) == 1
-        return
-    file = LoraFile.open(path)
-    for delta in (*file.modules.values(), *file.text_encoder.values()):
-        rows = delta.rows(0, min(2, delta.shape[0]))
-        assert rows.shape == (min(2, delta.shape[0]), delta.columns)
-
-
-FUZZ = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-@given(st.binary(max_size=200))
-@FUZZ
-def test_random_bytes(path: Path, content: bytes) -> None:
-    path.write_bytes(content)
-    only_klora_errors(path)
-
-
-@given(st.binary(max_size=120), st.integers(0, 130))
-@FUZZ
-def test_random_headers(path: Path, text: bytes, size: int) -> None:
-    raw(path, b"{" + text, size=size)
-    only_klora_errors(path)
-
-
-JSON = st.recursive(
-    st.none() | st.booleans() | st.integers(-3, 200) | st.text(max_size=5) | st.sampled_from(["F32", "F16", "I64"]),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=8,
-)
-
-
-@given(st.sampled_from([DOWN, UP]), st.sampled_from(["dtype", "shape", "data_offsets", None]), JSON)
-@FUZZ
-def test_mutated_entries(path: Path, key: str, part: str | None, value: object) -> None:
-    table = header()
-    if part is None:
-        table[key] = value
-    else:
-        table[key][part] = value
-    only_klora_errors(raw(path, table))
-
-
-@given(
-    family=st.sampled_from(FAMILIES), edits=st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 255)), max_size=4)
-)
-@FUZZ
-def test_changed_bytes_of_a_good_file(
-    path: Path, tmp_path_factory: pytest.TempPathFactory, family: str, edits: list[tuple[int, int]]
-) -> None:
-    good = tmp_path_factory.getbasetemp() / f"fuzz-{family}.safetensors"
-    if not good.exists():
-        write_lora(good, SHAPES, family=family, rank=2, alpha=2.0)
-    content = bytearray(good.read_bytes())
-    for place, value in edits:
-        content[place % len(content)] = value
-    path.write_bytes(content)
-    only_klora_errors(path)
-
-
-SLOTS = [
-    "lora_down.weight",
-    "lora_up.weight",
-    "lora_mid.weight",
-    "alpha",
-    "dora_scale",
-    "diff",
-    "hada_w1_a",
-    "hada_w1_b",
-]
-SLOTS += ["hada_w2_a", "hada_w2_b", "hada_t1", "lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_b", "lokr_t2"]
-
-
-@given(st.dictionaries(st.sampled_from(SLOTS), st.lists(st.integers(0, 3), max_size=4), max_size=7), st.booleans())
-@FUZZ
-def test_any_mixture_of_slots_and_shapes(path: Path, slots: dict[str, list[int]], fused: bool) -> None:
-    prefix = "lora_unet_double_blocks_0_img_attn_qkv" if fused else "lora_unet_mid_block_resnets_0_conv1"
-    save_file({f"{prefix}.{slot}": torch.ones(shape) for slot, shape in slots.items()}, path)
-    only_klora_errors(path)
-
-
-def test_the_fuzzed_files_are_good_to_begin_with(path: Path) -> None:
-    for family in FAMILIES:
-        write_lora(path, SHAPES, family=family, rank=2, alpha=2.0)
-        assert len(LoraFile.open(path).modules) == len(SHAPES)
-        assert load_file(path)
