@@ -19,6 +19,7 @@ from klora.engine.bypass import Operand, Site
 from klora.errors import LoraFileError
 from klora.fusion.scores import score_delta
 from klora.lora import disk
+from klora.lora.deltas.computed import ProjectedDelta
 from klora.lora.file import LoraFile
 from tests.support.lora_files import FAMILIES, write_lora
 
@@ -96,6 +97,18 @@ def test_what_is_applied_no_longer_depends_on_the_file(tmp_path: Path, family: s
     for _ in range(2):
         assert operand.add(x, torch.zeros(5, 64), 1.0).equal(expected)
         operand.release()
+
+
+def test_what_a_policy_makes_of_a_delta_holds_the_tensors_of_that_delta(tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "cat.safetensors", SHAPES, family="loha")
+    source = LoraFile.open(path).modules[NAME]
+    common = (source.file, source.key, source.rank, source.alpha, source.scale, source.shape)
+    projected = ProjectedDelta(*common, source=source, basis=torch.eye(64)[:, :3], fraction=0.5)
+    held = projected.tensors()
+    path.unlink()
+    expected = source.matrix() @ (torch.eye(64) - 0.5 * torch.diag((torch.arange(64) < 3).float()))
+    torch.testing.assert_close(projected.matrix(), expected)
+    assert len(held) == 4
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
