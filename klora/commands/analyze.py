@@ -24,6 +24,9 @@ def add_options(command: argparse.ArgumentParser) -> None:
         "--json", metavar="FILE", help="write everything as JSON; - for stdout, and nothing else there"
     )
     command.add_argument("--picture", metavar="FILE.png", help="draw the selection map and the ρ of every module")
+    command.add_argument(
+        "--overlap-picture", metavar="FILE.png", help="draw how much both files are in each other's way, by block"
+    )
     add_settings(command)
 
 
@@ -33,30 +36,43 @@ def run(args: argparse.Namespace) -> None:
     inputs = (args.subject, args.style)
     to_stdout = args.json == "-"
     json_file = OutputFile.check(args.json, inputs) if args.json is not None and not to_stdout else None
-    picture = _check_picture(args.picture, inputs) if args.picture is not None else None
-    if json_file and picture and json_file == picture and not picture.special:
-        raise KloraError(f"{args.picture}: is named for the JSON and for the picture; name two files")
+    pictures = {
+        option: _check_picture(f"--{option}", path, inputs)
+        for option, path in (("picture", args.picture), ("overlap-picture", args.overlap_picture))
+        if path is not None
+    }
+    files = [file for file in (json_file, *pictures.values()) if file and not file.special]
+    if len(set(files)) < len(files):
+        twice = next(file for file in files if files.count(file) > 1)
+        raise KloraError(f"{twice.path}: is named for two of the results; name a file for each")
 
     from klora.pair import Pair
     from klora.report.document import document
+    from klora.report.overlap import overlap_of, overlap_picture
     from klora.report.summary import notices, summarise
 
     pair = Pair.open(args.subject, args.style)
     plan = pair.plan(settings, on_scored=scoring_bar())
-    text = json.dumps(document(pair, plan), indent=1, allow_nan=False) + "\n" if args.json is not None else ""
-    if picture:
+    overlap = overlap_of(pair, plan)
+    text = ""
+    if args.json is not None:
+        text = json.dumps(document(pair, plan, overlap), indent=1, allow_nan=False) + "\n"
+    title = f"{pair.subject.name} × {pair.style.name}"
+    if target := pictures.get("picture"):
         from klora.report.picture import selection_map
 
-        picture.write(png_bytes(selection_map(plan, f"{pair.subject.name} × {pair.style.name}")))
+        target.write(png_bytes(selection_map(plan, title)))
+    if target := pictures.get("overlap-picture"):
+        target.write(png_bytes(overlap_picture(overlap, title)))
     if json_file:
         json_file.write(text.encode())
-    sys.stdout.write(text if to_stdout else summarise(pair, plan) + "\n")
+    sys.stdout.write(text if to_stdout else summarise(pair, plan, overlap) + "\n")
     for notice in notices(pair, plan):
         warn(notice)
 
 
-def _check_picture(path: str, inputs: Iterable[str]) -> OutputFile:
+def _check_picture(option: str, path: str, inputs: Iterable[str]) -> OutputFile:
     if Path(path).suffix.lower() != ".png":
-        raise KloraError(f"--picture: {path} must end in .png, which is what is written")
-    need("--picture", "matplotlib")
+        raise KloraError(f"{option}: {path} must end in .png, which is what is written")
+    need(option, "matplotlib")
     return OutputFile.check(path, inputs)

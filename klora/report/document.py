@@ -10,12 +10,13 @@ from klora.fusion.policies.base import ScaledPolicy
 from klora.fusion.scale import Scale
 from klora.lora.file import LoraFile
 from klora.pair import Pair
+from klora.report.overlap import Overlap, overlap_document
 from klora.report.summary import ranks
 
 SCHEMA = 1
 
 
-def document(pair: Pair, plan: FusionPlan) -> dict[str, Any]:
+def document(pair: Pair, plan: FusionPlan, overlap: Overlap) -> dict[str, Any]:
     """Everything that a plan decides, ready for JSON: every number is finite or null.
 
     `policy` is there only where the rule is not K-LoRA's own.
@@ -49,6 +50,7 @@ def document(pair: Pair, plan: FusionPlan) -> dict[str, Any]:
             "unmatched": coverage.unmatched,
         },
         "modules": [_module(module, plan) for module in plan.modules],
+        "overlap": overlap_document(overlap),
     }
 
 

@@ -13,6 +13,7 @@ from klora.lora.file import LoraFile
 from klora.lora.likeness import alike
 from klora.lora.names import block_of
 from klora.pair import Pair
+from klora.report.overlap import Overlap, in_words
 from klora.text import one_line
 
 WHO = {"c": "subject", "s": "style", "b": "both", "-": "neither"}
@@ -20,13 +21,14 @@ _BARS = "▁▂▃▄▅▆▇█"
 _PER_ROW = 10
 
 
-def summarise(pair: Pair, plan: FusionPlan) -> str:
-    """Say what the two files are, what rule decides between them, and what comes of it; several lines."""
+def summarise(pair: Pair, plan: FusionPlan, overlap: Overlap) -> str:
+    """Say what the two files are, what they share, what rule decides between them, and what comes of it; in lines."""
     rows = [
         ("subject", _describe_file(pair.subject)),
         ("style", _describe_file(pair.style)),
         ("model", pair.architecture or "unknown architecture"),
         ("coverage", _describe_coverage(pair)),
+        ("overlap", in_words(overlap)),
         ("rule", describe_rule(plan)),
         ("share", _describe_share(plan)),
     ]

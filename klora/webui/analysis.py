@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from klora.fusion.plan import FusionPlan
     from klora.pair import Pair
+    from klora.report.overlap import Overlap
 
 
 def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
@@ -36,9 +37,21 @@ def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
 
 def analyse(request: FusionRequest, view: View) -> tuple[str, str]:
     """Give what the pair would do over that many steps, and the rule with its numbers, as HTML."""
+    from klora.report.overlap import overlap_of
+
     settings = dataclasses.replace(request.settings, steps=view.steps)
     pair, plan = plan_of(dataclasses.replace(request, settings=settings))
-    return page(f"{request.subject} × {request.style}", pair, plan, _cells(plan, view)), rule_line(plan)
+    title = f"{request.subject} × {request.style}"
+    overlap = overlap_of(pair, plan)
+    return page(title, pair, plan, _cells(plan, view), overlap, _bars(overlap, title)), rule_line(plan)
+
+
+def _bars(overlap: Overlap, title: str) -> Images.Image | None:
+    if importlib.util.find_spec("matplotlib") is None or overlap.whole is None:
+        return None
+    from klora.report.overlap import overlap_picture
+
+    return overlap_picture(overlap, title)
 
 
 def _cells(plan: FusionPlan, view: View) -> Images.Image | None:

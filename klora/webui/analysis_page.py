@@ -16,13 +16,14 @@ if TYPE_CHECKING:
 
     from klora.fusion.plan import FusionPlan
     from klora.pair import Pair
+    from klora.report.overlap import Overlap
 
 STALE = "The pair or a setting has changed since: analyse again."
 POINT = "Point at the map to see which module and step it is."
 WITHOUT_MATPLOTLIB = "The selection map needs matplotlib; install it into the WebUI's environment."
 DURING = "decided while sampling"
 NOTHING = "nothing is contested"
-SUBJECT, STEPS, MODULES, RULE = "Subject", "steps", "Modules:", "Rule:"
+SUBJECT, STEPS, MODULES, RULE, OVERLAP = "Subject", "steps", "Modules:", "Rule:", "Overlap:"
 COUNTS = ("contested", "subject only", "style only", "keys not understood")
 POINTED = ("step", "subject", "style", "both", "neither")
 """Words that the page itself puts together, when something is pointed at."""
@@ -35,13 +36,23 @@ class View(NamedTuple):
     dark: bool = False
 
 
-def page(title: str, pair: Pair, plan: FusionPlan, picture: Images.Image | None) -> str:
-    """Write what a pair would do; `picture` is the drawing of `selection_cells`, None without matplotlib."""
+def page(
+    title: str,
+    pair: Pair,
+    plan: FusionPlan,
+    picture: Images.Image | None,
+    overlap: Overlap,
+    bars: Images.Image | None,
+) -> str:
+    """Write what a pair would do and what its files share.
+
+    `picture` is the drawing of `selection_cells`, `bars` of `overlap_picture`; None without matplotlib.
+    """
     figure = _figure(plan, picture) if picture is not None else f"<p>{_say(WITHOUT_MATPLOTLIB)}</p>"
     warnings = "".join(f'<p class="klora-warning">{_data(warning)}</p>' for warning in plan.warnings)
     return (
         f'<div class="klora-result">{_headline(title, plan)}{_counts(pair, plan)}{warnings}'
-        f'<p class="klora-stale-note">{_say(STALE)}</p>{figure}</div>'
+        f'<p class="klora-stale-note">{_say(STALE)}</p>{figure}{_overlap(overlap, bars)}</div>'
     )
 
 
@@ -77,18 +88,28 @@ def _counts(pair: Pair, plan: FusionPlan) -> str:
     return f'<p class="klora-counts">{_say(MODULES)} {counts}</p>'
 
 
+def _overlap(overlap: Overlap, bars: Images.Image | None) -> str:
+    from klora.report.overlap import in_words
+
+    drawing = f'<img src="{_source(bars)}" alt="Overlap by block" style="width:100%">' if bars is not None else ""
+    return f'<p class="klora-overlap">{_say(OVERLAP)} {_data(in_words(overlap))}</p>{drawing}'
+
+
+def _source(picture: Images.Image) -> str:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
 def _figure(plan: FusionPlan, picture: Images.Image) -> str:
     from klora.report.picture import cells_box
     from klora.report.words import module_in_words
 
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    source = base64.b64encode(buffer.getvalue()).decode()
     modules = [[module_in_words(module.name), plan.selections[module.name]] for module in plan.modules]
     told = json.dumps({"box": cells_box(plan), "steps": plan.steps, "modules": modules}, separators=(",", ":"))
     return (
         f'<figure class="klora-map" data-klora="{html.escape(told)}">'
-        f'<img src="data:image/png;base64,{source}" alt="Selection map" draggable="false">'
+        f'<img src="{_source(picture)}" alt="Selection map" draggable="false">'
         f'<figcaption data-idle="{html.escape(POINT)}">{_say(POINT)}</figcaption></figure>'
     )
 

@@ -76,6 +76,7 @@ def analysis(body: Any) -> dict[str, Any]:
     Raises SettingsError, UnknownLoraError, or KloraError for files that do not go together.
     """
     from klora.report.document import document
+    from klora.report.overlap import overlap_of
     from klora.webui.analysis import draw, plan_of
 
     if not isinstance(body, Mapping):
@@ -87,7 +88,7 @@ def analysis(body: Any) -> dict[str, Any]:
     pair, plan = plan_of(request)
     files = {"subject": pair.subject.path, "style": pair.style.path}
     with named_by(*files.values()):
-        found = document(pair, plan)
+        found = document(pair, plan, overlap_of(pair, plan))
     for side, path in files.items():
         found[side]["file"] = path.name
     if picture:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from klora.cache import ScoreCache
 from klora.pair import Pair
 from klora.report.document import document
+from klora.report.overlap import overlap_of
 from klora.settings import Settings
 from tests.support.lora_files import write_lora
 from tests.support.models import real_shapes
@@ -31,6 +32,7 @@ TOP = {
     "share": (float, type(None)),
     "coverage": dict,
     "modules": list,
+    "overlap": dict,
 }
 MODULE = {
     "name": str,
@@ -47,7 +49,8 @@ MODULE = {
 
 def documented(subject: Path, style: Path, **settings: object) -> dict[str, Any]:
     pair = Pair.open(subject, style, ScoreCache(subject.parent / "cache"))
-    return check(document(pair, pair.plan(Settings.parse(settings))))
+    plan = pair.plan(Settings.parse(settings))
+    return check(document(pair, plan, overlap_of(pair, plan)))
 
 
 def check(found: dict[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 
 from klora.cache import ScoreCache
+from klora.fusion.plan import FusionPlan
 from klora.pair import Pair
+from klora.report.overlap import overlap_of
 from klora.report.summary import notices, sparkline, summarise
 from klora.settings import Settings
 from tests.support.lora_files import write_lora
@@ -17,9 +19,13 @@ def pair(tmp_path: Path) -> Pair:
     return Pair.open(*write_pair(tmp_path), ScoreCache(tmp_path / "cache"))
 
 
+def summary_of(pair: Pair, plan: FusionPlan) -> str:
+    return summarise(pair, plan, overlap_of(pair, plan))
+
+
 def test_it_names_files_ranks_coverage_rule_and_share(pair: Pair) -> None:
     plan = pair.plan(Settings.parse({"balance": 0.25, "steps": 25}))
-    text = summarise(pair, plan)
+    text = summary_of(pair, plan)
     assert "dog.safetensors: 27 modules, rank 4 (lora)" in text
     assert "ink.safetensors: 24 modules, rank 8 (lora)" in text
     assert "contested 24 of 27 modules; subject only 3, style only 0, text encoder 1, keys not understood 0" in text
@@ -31,7 +37,7 @@ def test_it_names_files_ranks_coverage_rule_and_share(pair: Pair) -> None:
 
 def test_it_lists_every_step_and_every_contested_block(pair: Pair) -> None:
     plan = pair.plan(Settings(steps=25))
-    lines = summarise(pair, plan).splitlines()
+    lines = summary_of(pair, plan).splitlines()
     table = [line.split("  ") for line in lines if line.startswith("   0–9 ") or line.strip()[:5] in ("10–19", "20–24")]
     numbers = [int(number) for row in table for number in " ".join(row).split()[1:]]
     assert numbers == [round(100 * share) for share in plan.subject_share()]
@@ -40,19 +46,19 @@ def test_it_lists_every_step_and_every_contested_block(pair: Pair) -> None:
 
 def test_a_share_target_shows_the_balance_and_share_it_found(pair: Pair) -> None:
     plan = pair.plan(Settings(share=0.7))
-    assert f"balance {plan.balance:+.3g}" in summarise(pair, plan)
+    assert f"balance {plan.balance:+.3g}" in summary_of(pair, plan)
     assert plan.share == pytest.approx(0.7, abs=0.02)
 
 
 def test_other_policies_are_named(pair: Pair) -> None:
-    assert "no scale" in summarise(pair, pair.plan(Settings(policy="top-k")))
-    direct = summarise(pair, pair.plan(Settings(policy="direct")))
+    assert "no scale" in summary_of(pair, pair.plan(Settings(policy="top-k")))
+    direct = summary_of(pair, pair.plan(Settings(policy="direct")))
     assert "both 100.0% of 24 modules" in direct
     assert "balance" not in direct
 
 
 def test_what_is_decided_while_sampling_is_not_told_beforehand(pair: Pair) -> None:
-    text = summarise(pair, pair.plan(Settings(policy="dynamic")))
+    text = summary_of(pair, pair.plan(Settings(policy="dynamic")))
     assert "decided while sampling" in text
     assert "per step" not in text
 
@@ -63,7 +69,7 @@ def test_modules_outside_the_scope_are_counted(tmp_path: Path) -> None:
         for seed, name in enumerate("ab")
     ]
     pair = Pair.open(*files, ScoreCache(tmp_path / "cache"))
-    assert "3 modules of both files lie outside the scope" in summarise(pair, pair.plan(Settings(scope="attention")))
+    assert "3 modules of both files lie outside the scope" in summary_of(pair, pair.plan(Settings(scope="attention")))
 
 
 def test_nothing_contested_is_said_and_warned_of(tmp_path: Path) -> None:
@@ -73,7 +79,7 @@ def test_nothing_contested_is_said_and_warned_of(tmp_path: Path) -> None:
     ]
     pair = Pair.open(*files, ScoreCache(tmp_path / "cache"))
     plan = pair.plan(Settings())
-    text = summarise(pair, plan)
+    text = summary_of(pair, plan)
     assert "nothing is contested" in text
     assert "contested 0 of 27" in text
     assert "γ undefined" in text
