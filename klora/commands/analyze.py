@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
 
     from klora.pair import Pair
     from klora.report.document import document
-    from klora.report.overlap import overlap_of, overlap_picture
+    from klora.report.overlap import overlap_of
     from klora.report.summary import notices, summarise
 
     pair = Pair.open(args.subject, args.style)
@@ -63,6 +63,8 @@ def run(args: argparse.Namespace) -> None:
 
         target.write(png_bytes(selection_map(plan, title)))
     if target := pictures.get("overlap-picture"):
+        from klora.report.overlap_picture import overlap_picture
+
         target.write(png_bytes(overlap_picture(overlap, title)))
     if json_file:
         json_file.write(text.encode())

@@ -49,7 +49,7 @@ def analyse(request: FusionRequest, view: View) -> tuple[str, str]:
 def _bars(overlap: Overlap, title: str) -> Images.Image | None:
     if importlib.util.find_spec("matplotlib") is None or overlap.whole is None:
         return None
-    from klora.report.overlap import overlap_picture
+    from klora.report.overlap_picture import overlap_picture
 
     return overlap_picture(overlap, title)
 

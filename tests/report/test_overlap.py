@@ -11,7 +11,8 @@ from klora import cli
 from klora.cache import ScoreCache
 from klora.fusion.interference import Interference
 from klora.pair import Pair
-from klora.report.overlap import Overlap, in_words, overlap_document, overlap_of, overlap_picture
+from klora.report.overlap import Overlap, in_words, overlap_document, overlap_of
+from klora.report.overlap_picture import overlap_picture
 from klora.settings import Settings
 from tests.support.lora_files import write_lora
 from tests.support.pairs import ATTENTION, shapes, write_pair
