@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -318,9 +319,12 @@ def _settings_version(root: Path) -> dict[str, str]:
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    # Not one that the system gives out: until the host binds it, minutes later, another process may be given the same.
+    while True:
+        port = random.randrange(20_000, 30_000)
+        with socket.socket() as found:
+            if found.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 def _environment() -> dict[str, str]:
