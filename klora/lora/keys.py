@@ -13,7 +13,7 @@ _SLOTS = {
     "alpha": r"(?:lora_down\.)?alpha",
     "dora_scale": r"dora_scale",
     "magnitude": rf"lora_magnitude_vector{_ADAPTER}(?:\.weight)?",
-    "diff": r"diff",
+    "diff": r"diff|lora\.weight",  # the second is what ZipLoRA's trainer makes of both files
 }
 # Where a file of PEFT's was turned into one of kohya's without its dots, an underscore stands before "lora_down".
 _ENDING = re.compile(
