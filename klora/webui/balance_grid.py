@@ -12,8 +12,9 @@ from klora.webui.xyz_axes import PREFIX
 BALANCES = (-1.0, -0.5, 0.0, 0.5, 1.0)
 _SCRIPT, _PLOT = "script_list", "X/Y/Z plot"
 
-# The page needs a moment to pass on what was filled in, and again to gather it for the host.
-_FILL_MS, _GATHER_MS = 300, 600
+# The page needs a moment to pass on what was filled in. What was there before comes back once the host has answered by
+# showing the plot's controls; two changes of one control that it has not answered yet would count as one.
+_FILL_MS, _SHOW_MS, _SETTLE_MS = 300, 15_000, 1_000
 
 
 class BalanceGrid:
@@ -48,8 +49,13 @@ class BalanceGrid:
         }}"""
         in_page(button.click, fill, controls, [*controls, enabled])
         run = f"""async () => {{
+            const until = Date.now() + {_SHOW_MS};
+            const shown = () => document.querySelector('#{list(self._values)[-1]}')?.offsetParent;
             document.querySelector('#{self._tab}_generate').click();
-            await new Promise((resolve) => setTimeout(resolve, {_GATHER_MS}));
+            do {{
+                await new Promise((resolve) => setTimeout(resolve, {_SETTLE_MS}));
+            }} while (!shown() && Date.now() < until);
+            await new Promise((resolve) => setTimeout(resolve, {_SETTLE_MS}));
             return {kept};
         }}"""
         in_page(start.click, run, [], controls)
