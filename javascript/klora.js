@@ -116,13 +116,24 @@
 
     // ---- a grid of balances: a click on a cell sets the slider
 
+    // The text of the picture that a gallery shows large; the host writes that of the first cell below a grid.
+    function infoOf(tab) {
+        const small = [...root().querySelectorAll(`#${tab}_gallery .thumbnail-small`)];
+        const index = Math.max(0, small.findIndex((found) => found.classList.contains("selected")));
+        try {
+            return JSON.parse(find(`#generation_info_${tab} textarea`).value).infotexts[index] || "";
+        } catch (error) {
+            return "";
+        }
+    }
+
     function balanceAt(event) {
         const image = event.target.closest && event.target.closest("#txt2img_gallery img, #img2img_gallery img");
         const tab = image && TABS.find((name) => image.closest(`#${name}_gallery`));
         if (!tab || image.closest(".thumbnails, .thumbnail-item, .grid-wrap")) {
             return null;
         }
-        const info = (find(`#html_info_${tab}`) || {}).textContent || "";
+        const info = infoOf(tab);
         const match = info.match(GRID);
         if (!match || /[YZ] Type: /.test(info)) {
             return null;
