@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
     files = [file for file in (json_file, *pictures.values()) if file and not file.special]
     if len(set(files)) < len(files):
         twice = next(file for file in files if files.count(file) > 1)
-        raise KloraError(f"{twice.path}: is named for two of the results; name a file for each")
+        raise KloraError(f"{twice.path}: is named for two of the results; name two files")
 
     from klora.pair import Pair
     from klora.report.document import document
