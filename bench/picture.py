@@ -1,0 +1,207 @@
+"""What whole pictures cost, first and again: `python -m bench.picture`.
+
+On a diffusers pipeline of SDXL's real widths with random weights, in turns in one run: no LoRA, one and two ordinary
+LoRAs (their files opened, merged and taken out again, as hosts do it), and K-LoRA: the first picture with two new
+files, the second, and again after a picture with another pair. Of K-LoRA's pictures also the parts. With `--webui URL`
+the same on a running WebUI (started with --api), whose LoRAs are named by `--loras`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import tempfile
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+import klora
+from bench.machine import describe_machine
+from bench.model import linears_of, make_pipeline, module_shapes, picture, write_lora
+from klora.cache import ScoreCache
+from klora.engine.session import Session
+from klora.engine.weights import Weights
+from klora.hosts.diffusers import DiffusersHost
+from klora.lora.file import LoraFile
+from klora.pair import Pair
+
+WAYS = ("no LoRA", "one LoRA", "two LoRAs", "K-LoRA, first", "K-LoRA, second", "K-LoRA, after another pair")
+
+
+class Parts:
+    """Seconds spent in the parts of a fusion, each without those inside it."""
+
+    PLACES = (
+        ("open", LoraFile, "__init__"),
+        ("score", ScoreCache, "scores"),
+        ("plan", Pair, "plan"),
+        ("sites", DiffusersHost, "sites"),
+        ("bind", Session, "__init__"),
+        ("transfer", Weights, "__init__"),
+        ("transfer", Weights, "chain"),
+        ("attach", Session, "attach"),
+        ("switch", Session, "set_active"),
+        ("detach", Session, "detach"),
+    )
+
+    def __init__(self) -> None:
+        self.seconds = {name: 0.0 for name, _, _ in self.PLACES} | {"forwards": 0.0}
+        self._inside: list[float] = []
+
+    @contextmanager
+    def watched(self, pipe: Any) -> Iterator[Parts]:
+        """Watch all parts inside the block."""
+        with ExitStack() as stack:
+            for name, owner, method in (*self.PLACES, ("forwards", type(pipe.unet), "forward")):
+                timed = self._timed(name, getattr(owner, method))
+                stack.enter_context(mock.patch.object(owner, method, timed))
+            yield self
+
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            self._inside.append(0.0)
+            start = time.perf_counter()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                whole = time.perf_counter() - start
+                self.seconds[name] += whole - self._inside.pop()
+                if self._inside:
+                    self._inside[-1] += whole
+
+        return wrapper
+
+
+def timed(function: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def with_merged(pipe: Any, files: list[Path], make: Callable[[], Any]) -> None:
+    """A picture with ordinary LoRAs: merged into the weights, and taken out again."""
+    opened = [LoraFile.open(file) for file in files]
+    layers = linears_of(pipe, {name: delta.shape for file in opened for name, delta in file.modules.items()})
+    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
+    for file in opened:
+        for name, delta in file.modules.items():
+            weight = layers[name].weight
+            weight += delta.matrix().view(weight.shape).to(weight)
+    make()
+    for name, layer in layers.items():
+        layer.weight.copy_(before[name])
+
+
+def with_klora(pipe: Any, pair: list[Path], cache: ScoreCache, make: Callable[[], Any]) -> Parts:
+    """A picture with K-LoRA."""
+    with Parts().watched(pipe) as parts, klora.fuse(pipe, *pair, cache=cache):
+        make()
+    return parts
+
+
+def measure(steps: int, pixels: int, rank: int, rounds: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """Median seconds by way, and of K-LoRA's by part."""
+    pipe = make_pipeline()
+    shapes = module_shapes(pipe, ("attention", "linear"))
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    parts: dict[str, list[Parts]] = {way: [] for way in WAYS[3:]}
+
+    def make() -> None:
+        picture(pipe, steps, pixels)
+
+    make()
+    for round_ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            files = [write_lora(Path(folder) / f"{round_}-{i}.safetensors", shapes, rank, i) for i in range(4)]
+            cache = ScoreCache(Path(folder) / "cache")
+            seconds["no LoRA"].append(timed(make))
+            seconds["one LoRA"].append(timed(lambda: with_merged(pipe, files[:1], make)))  # noqa: B023
+            seconds["two LoRAs"].append(timed(lambda: with_merged(pipe, files[:2], make)))  # noqa: B023
+            for way, pair in zip((*WAYS[3:5], "", WAYS[5]), (files[:2], files[:2], files[2:], files[:2]), strict=True):
+                start = time.perf_counter()
+                found = with_klora(pipe, pair, cache, make)
+                if way:
+                    seconds[way].append(time.perf_counter() - start)
+                    parts[way].append(found)
+            klora.release_memory()
+    medians = {way: statistics.median(times) for way, times in seconds.items()}
+    by_part = {
+        way: {name: statistics.median(one.seconds[name] for one in found) for name in found[0].seconds}
+        for way, found in parts.items()
+    }
+    return medians, by_part
+
+
+def report(seconds: dict[str, float], parts: dict[str, dict[str, float]]) -> None:
+    """Print both as tables."""
+    print("| picture | s | × one LoRA |\n| --- | ---: | ---: |")
+    for way, value in seconds.items():
+        print(f"| {way} | {value:.2f} | {value / seconds['one LoRA']:.2f} |")
+    if parts:
+        names = list(dict.fromkeys(name for found in parts.values() for name in found))
+        print(f"\n| ms | {' | '.join(names)} |\n| --- |{' ---: |' * len(names)}")
+        for way, found in parts.items():
+            print(f"| {way} | {' | '.join(f'{found[name] * 1e3:.0f}' for name in names)} |")
+
+
+def on_webui(url: str, loras: list[str], steps: int, pixels: int, rounds: int) -> dict[str, float]:
+    """Median seconds of pictures that a running WebUI makes; the first of K-LoRA is only so where it is restarted."""
+    subject, style, *others = loras
+    prompts = {
+        "no LoRA": "a dog",
+        "one LoRA": f"a dog <lora:{subject}:1>",
+        "two LoRAs": f"a dog <lora:{subject}:1> <lora:{style}:1>",
+        "K-LoRA, first": f"a dog <klora:{subject}:{style}>",
+        "K-LoRA, second": f"a dog <klora:{subject}:{style}>",
+    }
+    if len(others) == 2:
+        prompts |= {"another pair": f"a dog <klora:{others[0]}:{others[1]}>"}
+        prompts |= {"K-LoRA, after another pair": f"a dog <klora:{subject}:{style}>"}
+    found: dict[str, list[float]] = {way: [] for way in prompts}
+    _txt2img(url, "a dog", steps, pixels)
+    for _ in range(rounds):
+        for way, prompt in prompts.items():
+            found[way].append(timed(lambda: _txt2img(url, prompt, steps, pixels)))  # noqa: B023
+    return {way: statistics.median(times) for way, times in found.items()}
+
+
+def _txt2img(url: str, prompt: str, steps: int, pixels: int) -> None:
+    body = {"prompt": prompt, "steps": steps, "width": pixels, "height": pixels, "seed": 1, "sampler_name": "Euler"}
+    request = urllib.request.Request(f"{url.rstrip('/')}/sdapi/v1/txt2img", json.dumps(body).encode())
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request) as answer:
+        answer.read()
+
+
+def main() -> None:
+    """Run the benchmark."""
+    parser = argparse.ArgumentParser(prog="python -m bench.picture", description="What whole pictures cost.")
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--pixels", type=int, default=256, help="side of the square picture")
+    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3, help="measurements, of which the median counts")
+    parser.add_argument("--webui", metavar="URL", help="the root of a running WebUI, such as http://127.0.0.1:7860")
+    parser.add_argument("--loras", nargs="+", default=[], metavar="NAME", help="two or four LoRAs of that WebUI")
+    options = parser.parse_args()
+    print(f"{describe_machine()}; {options.steps} steps, {options.pixels}×{options.pixels} pixels\n")
+    if options.webui:
+        if len(options.loras) not in (2, 4):
+            parser.error("--loras: name two LoRAs, or four for another pair in between")
+        report(on_webui(options.webui, options.loras, options.steps, options.pixels, options.rounds), {})
+    else:
+        report(*measure(options.steps, options.pixels, options.rank, options.rounds))
+
+
+if __name__ == "__main__":
+    main()
