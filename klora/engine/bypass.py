@@ -20,6 +20,9 @@ from klora.engine.weights import Weights
 from klora.errors import MismatchError
 from klora.lora.deltas import Delta
 
+DENSE_BYTES = 2**30
+"""Of dense differences that a session keeps."""
+
 
 @dataclass(frozen=True)
 class Site:
@@ -69,19 +72,43 @@ def is_conv(module: Any) -> bool:
     return not hasattr(module, "in_features") and hasattr(module, "kernel_size")
 
 
-class Operand:
-    """One delta at one site, as a chain of weights to be applied in turn: down, (mid,) up, or one dense ΔW."""
+@dataclass
+class DenseRoom:
+    """How many bytes of dense differences may be kept at a time: those of a large file are as large as the model."""
 
-    def __init__(self, delta: Delta, site: Site, weights: Weights | None = None) -> None:
-        """Take what is prepared of the delta's weights, if it is; values are not checked."""
+    free: int = DENSE_BYTES
+
+    def take(self, nbytes: int) -> bool:
+        """Reserve, if there is so much."""
+        if nbytes > self.free:
+            return False
+        self.free -= nbytes
+        return True
+
+    def give_back(self, nbytes: int) -> None:
+        """Return what was reserved."""
+        self.free += nbytes
+
+
+class Operand:
+    """One delta at one site, as a chain of weights to be applied in turn: down, (mid,) up, or one dense ΔW.
+
+    A dense ΔW is kept while it acts and there is room for it; else it is formed for every forward.
+    """
+
+    def __init__(self, delta: Delta, site: Site, weights: Weights | None = None, room: DenseRoom | None = None) -> None:
+        """Take what is prepared of the delta's weights, if it is, and room for a dense one; values are not checked."""
         if delta.needs_base:
             # Raises now what would else end a forward of the model.
             site.base_weight()
         self.delta = delta
         self.site = site
         self.weights = weights or Weights(delta)
-        self.factored = self.weights.factored
         self.is_conv = is_conv(site.module)
+        self.kronecker = self.weights.kronecker and not self.is_conv
+        self.factored = self.weights.low_rank or self.kronecker
+        self._room = room or DenseRoom()
+        self._reserved = 0
         self._shared: SharedInput | None = None
         self._place = 0
         self._chains: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
@@ -89,13 +116,25 @@ class Operand:
     def chain(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The weights, from the cache when they were asked for before."""
         if (device, dtype) not in self._chains:
+            if not self.factored:
+                return self._dense(device, dtype)
             if self._shared and joins_on(device):
                 self._shared.down.stack(device, dtype)
-            weights = self.weights.chain(device, dtype) if self.factored else (self._matrix().to(device, dtype),)
-            if self.is_conv:
-                weights = tuple(weight[:, :, None, None] if weight.ndim == 2 else weight for weight in weights)
-            self._chains[device, dtype] = weights
+            self._chains[device, dtype] = self._shaped(self.weights.chain(device, dtype))
         return self._chains[device, dtype]
+
+    def _dense(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        base = self.site.base_weight() if self.delta.needs_base else None
+        chain = self._shaped((self.delta.matrix(base).to(device, dtype),))
+        if self._room.take(chain[0].nbytes):
+            self._reserved += chain[0].nbytes
+            self._chains[device, dtype] = chain
+        return chain
+
+    def _shaped(self, weights: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if not self.is_conv:
+            return weights
+        return tuple(weight[:, :, None, None] if weight.ndim == 2 else weight for weight in weights)
 
     def share(self, shared: SharedInput, place: int) -> None:
         """Take the product with `down` from what is shared with modules of the same input, where that pays."""
@@ -114,6 +153,8 @@ class Operand:
             self._shared.forget()
         if not self.factored:
             self._chains.clear()
+            self._room.give_back(self._reserved)
+            self._reserved = 0
 
     def add(self, x: Tensor, y: Tensor, strength: float) -> Tensor:
         """y + strength·ΔW·x; in place where autograd does not watch."""
@@ -125,6 +166,8 @@ class Operand:
         x = x.to(y.dtype)
         if self.is_conv:
             return self._add_conv(x, y, chain, strength)
+        if self.kronecker:
+            return self._add_rows(kronecker_product(x, *chain), y, strength)
         for weight in chain[:-1]:
             x = F.linear(x, weight)
         return self._add_linear(x, y, chain[-1], strength)
@@ -141,6 +184,8 @@ class Operand:
             strength *= self.delta.scale
         if not self.is_conv:
             x = x.reshape(-1, x.shape[-1])[take]
+            if self.kronecker:
+                return kronecker_product(x, *before, last).float().mul_(strength)
             for weight in before:
                 x = F.linear(x, weight)
             return F.linear(x, last).float().mul_(strength)
@@ -155,21 +200,25 @@ class Operand:
         tokens = tokens_of(y, take, self.is_conv).float()
         return tokens[:, slice(*self.site.rows)] if self.site.rows else tokens
 
-    def _matrix(self) -> Tensor:
-        return self.delta.matrix(self.site.base_weight() if self.delta.needs_base else None)
-
     def _add_linear(self, x: Tensor, y: Tensor, weight: Tensor, strength: float) -> Tensor:
         """Add strength·x·weightᵀ to the site's rows of y."""
-        start, stop = self.site.rows or (0, y.shape[-1])
         if _watched(x, y):
-            return y + F.pad(F.linear(x, weight) * strength, (start, y.shape[-1] - stop))
+            return self._add_rows(F.linear(x, weight), y, strength)
         # Under autocast a product of fp32 tensors may come back in half precision.
         x = x.to(y.dtype)
-        if y.is_contiguous():
-            rows = y.view(-1, y.shape[-1])[:, start:stop]
-            rows.addmm_(x.reshape(-1, x.shape[-1]), weight.t(), alpha=strength)
-        else:
-            y[..., start:stop].add_(F.linear(x, weight), alpha=strength)
+        if not y.is_contiguous():
+            return self._add_rows(F.linear(x, weight), y, strength)
+        start, stop = self.site.rows or (0, y.shape[-1])
+        rows = y.view(-1, y.shape[-1])[:, start:stop]
+        rows.addmm_(x.reshape(-1, x.shape[-1]), weight.t(), alpha=strength)
+        return y
+
+    def _add_rows(self, change: Tensor, y: Tensor, strength: float) -> Tensor:
+        """Add strength·change to the site's rows of y."""
+        start, stop = self.site.rows or (0, y.shape[-1])
+        if _watched(change, y):
+            return y + F.pad(change * strength, (start, y.shape[-1] - stop))
+        y[..., start:stop].add_(change, alpha=strength)
         return y
 
     def _add_conv(self, x: Tensor, y: Tensor, chain: tuple[Tensor, ...], strength: float) -> Tensor:
@@ -179,6 +228,14 @@ class Operand:
             # The module's own method for the kernel, so that its stride, padding and padding mode (tiling!) hold.
             x = self.site.module._conv_forward(x, weight, None) if index == spatial else F.conv2d(x, weight)
         return y + x * strength if _watched(x, y) else y.add_(x, alpha=strength)
+
+
+def kronecker_product(x: Tensor, w1: Tensor, *w2: Tensor) -> Tensor:
+    """(w1 ⊗ w2)·x of x (…, b·d): (…, a·c). `w2` is one matrix (c, d), or factors to be applied in turn."""
+    x = x.unflatten(-1, (w1.shape[1], -1))
+    for weight in w2:
+        x = F.linear(x, weight)
+    return F.linear(x.transpose(-1, -2), w1).transpose(-1, -2).flatten(-2)
 
 
 def tokens_of(y: Tensor, take: Tensor, is_conv: bool) -> Tensor:

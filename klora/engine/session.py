@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from klora.engine.bypass import BypassLayer, Operand, Part, Site
+from klora.engine.bypass import BypassLayer, DenseRoom, Operand, Part, Site
 from klora.engine.dynamic import Chooser, MeasuredPart, Rows
 from klora.engine.joined import SharedInput, shared_inputs
 from klora.engine.progress import SamplingPass
@@ -58,6 +58,7 @@ class Session:
         self._parts: dict[str, Part] = {}
         self._folded: set[str] = set()
         self._shared: list[SharedInput] = []
+        self._room = DenseRoom()
         self._chooser = Chooser.of(plan.settings) if plan.policy.measured else None
         self._denoiser = denoiser if self._chooser and conditional else None
         self._conditional = conditional
@@ -188,7 +189,7 @@ class Session:
         return Part(operands)
 
     def _operand(self, delta: Delta | None, site: Site) -> Operand | None:
-        return None if delta is None else Operand(delta, site, self._weights.of(delta))
+        return None if delta is None else Operand(delta, site, self._weights.of(delta), self._room)
 
     def _bind(
         self,

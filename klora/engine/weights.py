@@ -22,15 +22,16 @@ MAX_BYTES = 2**30
 class Weights:
     """One delta's factors as a chain to be applied in turn: down, (mid,) up; in every (device, dtype) asked for.
 
-    A delta without factors has none; what acts in its place depends on where it acts.
+    Of a Kronecker product the chain is w1 and what w2 is made of. A delta without factors has none; what acts in its
+    place depends on where it acts.
     """
 
     def __init__(self, delta: Delta) -> None:
         # Nothing is read from the file while the model is at work.
         self._held = delta.tensors()
-        factors = delta.factors()
-        self.factored = factors is not None
-        self._factors: tuple[Tensor, ...] = ()
+        factors, kronecker = delta.factors(), delta.kronecker()
+        self.low_rank, self.kronecker = factors is not None, kronecker is not None
+        self._factors: tuple[Tensor, ...] = kronecker or ()
         if factors is not None:
             self._factors = tuple(weight for weight in (factors.down, factors.mid, factors.up) if weight is not None)
         self._chains: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
@@ -43,7 +44,7 @@ class Weights:
     @property
     def joinable(self) -> bool:
         """Whether it is down and up, of a linear layer."""
-        return len(self._factors) == 2 and self._factors[0].ndim == 2
+        return self.low_rank and len(self._factors) == 2 and self._factors[0].ndim == 2
 
     def chain(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The factors there, always the same tensors."""

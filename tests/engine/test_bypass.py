@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from klora.engine.bypass import BypassLayer, Operand, Part, Site, module_shape
+from klora.engine.bypass import BypassLayer, DenseRoom, Operand, Part, Site, module_shape
 from klora.errors import MismatchError
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
@@ -314,3 +314,41 @@ def test_the_shape_of_a_weight_is_told_by_the_module() -> None:
     packed.weight = nn.Parameter(torch.zeros(32, 1))
     assert module_shape(packed) == (4, 16)
     assert module_shape(nn.Embedding(5, 7)) == (5, 7)
+
+
+@torch.no_grad()
+def test_a_kronecker_product_is_applied_without_being_formed(tmp_path: Path) -> None:
+    module, x = layer_of("linear", torch.float32), input_of("linear", torch.float32)
+    delta = delta_of(tmp_path, "linear", "lokr")
+    expected = merge(module, delta, 0.7)(x)
+    layer, part = hooked(module, delta, strengths=(0.7, 0.0))
+    layer.attach()
+    delta.matrix = lambda *_: pytest.fail("formed")  # type: ignore[method-assign]
+    assert torch.allclose(module(x), expected, atol=1e-5)
+    subject = part.operands[0]
+    assert subject is not None
+    plain, take = module.forward(x), torch.arange(3)
+    rows = subject.at_tokens(x, plain, take, 0.7)
+    assert torch.allclose(rows, (expected - plain).reshape(-1, plain.shape[-1])[take], atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_dense_delta_for_which_there_is_no_room_acts_all_the_same(tmp_path: Path) -> None:
+    module, x = layer_of("linear", torch.float32), input_of("linear", torch.float32)
+    size = module.weight.nbytes
+    for family, room, kept in (("loha", 2 * size, 2), ("full", 2 * size - 1, 1), ("dora", 0, 0)):
+        shared = DenseRoom(room)
+        deltas = [delta_of(tmp_path, "linear", family, seed=seed) for seed in (1, 2)]
+        subject, style = (Operand(delta, Site(module), room=shared) for delta in deltas)
+        part = Part((subject, style), (1.0, 0.5))
+        layer = BypassLayer(module, [part])
+        expected = module(x)
+        for delta, strength in zip(deltas, (1.0, 0.5), strict=True):
+            expected += merge(module, delta, strength)(x) - module(x)
+        layer.attach()
+        for _ in range(2):
+            assert torch.allclose(module(x), expected, atol=1e-4)
+        assert sum(bool(operand._chains) for operand in (subject, style)) == kept
+        part.set((0.0, 0.0))
+        layer.detach()
+        assert shared.free == room

@@ -187,6 +187,10 @@ class Delta(ABC):
         """The unscaled factors in the file's dtype (fp8 as fp32), or None for a family without them."""
         return None
 
+    def kronecker(self) -> tuple[Tensor, ...] | None:
+        """Unscaled w1 (a, b) and w2 (c, d), or w1 and w2's factors (r, d) and (c, r), of ΔW = w1 ⊗ w2; else None."""
+        return None
+
     def matrix(self, base_weight: Tensor | None = None) -> Tensor:
         """The whole difference, fp32, of shape `shape`, scale included.
 

@@ -49,6 +49,15 @@ class LokrDelta(Delta):
         alpha, scale = group.scaling(rank) if right else (float(rank), 1.0)
         return cls(group.file, group.key, rank, alpha, scale, shape, w1, w2, w1_right, w2_right, t2)
 
+    def kronecker(self) -> tuple[Tensor, ...] | None:
+        """The factors in the file's dtype, w1 of two in fp32; None for kernels, cores and slices of a fused weight."""
+        whole = self.w1.shape[0] * self.w2.shape[0] == self.shape[0]
+        if len(self.shape) > 2 or self.t2 is not None or not whole:
+            return None
+        w1 = self.w1.native() if self.w1_right is None else self.w1.fp32() @ self.w1_right.fp32()
+        w2 = self.w2.native().flatten(1)
+        return (w1, w2) if self.w2_right is None else (w1, self.w2_right.native(), w2)
+
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         height = self.w2.shape[0] if self.t2 is None else self.w2.shape[1]
         rows = torch.arange(self.row + start, self.row + stop)

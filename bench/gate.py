@@ -1,0 +1,121 @@
+"""Compare ratios with the recorded ones and print what got worse: `python -m bench.gate [--quick] [--record]`.
+
+Each ratio is of two times measured in turns in this run, so that it means about the same on any machine; a busy machine
+still makes them worse. Nothing fails: what is printed is for a person to look at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench.machine import describe_machine
+from bench.model import write_lora
+from bench.scoring import plain_scores, sdxl_shapes
+from klora.cache import ScoreCache
+from klora.engine.bypass import Site
+from klora.engine.session import Session
+from klora.engine.weights import KEPT
+from klora.fusion.scores import STANDARD_KS, score_deltas
+from klora.pair import PAIRS, Pair
+from klora.settings import Settings
+
+RECORDED = Path(__file__).with_name("gate.json")
+TOLERANCE = 1.25
+"""How many times the recorded ratio is still taken for noise."""
+QUICK_STEP = 12
+
+
+def seconds(function: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def ratio(rounds: int, one: Callable[[], Any], other: Callable[[], Any]) -> float:
+    """Of the times of two calls in turns, the ratio of the medians; the first turn warms up."""
+    turns = [(seconds(one), seconds(other)) for _ in range(rounds + 1)][1:]
+    return statistics.median(first for first, _ in turns) / statistics.median(second for _, second in turns)
+
+
+def read_numbers(pair: Pair) -> float:
+    """Read all numbers of both files once: what everything else is compared with."""
+    deltas = [delta for file in (pair.subject, pair.style) for delta in file.modules.values()]
+    return sum(float(tensor.sum(dtype=torch.float32)) for delta in deltas for tensor in delta.tensors())
+
+
+@torch.no_grad()
+def measure(rank: int, step: int, rounds: int, folder: Path) -> dict[str, float]:
+    """All ratios, by what they say."""
+    shapes = dict(list(sdxl_shapes("linears").items())[::step])
+    files = [write_lora(folder / f"{i}.safetensors", shapes, rank, i) for i in (1, 2)]
+    cache = ScoreCache(folder / "cache")
+    pair = PAIRS.open(*files, cache)
+    with torch.device("meta"):
+        sites = {name: Site(nn.Linear(inner, out, bias=False)) for name, (out, inner) in shapes.items()}
+    plan = pair.plan(Settings())
+    session = Session(pair, plan, sites)
+
+    def fuse_again() -> None:
+        again = PAIRS.open(*files, cache)
+        with Session(again, again.plan(Settings()), sites):
+            pass
+
+    deltas = {name: (delta, {*STANDARD_KS, rank**2}) for name, delta in pair.subject.modules.items()}
+    some = dict(list(deltas.items())[:: max(1, len(deltas) // 20)])
+    name = next(name for name, shape in shapes.items() if shape == (1280, 1280))
+    layer, x = nn.Linear(1280, 1280), torch.randn(2, 1024, 1280)
+    with Session(pair, plan, {name: Site(layer)}):
+        forward = ratio(rounds, lambda: layer(x), lambda: layer.forward(x))
+    found = {
+        "a session of a known pair / reading its numbers": ratio(
+            rounds, lambda: Session(pair, plan, sites), lambda: read_numbers(pair)
+        ),
+        "the same files fused again / reading their numbers": ratio(rounds, fuse_again, lambda: read_numbers(pair)),
+        "scoring blockwise / plain topk": ratio(
+            rounds, lambda: score_deltas(some), lambda: [plain_scores(delta, rank**2) for delta, _ in some.values()]
+        ),
+        "a linear layer with K-LoRA / without": forward,
+        "switching all modules / a session": ratio(
+            rounds, lambda: (session.set_tau(0.9), session.set_tau(0.1)), lambda: Session(pair, plan, sites)
+        ),
+    }
+    KEPT.clear()
+    return found
+
+
+def main() -> None:
+    """Run the comparison."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gate", description="What got worse since it was recorded.")
+    parser.add_argument("--quick", action="store_true", help=f"every {QUICK_STEP}th module of SDXL only")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--record", action="store_true", help=f"write {RECORDED.name} instead")
+    options = parser.parse_args()
+    kind = "quick" if options.quick else "full"
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(32, QUICK_STEP if options.quick else 1, options.rounds, Path(folder))
+    recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
+    print(f"{describe_machine()}; {kind}")
+    known = recorded.get(kind, {}).get("ratios", {})
+    for what, value in found.items():
+        before = known.get(what)
+        verdict = "" if before is None else "  worse" if value > TOLERANCE * before else "  as before"
+        print(f"{value:8.3f}{'' if before is None else f' (recorded {before:.3f})'}  {what}{verdict}")
+    if options.record:
+        ratios = {what: round(value, 4) for what, value in found.items()}
+        recorded[kind] = {"machine": describe_machine(), "ratios": ratios}
+        RECORDED.write_text(json.dumps(recorded, indent=1, ensure_ascii=False) + "\n")
+
+
+if __name__ == "__main__":
+    main()
