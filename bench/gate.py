@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from bench.machine import describe_machine
@@ -26,7 +27,7 @@ from klora.engine.bypass import Site
 from klora.engine.session import Session
 from klora.engine.weights import KEPT
 from klora.fusion.scores import STANDARD_KS, score_deltas
-from klora.pair import PAIRS, Pair
+from klora.pair import PAIRS
 from klora.settings import Settings
 
 RECORDED = Path(__file__).with_name("gate.json")
@@ -48,10 +49,9 @@ def ratio(rounds: int, one: Callable[[], Any], other: Callable[[], Any]) -> floa
     return statistics.median(first for first, _ in turns) / statistics.median(second for _, second in turns)
 
 
-def read_numbers(pair: Pair) -> float:
+def read_numbers(files: list[Path]) -> float:
     """Read all numbers of both files once: what everything else is compared with."""
-    deltas = [delta for file in (pair.subject, pair.style) for delta in file.modules.values()]
-    return sum(float(tensor.sum(dtype=torch.float32)) for delta in deltas for tensor in delta.tensors())
+    return sum(float(tensor.float().sum()) for file in files for tensor in load_file(file).values())
 
 
 @torch.no_grad()
@@ -79,9 +79,9 @@ def measure(rank: int, step: int, rounds: int, folder: Path) -> dict[str, float]
         forward = ratio(rounds, lambda: layer(x), lambda: layer.forward(x))
     found = {
         "a session of a known pair / reading its numbers": ratio(
-            rounds, lambda: Session(pair, plan, sites), lambda: read_numbers(pair)
+            rounds, lambda: Session(pair, plan, sites), lambda: read_numbers(files)
         ),
-        "the same files fused again / reading their numbers": ratio(rounds, fuse_again, lambda: read_numbers(pair)),
+        "the same files fused again / reading their numbers": ratio(rounds, fuse_again, lambda: read_numbers(files)),
         "scoring blockwise / plain topk": ratio(
             rounds, lambda: score_deltas(some), lambda: [plain_scores(delta, rank**2) for delta, _ in some.values()]
         ),
