@@ -106,7 +106,7 @@ def _add_pair(gr: Any, tab: str, found: Accordion, library: Callable[[], Names])
                 elem_id=f"{tab}_klora_{side}",
             )
         button = gr.Button(
-            "\U0001f504", elem_id=f"{tab}_klora_refresh_names", elem_classes=["tool"], scale=0, min_width=42
+            "\u21bb", elem_id=f"{tab}_klora_refresh_names", elem_classes=["tool"], scale=0, min_width=42
         )
 
     def refresh() -> list[Any]:
