@@ -105,9 +105,7 @@ def _add_pair(gr: Any, tab: str, found: Accordion, library: Callable[[], Names])
                 allow_custom_value=True,
                 elem_id=f"{tab}_klora_{side}",
             )
-        button = gr.Button(
-            "\u21bb", elem_id=f"{tab}_klora_refresh_names", elem_classes=["tool"], scale=0, min_width=42
-        )
+        button = gr.Button("\u21bb", elem_id=f"{tab}_klora_refresh_names", elem_classes=["tool"], scale=0, min_width=42)
 
     def refresh() -> list[Any]:
         with _shown(gr):
