@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from tests.hosts_real.cases import CASES, Cases
-from tests.hosts_real.server import Server, find_server
+from tests.hosts_real.server import HOSTS, Server, find_server
 
 MEMORY_EVERY = 50
 
@@ -82,7 +82,7 @@ class Soak:
 def main(argv: list[str] | None = None) -> int:
     """Run a soak and print its table; 1 where anything was not as it should be."""
     parser = argparse.ArgumentParser(prog="python -m tests.hosts_real.soak", description=__doc__)
-    parser.add_argument("host", choices=("a1111", "forge"))
+    parser.add_argument("host", choices=HOSTS)
     parser.add_argument("--count", type=int, default=1000, help="how many cases")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="stop after so long")
