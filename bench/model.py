@@ -17,20 +17,20 @@ CONTEXT = 2048
 TOKENS = 77
 
 
-def make_pipeline(layers: int = 1) -> Any:
+def make_pipeline(layers: int = 1, channels: tuple[int, int] = (640, 1280)) -> Any:
     """A pipeline without VAE and text encoders, to be called with embeddings and to give latents.
 
-    640 and 1280 channels, with one and `layers` transformer layers at each of their places.
+    SDXL's 640 and 1280 channels or others, with one and `layers` transformer layers at each of their places.
     """
     torch.manual_seed(0)
     unet = diffusers.UNet2DConditionModel(
         sample_size=32,
-        block_out_channels=(640, 1280),
+        block_out_channels=channels,
         layers_per_block=1,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
         transformer_layers_per_block=(1, layers),
-        attention_head_dim=(10, 20),
+        attention_head_dim=(channels[0] // 64, channels[1] // 64),
         cross_attention_dim=CONTEXT,
         use_linear_projection=True,
     ).eval()
