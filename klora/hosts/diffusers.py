@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from klora.engine.bypass import Site, module_shape
 from klora.engine.dynamic import Rows
 from klora.errors import KloraError
+from klora.hosts.diffusers_names import translator
 from klora.lora.model_index import ModelIndex
 from klora.lora.tables import ARCHITECTURE_OF_WIDTH
 
@@ -69,7 +70,10 @@ class DiffusersHost:
     @property
     def index(self) -> ModelIndex:
         """The names under which files may mean the denoiser's modules."""
-        return ModelIndex({name: site.shape for name, site in self.sites().items()}, architecture=self.architecture)
+        shapes = {name: site.shape for name, site in self.sites().items()}
+        if self.architecture is not None or hasattr(self.pipe, "unet"):
+            return ModelIndex(shapes, architecture=self.architecture)
+        return ModelIndex(shapes, translate=translator(self.pipe, shapes))
 
     def sites(self) -> Mapping[str, Site]:
         """The denoiser's Linear and Conv modules by canonical name, which is their path."""
@@ -112,14 +116,21 @@ class DiffusersHost:
     def decode_latents(self, latents: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of latents as the denoiser has them; gradients pass.
 
-        `grid` is the number of rows and columns of tokens, for FLUX, whose latents (B, tokens, 4·C) are packed.
+        `grid` is the number of rows and columns of tokens, for FLUX, whose latents (B, tokens, 4·C) are packed. Raises
+        KloraError for latents of a video, packed otherwise, or scaled otherwise than by one number.
         """
         vae = self._decoder
         if latents.ndim == 3 and grid is not None:
             rows, columns = grid
             latents = latents.unflatten(1, (rows, columns)).unflatten(3, (-1, 2, 2))
             latents = latents.permute(0, 3, 1, 4, 2, 5).reshape(len(latents), -1, 2 * rows, 2 * columns)
-        latents = latents / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        scaling, channels = (getattr(vae.config, name, None) for name in ("scaling_factor", "latent_channels"))
+        if scaling is None or latents.ndim != 4 or latents.shape[1] != channels:
+            raise KloraError(
+                f"{type(self.pipe).__name__}: its latents are in a form that the refinement cannot decode; leave out"
+                " the reference pictures"
+            )
+        latents = latents / scaling + (getattr(vae.config, "shift_factor", None) or 0.0)
         images: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]
         return images.float() / 2 + 0.5
 

@@ -112,7 +112,13 @@ class LoraFile:
 
         Raises MismatchError where a fused weight cannot be split into the parts that the model has.
         """
-        return self._named(lambda prefix, delta: self._in_model(index, prefix, delta))
+        shapes = {prefix: delta.shape for prefix, delta in self._deltas.items() if not self._is_text(prefix)}
+        try:
+            found = index.locate(shapes)
+        except ValueError as error:
+            reason = f"does not fit the model: {error}"
+            raise LoraFileError(self._tensors.file, reason, "the file is damaged or made for another model") from None
+        return self._named(lambda prefix, delta: self._in_model(found.get(prefix, ()), prefix, delta))
 
     def bare(self) -> LoraFile:
         """The same file with its modules under their own bare names, as where no table fits."""
@@ -127,11 +133,7 @@ class LoraFile:
         self._renamed = known or file
         return self._renamed
 
-    def _in_model(self, index: ModelIndex, prefix: str, delta: Delta) -> tuple[Place, ...]:
-        try:
-            found = index.find(prefix, delta.shape)
-        except ValueError:
-            raise _not_fused(delta) from None
+    def _in_model(self, found: tuple[Place, ...], prefix: str, delta: Delta) -> tuple[Place, ...]:
         if not found:
             return self._by_rule(prefix, delta) if self.table else _bare_place(prefix, delta)
         height = found[-1].rows[1] if found[-1].rows else delta.shape[0]
@@ -214,13 +216,16 @@ class LoraFile:
         tensors = {slot: self._tensors.weight(key) for slot, key in slots.items() if slot != "alpha"}
         return Group(self._tensors.file, printable(prefix), tensors, kernel=kernel_of(target.name))
 
+    def _is_text(self, prefix: str) -> bool:
+        return any(target.text_encoder for target in self._targets[prefix])
+
     def _assign(self, places: Places) -> None:
         """Fill `modules` and `text_encoder`, whose names `places` gives; what it gives none for is unmatched."""
         self.unmatched = list(self._unread)
         modules: dict[str, Delta] = {}
         text_encoder: dict[str, Delta] = {}
         for prefix, delta in self._deltas.items():
-            text = any(target.text_encoder for target in self._targets[prefix])
+            text = self._is_text(prefix)
             table = text_encoder if text else modules
             found = self._by_rule(prefix, delta) if text else places(prefix, delta)
             if not found:

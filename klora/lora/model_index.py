@@ -5,11 +5,12 @@ Works for any architecture, since nothing is looked up but what the model itself
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from klora.lora.names import resolve, spellings
+from klora.lora.renames import renamed
 
 Rows = tuple[int, int]
 Shape = tuple[int, ...]
@@ -26,7 +27,8 @@ class ModelIndex:
     """Looks a file's keys up in a model whose weights have these `shapes`, by canonical name.
 
     `aliases` are other spellings of the host's own, each of one or several of those names, in the order of the rows.
-    `architecture` is SD1, SD2, SDXL, FLUX, or None for any other.
+    `architecture` is SD1, SD2, SDXL, FLUX, or None for any other. `translate` says where the weights of a whole file
+    act that is written in names of others still.
     """
 
     def __init__(
@@ -34,11 +36,24 @@ class ModelIndex:
         shapes: Mapping[str, Shape],
         aliases: Mapping[str, Sequence[str]] | None = None,
         architecture: str | None = None,
+        translate: Callable[[Mapping[str, Shape]], Mapping[str, tuple[Place, ...]]] | None = None,
     ) -> None:
         self.shapes = shapes
         self.architecture = architecture
-        self._names = {flat(alias): tuple(names) for alias, names in (aliases or {}).items()}
+        self._translate = translate
+        self._names: dict[str, tuple[str, ...]] = {flat(other): (name,) for name in shapes for other in renamed(name)}
+        self._names |= {flat(alias): tuple(names) for alias, names in (aliases or {}).items()}
         self._names |= {flat(name): (name,) for name in shapes}
+
+    def locate(self, file: Mapping[str, Shape]) -> dict[str, tuple[Place, ...]]:
+        """Where the weights of a file, whose shapes go by its own prefixes, act; without what the model does not have.
+
+        Raises ValueError where a weight is fused and cannot be split into the parts that the model has.
+        """
+        found = {prefix: places for prefix, shape in file.items() if (places := self.find(prefix, shape))}
+        if self._translate and len(found) < len(file):
+            found = {**self._translate(file), **found}
+        return found
 
     def find(self, prefix: str, shape: Shape) -> tuple[Place, ...] | None:
         """Where a weight of `shape` under a file's own key prefix acts; None where the model has no such module.

@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import klora
+from klora.engine.dynamic import Rows
+from klora.errors import KloraError
+from klora.hosts.diffusers import DiffusersHost
 from klora.lora.file import LoraFile
 from tests.support.other_pipelines import OTHERS, make, make_latents
 
@@ -131,3 +134,110 @@ def test_a_file_of_another_model_is_not_taken_for_flux(made: Any, tmp_path: Path
         assert file.architecture is None
         assert file.unmatched == []
         assert len(file.modules) == len(linears(pipe))
+
+
+ORIGINAL = {
+    "wan": {
+        "lora_unet_blocks_0_self_attn_q": ("blocks.0.attn1.to_q",),
+        "lora_unet_blocks_0_cross_attn_o": ("blocks.0.attn2.to_out.0",),
+        "lora_unet_blocks_1_ffn_2": ("blocks.1.ffn.net.2",),
+    },
+    "z_image": {
+        "diffusion_model.layers.0.attention.to_q": ("layers.0.attention.to_q",),
+        "diffusion_model.layers.0.attention.out": ("layers.0.attention.to_out.0",),
+    },
+    "flux2": {
+        "diffusion_model.double_blocks.0.img_attn.qkv": tuple(f"transformer_blocks.0.attn.to_{x}" for x in "qkv"),
+        "diffusion_model.double_blocks.1.txt_mlp.2": ("transformer_blocks.1.ff_context.linear_out",),
+        "diffusion_model.single_blocks.1.linear1": ("single_transformer_blocks.1.attn.to_qkv_mlp_proj",),
+    },
+    "chroma": {
+        "lora_unet_double_blocks_0_img_attn_qkv": tuple(f"transformer_blocks.0.attn.to_{x}" for x in "qkv"),
+        "lora_unet_single_blocks_1_linear2": ("single_transformer_blocks.1.proj_out",),
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(ORIGINAL))
+def test_names_of_the_original_code_are_those_that_the_pipelines_own_loader_makes_of_them(
+    name: str, tmp_path: Path
+) -> None:
+    pipe, options = make(name)
+    modules, tensors = linears(pipe), {}
+    expected = {name: layer.weight.clone() for name, layer in modules.items()}
+    for prefix, parts in ORIGINAL[name].items():
+        down, up = ("lora_down", "lora_up") if prefix.startswith("lora_unet") else ("lora_A", "lora_B")
+        height = sum(modules[part].out_features for part in parts)
+        tensors[f"{prefix}.{down}.weight"] = torch.randn(RANK, modules[parts[0]].in_features)
+        tensors[f"{prefix}.{up}.weight"] = 0.05 * torch.randn(height, RANK)
+        delta = tensors[f"{prefix}.{up}.weight"] @ tensors[f"{prefix}.{down}.weight"]
+        for part, rows in zip(parts, delta.chunk(len(parts)), strict=True):
+            expected[part] += rows
+    save_file(tensors, tmp_path / "dog.safetensors")
+    style = write_every_linear(tmp_path / "ink.safetensors", pipe, "transformer", seed=2)
+    with klora.fuse(pipe, tmp_path / "dog.safetensors", style, unpaired="drop", **SUBJECT_ONLY) as session:
+        assert session.missing == ()
+        assert {module.name for module in session.plan.contested} == {
+            part for parts in ORIGINAL[name].values() for part in parts
+        }
+        fused = make_latents(pipe, options)
+    pipe.transformer.load_state_dict({f"{name}.weight": weight for name, weight in expected.items()}, strict=False)
+    assert_close(fused, make_latents(pipe, options))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("qwen_image", (1, 64, 16)), ("wan", (1, 4, 1, 4, 4)), ("flux2", (1, 64, 16))]
+)
+def test_latents_that_the_refinement_cannot_decode_are_refused_by_name(name: str, shape: tuple[int, ...]) -> None:
+    pipe, _ = make(name)
+    with pytest.raises(KloraError, match=rf"{type(pipe).__name__}: its latents .* refinement cannot decode"):
+        DiffusersHost(pipe).decode_latents(torch.zeros(shape), (8, 8))
+
+
+@pytest.mark.parametrize("name", ["sd3", "lumina2", "sana"])
+def test_latents_of_images_decode_for_the_refinement(name: str) -> None:
+    pipe, _ = make(name)
+    assert DiffusersHost(pipe).decode_latents(torch.zeros(1, 4, 4, 4)).shape[:2] == (1, 3)
+
+
+@pytest.mark.parametrize("policy", ["composite", "cm-lora", "dynamic"])
+@pytest.mark.parametrize("name", ["z_image", "chroma", "sana"])
+def test_policies_that_look_at_calls_take_lists_two_calls_and_one_batch(name: str, policy: str, tmp_path: Path) -> None:
+    pipe, options = make(name)
+    files = pair_of(pipe, tmp_path)
+    with klora.fuse(pipe, *files, policy=policy):
+        first, again = make_latents(pipe, options), make_latents(pipe, options)
+    assert torch.equal(first, again)
+    assert torch.isfinite(first).all()
+    assert_differs(first, make_latents(pipe, options))
+    assert hooks(pipe) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("z_image", Rows(0, 1, 2)), ("sana", Rows(1, 2, 2)), ("chroma", None), ("flux2", None)]
+)
+def test_the_rows_that_follow_the_prompt_are_found(name: str, rows: Rows | None) -> None:
+    pipe, options = make(name)
+    host, seen = DiffusersHost(pipe), []
+    handle = pipe.transformer.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(host.conditional_rows(args, kwargs)), with_kwargs=True
+    )
+    make_latents(pipe, options, num_inference_steps=1)
+    handle.remove()
+    assert seen[0] == rows
+
+
+def test_a_pipeline_whose_time_is_not_its_schedulers_is_refused_by_name(tmp_path: Path) -> None:
+    pipe, _ = make("aura_flow")
+    files = pair_of(pipe, tmp_path)
+    pipe.scheduler.set_timesteps(4)
+    with klora.fuse(pipe, *files), pytest.raises(KloraError, match=r"AuraFlowPipeline .* timestep 0\.3141"):
+        pipe.transformer(torch.zeros(1), torch.zeros(1), torch.tensor([0.3141]))
+    assert hooks(pipe) == 0
+
+
+def test_a_pipeline_with_two_transformers_is_refused() -> None:
+    pipe, _ = make("wan")
+    pipe.register_modules(transformer_2=pipe.transformer)
+    with pytest.raises(KloraError, match="WanPipeline denoises with two transformers"):
+        DiffusersHost(pipe)
