@@ -29,10 +29,11 @@ def table_of(targets: Mapping[str, tuple[Target, ...]], deltas: Mapping[str, Del
     `targets` are what each of the file's own prefixes stands for by rule.
     """
     found = [(target, deltas[prefix]) for prefix in deltas for target in targets[prefix] if not target.text_encoder]
-    if not found or any(not targets[prefix] and _LEFT_OUT not in spellings(prefix) for prefix in deltas):
+    if any(not targets[prefix] and _LEFT_OUT not in spellings(prefix) for prefix in deltas):
         return None
     flux = {is_flux(target.name) for target, _ in found}
-    if flux == {False}:
+    if True not in flux:
+        # Also for a file of text encoders alone, which goes with any.
         return "unet"
     return "flux" if flux == {True} and all(_in_flux(*one) for one in found) else None
 
@@ -44,7 +45,7 @@ def _in_flux(target: Target, delta: Delta) -> bool:
     if not _FLUX_MLP.search(target.name):
         return True
     height, width, *_ = delta.shape
-    # A weight that cannot be split at all is an error of its own.
+    # One of 3·width rows has no mlp to be split off, which is an error of its own.
     return (height - 3 * width if target.fused else height) in (_MLP_RATIO * width, 0)
 
 

@@ -15,6 +15,7 @@ from klora.lora.likeness import alike
 from klora.lora.model_index import ModelIndex, finest_slices
 from klora.lora.names import block_of, kind_of, sort_key
 from klora.pair import Pair
+from klora.report.overlap import overlap_of
 from klora.report.summary import notices, summarise
 from klora.settings import Settings
 
@@ -75,7 +76,7 @@ def test_two_spellings_of_an_unknown_model_meet_under_bare_names(tmp_path: Path)
     pair = Pair.open(flat, dotted, ScoreCache(tmp_path / "cache"))
     plan = pair.plan(Settings(steps=4))
     assert {module.name for module in plan.contested} == {name.replace(".", "_") for name in names}
-    assert "unknown architecture" in summarise(pair, plan)
+    assert "unknown architecture" in summarise(pair, plan, overlap_of(pair, plan))
     assert notices(pair, plan) == []
     assert len(pair.plan(Settings(steps=4, scope="attention")).contested) == 4
 
@@ -203,3 +204,11 @@ def test_layers_of_a_checkpoint_that_are_called_up_and_down_are_no_lora(tmp_path
     save_file({"blocks.0.mlp.up.weight": torch.ones(8, 4), "blocks.0.mlp.down.weight": torch.ones(4, 8)}, path)
     with pytest.raises(LoraFileError, match="zero modules matched"):
         LoraFile.open(path)
+
+
+def test_a_file_of_a_text_encoder_alone_leaves_its_partner_its_names(tmp_path: Path) -> None:
+    text = write(tmp_path / "a.safetensors", square("lora_te_text_model_encoder_layers_0_self_attn_q_proj"))
+    unet = write(tmp_path / "b.safetensors", square("lora_unet_mid_block_attentions_0_proj_in"))
+    pair = Pair.open(text, unet, ScoreCache(tmp_path / "cache"))
+    assert list(pair.style.modules) == ["mid_block.attentions.0.proj_in"]
+    assert pair.coverage.unmatched == []
