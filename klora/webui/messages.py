@@ -7,11 +7,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from klora.errors import KloraError
-from klora.fusion.scores import OnScored
 from klora.text import printable
+
+if TYPE_CHECKING:
+    from klora.fusion.scores import OnScored
 
 logger = logging.getLogger("klora")
 
