@@ -34,6 +34,10 @@ METHODS = ",".join(
         "est",
         "np-lora",
         "lego",
+        "ties",
+        "dare",
+        "magnitude-prune",
+        "knots",
         # What each file can do when it is alone.
         "direct:style_strength=0",
         "direct:subject_strength=0",
