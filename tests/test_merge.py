@@ -183,6 +183,20 @@ def test_flux_in_kohyas_spelling_has_q_k_and_v_in_one_tensor(loaded: tuple[Any, 
         assert close(delta.matrix(), exact.deltas[name].matrix())
 
 
+def test_a_model_that_shares_flux_s_names_keeps_them_as_they_are(tmp_path: Path) -> None:
+    # The attention of SD3 and Qwen-Image: nothing in such a file says FLUX.
+    names = [f"transformer_blocks.0.attn.{leaf}" for leaf in ("to_q", "to_k", "to_v")]
+    files = [
+        write_lora(tmp_path / f"{seed}.safetensors", dict.fromkeys(names, (48, 48)), "peft", rank=2, seed=seed)
+        for seed in (1, 2)
+    ]
+    assert Pair.open(*files).architecture is None
+    written(*files, "--policy", "direct")
+    with safe_open(str(tmp_path / "merged.safetensors"), "pt") as file:
+        keys = {key.partition(".lora_")[0] for key in file.keys()}  # noqa: SIM118
+    assert keys == {f"lora_unet_{name.replace('.', '_')}" for name in names}
+
+
 def test_a_fused_tensor_has_rows_for_slices_that_are_not_there(tmp_path: Path) -> None:
     names = [f"single_transformer_blocks.0.attn.to_{leaf}" for leaf in "qv"]
     subject = write_lora(tmp_path / "dog.safetensors", {names[0]: (16, 16)}, "diffusers", rank=2, seed=1)

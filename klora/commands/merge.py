@@ -65,9 +65,8 @@ def run(args: argparse.Namespace) -> None:
     if args.spelling == "diffusers" and None in (pair.subject.table, pair.style.table):
         raise KloraError("--spelling diffusers: the modules of these files are known by flat names only; use kohya")
     made, plan = merge(pair, settings, args.rank)
-    tensors = file_tensors(
-        made.deltas, args.spelling, pair.subject.kernels | pair.style.kernels, getattr(torch, args.dtype)
-    )
+    kernels, dtype = pair.subject.kernels | pair.style.kernels, getattr(torch, args.dtype)
+    tensors = file_tensors(made.deltas, args.spelling, kernels, dtype, flux=pair.architecture == "FLUX")
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise KloraError(f"{key}: leaves the range of {args.dtype}; use --dtype float32")

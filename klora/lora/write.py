@@ -15,18 +15,19 @@ _FUSED = ("q", "k", "v", "mlp")
 
 
 def file_tensors(
-    deltas: Mapping[str, FactorDelta], spelling: str, kernels: Container[str], dtype: torch.dtype
+    deltas: Mapping[str, FactorDelta], spelling: str, kernels: Container[str], dtype: torch.dtype, flux: bool = False
 ) -> dict[str, Tensor]:
     """The tensors of a file by key: of `deltas` by canonical name, those of text encoders too.
 
-    kohya: `lora_unet_….lora_down.weight`, for FLUX with q, k and v in one tensor as its original code has them;
+    kohya: `lora_unet_….lora_down.weight`, for FLUX (`flux`, since other models share its names) with q, k and v in one
+    tensor as its original code has them;
     diffusers: `unet.….lora_A.weight`, `transformer.…` for FLUX. Those with a key in `kernels` get the four
     dimensions of a convolution. Scales are in the factors and no alpha is written, which means alpha = rank
     everywhere: diffusers loses the alphas of kohya's attention where the modules' ranks differ.
     """
-    write = _kohya if spelling == "kohya" else _diffusers
+    found = _kohya(deltas, kernels, flux) if spelling == "kohya" else _diffusers(deltas, kernels)
     tensors: dict[str, Tensor] = {}
-    for key, (up, down) in write(deltas, kernels).items():
+    for key, (up, down) in found.items():
         names = ("lora_up", "lora_down") if spelling == "kohya" else ("lora_B", "lora_A")
         for name, tensor in zip(names, (up, down), strict=True):
             tensors[f"{key}.{name}.weight"] = tensor.to(dtype).contiguous()
@@ -42,12 +43,12 @@ def _diffusers(deltas: Mapping[str, FactorDelta], kernels: Container[str]) -> di
     }
 
 
-def _kohya(deltas: Mapping[str, FactorDelta], kernels: Container[str]) -> dict[str, tuple[Tensor, Tensor]]:
+def _kohya(deltas: Mapping[str, FactorDelta], kernels: Container[str], flux: bool) -> dict[str, tuple[Tensor, Tensor]]:
     found: dict[str, tuple[Tensor, Tensor]] = {}
     fused: dict[str, dict[str, FactorDelta]] = {}
     several = any(is_flux(name) or name.startswith("text_encoder_2") for name in deltas)
     for name, delta in deltas.items():
-        path, part = (ldm_path(name) if is_flux(name) else None) or (name, None)
+        path, part = (ldm_path(name) if flux and is_flux(name) else None) or (name, None)
         if part:
             fused.setdefault(path, {})[part] = delta
         else:
