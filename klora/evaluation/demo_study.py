@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from klora.demo import catalogue
 from klora.demo.judge import Judge
+from klora.evaluation.identity import file_digest
 from klora.evaluation.study import Concept, StudyPair
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Recognition:
         """Load the judge, which stays on the CPU whatever the `device`: pictures this small cost nothing there."""
         weights = catalogue.HOME / "judge.safetensors"
         self.judge = Judge.load(weights)
-        self._digest = hashlib.sha256(weights.read_bytes()).hexdigest()
+        self._digest = file_digest(weights)
 
     def key(self, pair: StudyPair) -> str:
         """A digest of the judge, and what it is asked for."""

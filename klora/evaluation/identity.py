@@ -32,6 +32,11 @@ def identity_of(model: str) -> str:
     return digest.hexdigest()
 
 
+def file_digest(path: Path) -> str:
+    """The sha256 of a whole small file, a picture for one."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def code_digest() -> str:
     """A digest of all of this program's code that decides a picture, so that a changed program makes a new one."""
     package = Path(klora.__file__).parent

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from klora.errors import KloraError
-from klora.evaluation.identity import identity_of
+from klora.evaluation.identity import file_digest, identity_of
 from klora.evaluation.study import StudyPair
 from klora.generation.pipeline import quiet_libraries
 from klora.text import first_line
@@ -66,7 +66,7 @@ class ClipDino:
     def key(self, pair: StudyPair) -> str:
         """A digest of both models and of the pair's reference pictures."""
         files = (*pair.subject.references, *pair.style.references)
-        digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+        digests = [file_digest(path) for path in files]
         text = repr((*self._identities, len(pair.subject.references), digests))
         return hashlib.sha256(text.encode()).hexdigest()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from klora import __version__
 from klora.cache import ScoreCache
 from klora.errors import KloraError
-from klora.evaluation.identity import code_digest, identity_of
+from klora.evaluation.identity import code_digest, file_digest, identity_of
 from klora.evaluation.metrics import Scorer
 from klora.evaluation.records import PictureFiles, Record, digest_of
 from klora.evaluation.study import StudyPair
@@ -211,7 +210,7 @@ def _known_by_contents(settings: Settings) -> dict[str, Any]:
     facts = settings.to_dict()
     for side in SIDES:
         files = reference_files(side.refs, facts[side.refs]) if facts[side.refs] else []
-        facts[side.refs] = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+        facts[side.refs] = [file_digest(file) for file in files]
         facts[side.encoder] = identity_of(facts[side.encoder]) if files else None
     return facts
 
