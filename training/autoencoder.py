@@ -7,9 +7,7 @@ gets latents with noise: what a U-Net makes of a latent is never exact, and edge
 from __future__ import annotations
 
 import argparse
-import copy
 import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +18,9 @@ from torch.nn.functional import l1_loss, mse_loss
 from training.drawing.pictures import SIZE, render
 from training.drawing.styles import GROUNDS, Style, random_style
 from training.drawing.subjects import Subject, random_subject
+from training.fit import fit
 from training.networks import WORK, as_pictures, as_tensor, make_vae, sheet
-from training.parallel import Pace, average_into, part_of, run_workers, share_gradients, write_checkpoint
+from training.parallel import part_of, run_workers
 
 BATCH = 12
 """Pictures in a step; two crops of each, or for the last steps a quarter of them whole."""
@@ -124,31 +123,13 @@ def finish(vae: AutoencoderKL) -> None:
 def work(rank: int, total: int, save_every: float) -> None:
     """One of the training processes; the first also saves."""
     torch.manual_seed(0)
-    net, step, file = make_vae().to(memory_format=torch.channels_last), 0, WORK / "autoencoder.pt"
-    average = copy.deepcopy(net).requires_grad_(False)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=RATE, weight_decay=0.0)
-    if file.exists():
-        state = torch.load(file, weights_only=True)
-        step = state["step"]
-        for part, name in ((net, "net"), (average, "average"), (optimizer, "optimizer")):
-            part.load_state_dict(state[name])
-    pace, losses = Pace(save_every), []
-    while step < total:
-        optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / total))
-        loss = loss_of(net, batch(step, total, part_of(BATCH, rank)), torch.Generator().manual_seed(2 * step + rank))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        share_gradients(list(net.parameters()))
-        torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
-        optimizer.step()
-        step += 1
-        average_into(average, net, min(0.998, step / (step + 10)))
-        losses.append(loss.item())
-        if rank == 0 and step % 100 == 0:
-            print(f"{time.strftime('%H:%M:%S')} {step}/{total} {np.mean(losses[-100:]):.4f}", flush=True)
-        if rank == 0 and (step == total or pace.due()):
-            state = {"step": step, "net": net.state_dict(), "average": average.state_dict()}
-            write_checkpoint(file, state | {"optimizer": optimizer.state_dict()})
+    vae = make_vae().to(memory_format=torch.channels_last)
+
+    def loss_at(step: int) -> torch.Tensor:
+        noise = torch.Generator().manual_seed(2 * step + rank)
+        return loss_of(vae, batch(step, total, part_of(BATCH, rank)), noise)
+
+    average = fit(vae, loss_at, rank, total, RATE, WORK / "autoencoder.pt", save_every)
     if rank == 0:
         finish(average)
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
-import time
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +18,9 @@ from torch.nn.functional import l1_loss, mse_loss
 
 from training.autoencoder import base_picture, edges, show
 from training.drawing.pictures import render
+from training.fit import fit
 from training.networks import RELEASE, WORK, as_tensor
-from training.parallel import Pace, average_into, part_of, run_workers, share_gradients, write_checkpoint
+from training.parallel import part_of, run_workers
 
 BATCH = 8
 RATE = 1.5e-3
@@ -59,39 +58,14 @@ def put(vae: AutoencoderKL) -> None:
 def work(rank: int, total: int, source: Path) -> None:
     """One of the training processes; the first also saves."""
     torch.manual_seed(0)
-    net, step, file = (
-        AutoencoderKL.from_pretrained(source).to(memory_format=torch.channels_last),
-        0,
-        WORK / "decoder.pt",
-    )
-    net.encoder.requires_grad_(False)
-    net.quant_conv.requires_grad_(False)
-    average = copy.deepcopy(net).requires_grad_(False)
-    trained = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
-    if file.exists():
-        state = torch.load(file, weights_only=True)
-        step = state["step"]
-        for part, name in ((net, "net"), (average, "average"), (optimizer, "optimizer")):
-            part.load_state_dict(state[name])
-    pace, losses = Pace(60), []
-    while step < total:
-        optimizer.param_groups[0]["lr"] = RATE * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / total))
-        noise = torch.Generator().manual_seed(2 * step + rank)
-        loss = loss_of(net, pictures(step, part_of(BATCH, rank)), noise)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        share_gradients(trained)
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        step += 1
-        average_into(average, net, min(0.998, step / (step + 10)))
-        losses.append(loss.item())
-        if rank == 0 and step % 100 == 0:
-            print(f"{time.strftime('%H:%M:%S')} {step}/{total} {np.mean(losses[-100:]):.4f}", flush=True)
-        if rank == 0 and (step == total or pace.due()):
-            state = {"step": step, "net": net.state_dict(), "average": average.state_dict()}
-            write_checkpoint(file, state | {"optimizer": optimizer.state_dict()})
+    vae = AutoencoderKL.from_pretrained(source).to(memory_format=torch.channels_last)
+    vae.encoder.requires_grad_(False)
+    vae.quant_conv.requires_grad_(False)
+
+    def loss_at(step: int) -> torch.Tensor:
+        return loss_of(vae, pictures(step, part_of(BATCH, rank)), torch.Generator().manual_seed(2 * step + rank))
+
+    average = fit(vae, loss_at, rank, total, RATE, WORK / "decoder.pt")
     if rank == 0:
         put(average)
         show(average, WORK / "samples" / "decoder.png")
