@@ -17,6 +17,7 @@ from klora.cache import ScoreCache
 from klora.engine.session import Session
 from klora.hosts.loaded_model import host_of
 from klora.hosts.webui_host import WebuiHost
+from klora.lora.model_index import ModelIndex, Place
 from klora.pair import Pair
 from klora.settings import Settings
 
@@ -166,3 +167,42 @@ def test_a1111_names_the_modules_of_sd3_by_its_own_map() -> None:
         assert place.name == f"joint_blocks.0.x_block.attn.qkv[{i * SIZE}:{(i + 1) * SIZE}]"
     assert len(host.index.find("lora_unet_joint_blocks_0_x_block_attn_qkv", (3 * SIZE, SIZE)) or ()) == 3
     assert host.index.find("transformer.transformer_blocks.0.attn.to_out.0", (SIZE, SIZE))
+
+
+ANIMA = {
+    "blocks.1.self_attn.q_proj": "transformer_blocks.1.attn1.to_q",
+    "blocks.1.self_attn.k_proj": "transformer_blocks.1.attn1.to_k",
+    "blocks.1.self_attn.v_proj": "transformer_blocks.1.attn1.to_v",
+    "blocks.1.self_attn.output_proj": "transformer_blocks.1.attn1.to_out.0",
+    "blocks.1.cross_attn.q_proj": "transformer_blocks.1.attn2.to_q",
+    "blocks.1.cross_attn.k_proj": "transformer_blocks.1.attn2.to_k",
+    "blocks.1.cross_attn.v_proj": "transformer_blocks.1.attn2.to_v",
+    "blocks.1.cross_attn.output_proj": "transformer_blocks.1.attn2.to_out.0",
+    "blocks.1.mlp.layer1": "transformer_blocks.1.ff.net.0.proj",
+    "blocks.1.mlp.layer2": "transformer_blocks.1.ff.net.2",
+    "blocks.1.adaln_modulation_self_attn.1": "transformer_blocks.1.norm1.linear_1",
+    "blocks.1.adaln_modulation_self_attn.2": "transformer_blocks.1.norm1.linear_2",
+    "blocks.1.adaln_modulation_cross_attn.1": "transformer_blocks.1.norm2.linear_1",
+    "blocks.1.adaln_modulation_cross_attn.2": "transformer_blocks.1.norm2.linear_2",
+    "blocks.1.adaln_modulation_mlp.1": "transformer_blocks.1.norm3.linear_1",
+    "blocks.1.adaln_modulation_mlp.2": "transformer_blocks.1.norm3.linear_2",
+    "x_embedder.proj.1": "patch_embed.proj",
+    "t_embedder.1.linear_1": "time_embed.t_embedder.linear_1",
+    "t_embedder.1.linear_2": "time_embed.t_embedder.linear_2",
+    "final_layer.adaln_modulation.1": "norm_out.linear_1",
+    "final_layer.adaln_modulation.2": "norm_out.linear_2",
+    "final_layer.linear": "proj_out",
+}
+"""Every linear layer of Anima, of which there is a map in no host: in its original code and in diffusers."""
+
+
+@pytest.mark.parametrize("names", [ANIMA, {theirs: ours for ours, theirs in ANIMA.items()}], ids=["Neo", "diffusers"])
+def test_anima_is_found_under_the_names_of_its_original_code_and_of_diffusers(names: dict[str, str]) -> None:
+    index = ModelIndex(dict.fromkeys(names, (SIZE, SIZE)))
+    for name, other in names.items():
+        for spelling in (name, other):
+            flat = spelling.replace(".", "_")
+            for prefix in (f"diffusion_model.{spelling}", f"transformer.{spelling}", f"lora_unet_{flat}"):
+                assert index.find(prefix, (SIZE, SIZE)) == (Place(name),)
+    for stranger in ("blocks.2.self_attn.q_proj", "blocks.1.attn1.to_q", "blocks.1.self_attn.q"):
+        assert index.find(f"diffusion_model.{stranger}", (SIZE, SIZE)) is None
