@@ -69,11 +69,11 @@ class DiffusersHost:
 
     @property
     def index(self) -> ModelIndex:
-        """The names under which files may mean the denoiser's modules."""
+        """The names under which files may mean the denoiser's and the text encoders' modules."""
         shapes = {name: site.shape for name, site in self.sites().items()}
-        if self.architecture is not None or hasattr(self.pipe, "unet"):
-            return ModelIndex(shapes, architecture=self.architecture)
-        return ModelIndex(shapes, translate=translator(self.pipe, shapes))
+        by_table = self.architecture is not None or hasattr(self.pipe, "unet")
+        translate = None if by_table else translator(self.pipe, shapes)
+        return ModelIndex(shapes, architecture=self.architecture, translate=translate, text_encoder=self.text_sites())
 
     def sites(self) -> Mapping[str, Site]:
         """The denoiser's Linear and Conv modules by canonical name, which is their path."""

@@ -17,6 +17,7 @@ from klora.errors import KloraError, MismatchError
 from klora.hosts.forge_weights import with_plain_weight
 from klora.hosts.host_text_encoder import TextPart, host_tensors, kohya_text_key
 from klora.hosts.webui_host import WebuiHost, trainable_copy
+from klora.lora.text_names import t5_path
 
 
 class ForgeHost(WebuiHost):
@@ -88,13 +89,16 @@ class ForgeHost(WebuiHost):
 def _patched(clip: Any, part: TextPart) -> Any:
     """A clone of a CLIP object in which a LoRA acts."""
     lora = _lora_code()
+    # A dictionary of our own: the host's default argument is shared between calls.
+    known = lora.model_lora_keys_clip(clip.cond_stage_model, {})
     tensors = {
-        f"{kohya_text_key(name, several=True)}.{ending}": tensor
+        f"{key}.{ending}": tensor
         for name, delta in part.deltas.items()
+        for key in _text_keys(name)
+        if key in known
         for ending, tensor in host_tensors(delta).items()
     }
-    # A dictionary of our own: the host's default argument is shared between calls.
-    found = lora.load_lora(tensors, lora.model_lora_keys_clip(clip.cond_stage_model, {}))
+    found = lora.load_lora(tensors, known)
     # reForge gives the patches alone, the others also what they have not used.
     patches, unused = found if isinstance(found, tuple) else (found, ())
     if any(key.endswith(".dora_scale") for key in unused):
@@ -108,6 +112,12 @@ def _patched(clip: Any, part: TextPart) -> Any:
     name = {"filename": f"klora:{part.sha256}"} if named else {}
     clip.add_patches(patches=patches, strength_patch=part.strength, **name)
     return clip
+
+
+def _text_keys(name: str) -> list[str]:
+    """Kohya's keys of a text encoder's module; the host numbers the T5 by its place among the encoders."""
+    path = t5_path(name).replace(".", "_")
+    return [f"lora_te{number}_{path}" for number in (1, 2, 3)] if path else [kohya_text_key(name, several=True)]
 
 
 def _lora_code() -> Any:

@@ -118,20 +118,23 @@ class LoraFile:
         except ValueError as error:
             reason = f"does not fit the model: {error}"
             raise LoraFileError(self._tensors.file, reason, "the file is damaged or made for another model") from None
-        return self._named(lambda prefix, delta: self._in_model(found.get(prefix, ()), prefix, delta))
+        return self._named(lambda prefix, delta: self._in_model(found.get(prefix, ()), prefix, delta), index.text_name)
 
     def bare(self) -> LoraFile:
         """The same file with its modules under their own bare names, as where no table fits."""
         return self._named(_bare_place)
 
-    def _named(self, places: Places) -> LoraFile:
+    def _named(self, places: Places, text_name: Callable[[str], str] = str) -> LoraFile:
         """The same file under other names; the same object for the same names, since much is kept by it."""
         file = copy.copy(self)
         file.__dict__.pop("naming", None)
-        file._assign(places)
-        known = next((one for one in (self, self._renamed) if one and one.modules.keys() == file.modules.keys()), None)
-        self._renamed = known or file
+        file._assign(places, text_name)
+        self._renamed = next((one for one in (self, self._renamed) if one and one._is_named_as(file)), file)
         return self._renamed
+
+    def _is_named_as(self, other: LoraFile) -> bool:
+        same_text = self.text_encoder.keys() == other.text_encoder.keys()
+        return same_text and self.modules.keys() == other.modules.keys()
 
     def _in_model(self, found: tuple[Place, ...], prefix: str, delta: Delta) -> tuple[Place, ...]:
         if not found:
@@ -219,8 +222,8 @@ class LoraFile:
     def _is_text(self, prefix: str) -> bool:
         return any(target.text_encoder for target in self._targets[prefix])
 
-    def _assign(self, places: Places) -> None:
-        """Fill `modules` and `text_encoder`, whose names `places` gives; what it gives none for is unmatched."""
+    def _assign(self, places: Places, text_name: Callable[[str], str] = str) -> None:
+        """Fill `modules`, whose names `places` gives, what it gives none for being unmatched; and `text_encoder`."""
         self.unmatched = list(self._unread)
         modules: dict[str, Delta] = {}
         text_encoder: dict[str, Delta] = {}
@@ -231,6 +234,7 @@ class LoraFile:
             if not found:
                 self.unmatched.extend(self._keys[prefix].values())
             for name, rows in found:
+                name = text_name(name) if text else name
                 if name in table:
                     raise _twice(self._tensors.file, table[name].key, delta.key)
                 table[name] = delta.part(*rows) if rows else delta

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from klora.lora.names import resolve, spellings
 from klora.lora.renames import renamed
+from klora.lora.text_names import t5_path
 
 Rows = tuple[int, int]
 Shape = tuple[int, ...]
@@ -28,7 +29,7 @@ class ModelIndex:
 
     `aliases` are other spellings of the host's own, each of one or several of those names, in the order of the rows.
     `architecture` is SD1, SD2, SDXL, FLUX, or None for any other. `translate` says where the weights of a whole file
-    act that is written in names of others still.
+    act that is written in names of others still. `text_encoder` are the names of the text encoders' modules.
     """
 
     def __init__(
@@ -37,10 +38,12 @@ class ModelIndex:
         aliases: Mapping[str, Sequence[str]] | None = None,
         architecture: str | None = None,
         translate: Callable[[Mapping[str, Shape]], Mapping[str, tuple[Place, ...]]] | None = None,
+        text_encoder: Iterable[str] = (),
     ) -> None:
         self.shapes = shapes
         self.architecture = architecture
         self._translate = translate
+        self._t5 = {path: name for name in text_encoder if (path := t5_path(name))}
         self._names: dict[str, tuple[str, ...]] = {flat(other): (name,) for name in shapes for other in renamed(name)}
         self._names |= {flat(alias): tuple(names) for alias, names in (aliases or {}).items()}
         self._names |= {flat(name): (name,) for name in shapes}
@@ -68,6 +71,10 @@ class ModelIndex:
         if not targets or any(target.name not in self.shapes for target in targets):
             return None
         return tuple(Place(target.name, target.rows(*shape[:2]) if target.fused else None) for target in targets)
+
+    def text_name(self, name: str) -> str:
+        """A text encoder's module by the model's own count: the T5 is the first, second or third of its encoders."""
+        return self._t5.get(t5_path(name), name)
 
     def _split(self, names: tuple[str, ...]) -> Iterable[Place]:
         if len(names) == 1:

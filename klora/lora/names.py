@@ -214,6 +214,7 @@ _TOP_ORDER = (
     "conv_out",
     "text_encoder",
     "text_encoder_2",
+    "text_encoder_3",
 )
 
 

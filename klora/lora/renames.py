@@ -1,7 +1,7 @@
 """Modules that a model's original code and diffusers call otherwise, where neither a host's map nor a rule has both.
 
-`PARTS` are parts of dotted paths, in diffusers and in the original code of Wan, Chroma, Z-Image or Lumina 2; `PATHS` are
-whole paths of Anima, which is Cosmos Predict 2 there, where # stands for a block's number.
+Each entry has two names, in diffusers and in the original code: `PARTS` of dotted paths, of Wan, Chroma, Z-Image or
+Lumina 2; `PATHS` of Anima (in diffusers Cosmos Predict 2) as a whole, where # stands for a block's number.
 """
 
 from __future__ import annotations

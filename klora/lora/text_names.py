@@ -1,4 +1,4 @@
-"""The modules of text encoders: CLIP (one or two) and FLUX's T5, which counts as the second."""
+"""The modules of text encoders: CLIP (one or two), and T5, which counts as the second until a model is at hand."""
 
 from __future__ import annotations
 
@@ -30,13 +30,19 @@ def find(flat: str) -> str | None:
         leaf = _CLIP.get(layer[2])
         path = leaf and number != "3" and f"text_model.encoder.layers.{layer[1]}.{leaf}"
     elif layer := _T5_LAYER.fullmatch(rest):
-        # Only FLUX's second encoder is a T5; kohya numbers it 3, as in SD3.
+        # It is the first, second or third, and kohya numbers it 3 in all models.
         leaf, number = _T5.get(layer[3]), "2"
         path = leaf and f"encoder.block.{layer[1]}.layer.{layer[2]}.{leaf}"
     else:
         path = "text_projection" if (rest, number) == ("text_projection", "2") else None
     root = "text_encoder_2" if number == "2" else "text_encoder"
     return f"{root}.{path}" if path else None
+
+
+def t5_path(name: str) -> str:
+    """The path of a T5's module without the encoder that it counts as; empty for any other."""
+    path = name.partition(".")[2]
+    return path if path.startswith("encoder.block.") else ""
 
 
 def is_text(flat: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from torch import nn
 import klora
 from klora.engine.dynamic import Rows
 from klora.errors import KloraError
-from klora.hosts.diffusers import DiffusersHost
+from klora.hosts.diffusers import TEXT_ENCODERS, DiffusersHost
 from klora.lora.file import LoraFile
 from tests.support.other_pipelines import OTHERS, make, make_latents
+from tests.support.pipelines import clip_text_model, t5
 
 SUBJECT_ONLY = {"scale": "s", "alpha": 0, "beta": 0}
 STYLE_ONLY = {"scale": "s", "alpha": 0, "beta": 1e9}
@@ -183,6 +185,31 @@ def test_names_of_the_original_code_are_those_that_the_pipelines_own_loader_make
         fused = make_latents(pipe, options)
     pipe.transformer.load_state_dict({f"{name}.weight": weight for name, weight in expected.items()}, strict=False)
     assert_close(fused, make_latents(pipe, options))
+
+
+@pytest.mark.parametrize(("name", "place"), [("chroma", "text_encoder"), ("sd3", "text_encoder_3")])
+@pytest.mark.parametrize("prefix", ["lora_te3_", "text_encoder_3.", "text_encoders.t5xxl.transformer."])
+def test_a_lora_of_the_t5_acts_in_the_t5_whichever_encoder_it_is(
+    name: str, place: str, prefix: str, tmp_path: Path
+) -> None:
+    pipe, _ = make(name)
+    encoders = {part: t5() if part == place else clip_text_model() for part in TEXT_ENCODERS if hasattr(pipe, part)}
+    pipe.register_modules(**encoders)
+    layers = {path: layer for path, layer in encoders[place].named_modules() if isinstance(layer, nn.Linear)}
+    tensors, expected = {}, copy.deepcopy(encoders[place])
+    for path, layer in layers.items():
+        flat = path.replace(".", "_") if prefix.endswith("_") else path
+        up, down = torch.randn(layer.out_features, RANK), torch.randn(RANK, layer.in_features)
+        tensors |= {f"{prefix}{flat}.lora_up.weight": up, f"{prefix}{flat}.lora_down.weight": down}
+        expected.get_submodule(path).weight.data += up @ down
+    save_file(tensors, tmp_path / "dog.safetensors")
+    style = write_every_linear(tmp_path / "ink.safetensors", pipe, "transformer", seed=2)
+    words = torch.arange(6)[None]
+    plain = encoders[place](words)[0]
+    with klora.fuse(pipe, tmp_path / "dog.safetensors", style) as session, torch.no_grad():
+        assert_close(encoders[place](words)[0], expected(words)[0])
+        assert session.pair.coverage.text_encoder[0].startswith(f"{place}.encoder.block.0")
+    assert torch.equal(encoders[place](words)[0], plain)
 
 
 @pytest.mark.parametrize(

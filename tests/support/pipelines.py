@@ -44,6 +44,13 @@ def clip_text_model(with_projection: bool = False) -> Any:
     return (CLIPTextModelWithProjection if with_projection else CLIPTextModel)(config).eval()
 
 
+def t5() -> Any:
+    """A T5 encoder of two layers."""
+    from transformers import T5Config, T5EncoderModel
+
+    return T5EncoderModel(T5Config(vocab_size=54, d_model=CONTEXT, d_ff=48, d_kv=8, num_heads=4, num_layers=2)).eval()
+
+
 def autoencoder(channels: int = 4) -> Any:
     """A VAE that halves each side."""
     from diffusers import AutoencoderKL
@@ -139,7 +146,6 @@ def sdxl_pipeline(folder: Path, kind: str = "StableDiffusionXLPipeline") -> Any:
 def flux_pipeline(folder: Path, kind: str = "FluxPipeline") -> Any:
     """FLUX in small: two double and three single blocks."""
     import diffusers
-    from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(0)
     transformer = diffusers.FluxTransformer2DModel(
@@ -154,12 +160,11 @@ def flux_pipeline(folder: Path, kind: str = "FluxPipeline") -> Any:
         axes_dims_rope=(4, 4, 8),
         guidance_embeds=True,
     ).eval()
-    t5 = T5EncoderModel(T5Config(vocab_size=54, d_model=CONTEXT, d_ff=48, d_kv=8, num_heads=4, num_layers=2)).eval()
     pipe = getattr(diffusers, kind)(
         transformer=transformer,
         vae=autoencoder(),
         text_encoder=clip_text_model(),
-        text_encoder_2=t5,
+        text_encoder_2=t5(),
         tokenizer=clip_tokenizer(folder),
         tokenizer_2=clip_tokenizer(folder),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from klora.webui.register import register
 from tests.support.lora_files import write_lora
 from tests.support.pairs import ATTENTION, FEED_FORWARD, TEXT, shapes
 from tests.webui.fake_host import FakeHost, installed
+from tests.webui.fake_model import TEXT_LAYER
 
 
 @pytest.fixture
@@ -43,3 +45,17 @@ def test_a_dora_that_the_host_leaves_out_is_named(classic: FakeHost, tmp_path: P
     assert "ink.safetensors: this WebUI applies no DoRA to a text encoder" in picture.comments
     assert picture.same(classic.txt2img("a dog"))
     assert "no DoRA" not in classic.txt2img("a dog <klora:dog:ink:text_encoder=none>").comments
+
+
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_the_t5_is_found_under_the_number_that_the_host_gives_it(
+    classic: FakeHost, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = "encoder_block_0_layer_0_SelfAttention_q"
+    names = {f"lora_te{number}_{path}": "t5xxl.weight"}
+    monkeypatch.setattr(sys.modules["ldm_patched.modules.lora"], "model_lora_keys_clip", lambda model, keys: names)
+    tensors = load_file(tmp_path / "dog.safetensors")
+    tensors = {key.replace(f"lora_te_{TEXT_LAYER}", f"lora_te3_{path}"): value for key, value in tensors.items()}
+    save_file(tensors, tmp_path / "dog.safetensors")
+    with_t5 = classic.txt2img("a dog <klora:dog:ink:text_encoder=subject>")
+    assert not with_t5.same(classic.txt2img("a dog <klora:dog:ink:text_encoder=none>"))
