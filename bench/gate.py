@@ -26,7 +26,7 @@ from klora.cache import ScoreCache
 from klora.engine.bypass import Site
 from klora.engine.session import Session
 from klora.engine.weights import KEPT
-from klora.fusion.scores import STANDARD_KS, score_deltas
+from klora.fusion.scores import score_deltas, standard_ks
 from klora.pair import PAIRS
 from klora.settings import Settings
 
@@ -71,7 +71,7 @@ def measure(rank: int, step: int, rounds: int, folder: Path) -> dict[str, float]
         with Session(again, again.plan(Settings()), sites):
             pass
 
-    deltas = {name: (delta, {*STANDARD_KS, rank**2}) for name, delta in pair.subject.modules.items()}
+    deltas = {name: (delta, {*standard_ks(rank), rank**2}) for name, delta in pair.subject.modules.items()}
     some = dict(list(deltas.items())[:: max(1, len(deltas) // 20)])
     name = next(name for name, shape in shapes.items() if shape == (1280, 1280))
     layer, x = nn.Linear(1280, 1280), torch.randn(2, 1024, 1280)

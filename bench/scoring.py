@@ -2,7 +2,7 @@
 
 Random SDXL files (fp16, kohya names; the 560 attention linears, or all 722 linears of the transformer blocks and their
 projections) are scored in two ways, some modules at a time in turns: blockwise as klora does it, one module per core,
-for the sums of 17 values of K, L1 and the Frobenius norm; and plainly, one module after the other on all cores, forming
+for the sums of all standard K, L1 and the Frobenius norm; and plainly, one module after the other on all cores, forming
 ΔW = BA whole and taking `torch.topk` for the one K = rank² and the L1 sum. Then the whole way of a file through the
 cache, cold and warm, and the peak of memory in a process of its own.
 """
@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from bench.machine import describe_machine
 from klora.cache import ScoreCache
-from klora.fusion.scores import STANDARD_KS, score_deltas
+from klora.fusion.scores import score_deltas, standard_ks
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
 
@@ -91,7 +91,7 @@ def compare(deltas: list[Delta], rank: int, rounds: int) -> tuple[float, float]:
     k = rank**2
 
     def blockwise(turn: list[Delta]) -> list[float]:
-        return [score.sums[k] for score in score_deltas({d.key: (d, {*STANDARD_KS, k}) for d in turn}).values()]
+        return [score.sums[k] for score in score_deltas({d.key: (d, {*standard_ks(d.rank), k}) for d in turn}).values()]
 
     def plain(turn: list[Delta]) -> list[float]:
         return [plain_scores(delta, k)[0] for delta in turn]
@@ -143,7 +143,7 @@ def peak_memory(path: Path) -> int:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    score_deltas({name: (delta, STANDARD_KS) for name, delta in file.modules.items()})
+    score_deltas({name: (delta, standard_ks(delta.rank)) for name, delta in file.modules.items()})
     done.set()
     watcher.join()
     return peak - before

@@ -22,12 +22,12 @@ from klora.atomic import write_whole
 from klora.fusion.device_scores import is_low_rank, score_low_rank, scores_on
 from klora.fusion.scores import (
     SCORING_VERSION,
-    STANDARD_KS,
     FileScores,
     ModuleScore,
     OnScored,
     Wanted,
     score_deltas,
+    standard_ks,
 )
 from klora.lora import disk
 from klora.lora.file import LoraFile
@@ -218,7 +218,7 @@ def _complete(
     missing = {}
     for name, delta in file.modules.items():
         known = stored[name].sums.keys() if stored else set()
-        if ks := {*STANDARD_KS, *wanted.get(name, ())} - known:
+        if ks := {*standard_ks(delta.rank), *wanted.get(name, ())} - known:
             missing[name] = delta, ks
     new = _compute(missing, device, on_scored)
     return {name: _merge(stored.get(name), new[name]) if name in new else stored[name] for name in file.modules}
@@ -244,7 +244,8 @@ def _merge(known: ModuleScore | None, score: ModuleScore) -> ModuleScore:
 
 def _limit(score: ModuleScore) -> ModuleScore:
     """Of the sums at no standard K, only the latest."""
-    special = [k for k in score.sums if k not in STANDARD_KS]
+    standard = standard_ks(score.rank)
+    special = [k for k in score.sums if k not in standard]
     dropped = special[:-MAX_SPECIAL_KS]
     return replace(score, sums={k: s for k, s in score.sums.items() if k not in dropped})
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from klora import cache as cache_module
 from klora.cache import ScoreCache
 from klora.errors import LoraFileError, LoraValueError
-from klora.fusion.scores import STANDARD_KS, FileScores, OnScored, score_delta, score_deltas
+from klora.fusion.scores import FileScores, OnScored, score_delta, score_deltas, standard_ks
 from klora.lora import disk
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
@@ -98,8 +98,18 @@ def test_a_new_k_is_computed_once_for_its_module_and_added(
     computed.clear()
     assert cache.scores(file, {TO_Q: [24]})[TO_Q].top_k(24) == score_delta(file.modules[TO_Q], [24]).sums[24]
     assert computed == [{24}]
-    assert cache.scores(file, {TO_Q: [24]})[TO_Q].sums.keys() == {*STANDARD_KS, 24}
+    assert cache.scores(file, {TO_Q: [24]})[TO_Q].sums.keys() == {*standard_ks(4), 24}
     assert computed == [{24}]
+
+
+def test_a_partner_of_another_usual_rank_needs_no_scoring(
+    file: LoraFile, folder: Path, computed: list[set[int]]
+) -> None:
+    ScoreCache(folder).scores(file)
+    computed.clear()
+    for rank in (1, 8, 32, 64, 128):
+        assert ScoreCache(folder).scores(file, {TO_Q: {4 * rank}})[TO_Q].top_k(4 * rank) is not None
+    assert not computed
 
 
 def test_a_copy_under_another_name_shares_its_entry(file: LoraFile, folder: Path, computed: list[set[int]]) -> None:
@@ -250,7 +260,7 @@ def test_only_the_latest_special_k_are_kept(file: LoraFile, folder: Path, monkey
     cache = ScoreCache(folder)
     for k in (3, 5, 6, 7, 9):
         cache.scores(file, {TO_Q: {k}})
-    assert cache.scores(file, {TO_Q: {9}})[TO_Q].sums.keys() == {*STANDARD_KS, 6, 7, 9}
+    assert cache.scores(file, {TO_Q: {9}})[TO_Q].sums.keys() == {*standard_ks(4), 6, 7, 9}
     assert cache.scores(file, {TO_Q: {3, 6}})[TO_Q].sums.keys() >= {3, 6}
 
 

@@ -27,7 +27,8 @@ OnScored = Callable[[int, int], None]
 """Hears how many modules have been scored, of how many."""
 
 SCORING_VERSION = 2
-STANDARD_KS = tuple(2**i for i in range(17))
+PARTNER_RANKS = tuple(2**i for i in range(8))
+"""The ranks, 1 to 128, of the LoRAs that a file may be fused with next without being scored again."""
 
 BLOCK_ENTRIES = 2**20
 SAMPLE_ENTRIES = 2**12
@@ -63,6 +64,11 @@ class ModuleScore:
 FileScores = dict[str, ModuleScore]
 
 
+def standard_ks(rank: int) -> tuple[int, ...]:
+    """The K = r_c·r_s (Eq. 5) of a module of this rank with partners of the usual ranks."""
+    return tuple(rank * partner for partner in PARTNER_RANKS)
+
+
 class Workspace:
     """The buffers of one block, reused from block to block and from module to module."""
 
@@ -78,7 +84,7 @@ class Workspace:
             self.above = np.zeros(size, dtype=np.bool_)
 
 
-def score_delta(delta: Delta, ks: Iterable[int] = STANDARD_KS, workspace: Workspace | None = None) -> ModuleScore:
+def score_delta(delta: Delta, ks: Iterable[int], workspace: Workspace | None = None) -> ModuleScore:
     """Score one module exactly, block of rows by block of rows (about a million entries each).
 
     Entries are fp32 and sums fp64 (the L1 and Frobenius sums of large modules to about 1e-8); ties do not matter. The

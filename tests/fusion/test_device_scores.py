@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from klora.errors import LoraValueError
 from klora.fusion import device_scores
 from klora.fusion.device_scores import full_precision, is_low_rank, score_low_rank, scores_on
-from klora.fusion.scores import STANDARD_KS, score_deltas
+from klora.fusion.scores import score_deltas, standard_ks
 from klora.lora.deltas import Delta
 from klora.lora.deltas.computed import FactorDelta
 from klora.lora.file import LoraFile
@@ -60,7 +60,7 @@ def test_they_are_those_of_the_cpu_however_modules_are_batched_and_rows_are_cut(
 def test_convolutions_and_half_precision_do_too(tmp_path: Path) -> None:
     shapes = {NAME: (96, 64), "down_blocks.0.resnets.0.conv1": (16, 8, 3, 3)}
     file = LoraFile.open(write_lora(tmp_path / "a.safetensors", shapes, rank=4, alpha=2.0, dtype=torch.float16))
-    wanted = {name: (delta, STANDARD_KS) for name, delta in file.modules.items()}
+    wanted = {name: (delta, standard_ks(delta.rank)) for name, delta in file.modules.items()}
     assert all(is_low_rank(delta) for delta, _ in wanted.values())
     expected = score_deltas(wanted)
     for name, score in score_low_rank(wanted, CPU).items():

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 
 from klora.errors import LoraValueError
 from klora.fusion import scores
-from klora.fusion.scores import STANDARD_KS, ModuleScore, Workspace, score_delta, score_deltas, top_k_sums
+from klora.fusion.scores import ModuleScore, Workspace, score_delta, score_deltas, standard_ks, top_k_sums
 from klora.lora.file import LoraFile
 from tests.support.lora_files import write_lora
 from tests.support.scoring import score_all
 
+KS = tuple(2**i for i in range(17))
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1."
 
 
@@ -127,10 +128,10 @@ def test_blockwise_is_the_full_top_k(kind: str, rows: int, columns: int, ks: set
 def test_a_matrix_of_real_size_is_scored_exactly(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     values = make(kind, 1280, 900, seed=1)
-    score = score_delta(Matrix(values))
-    assert tuple(score.sums) == STANDARD_KS
+    score = score_delta(Matrix(values), KS)
+    assert tuple(score.sums) == KS
     ordered = np.sort(values.abs().numpy().ravel())[::-1].astype(np.float64)
-    for k in STANDARD_KS:
+    for k in KS:
         assert score.sums[k] == pytest.approx(ordered[:k].sum(), rel=1e-12, abs=0)
     assert score.l1 == pytest.approx(ordered.sum(), rel=5e-7, abs=0)
     assert score.fro2 == pytest.approx(np.square(ordered).sum(), rel=5e-7, abs=0)
@@ -163,10 +164,10 @@ def test_prefix_sums_rise_and_flatten(kind: str, seed: int) -> None:
 @given(factor=st.floats(1e-4, 1e4), seed=st.integers(0, 2**16))
 def test_scores_scale_with_the_delta(factor: float, seed: int) -> None:
     values = make("low rank", 40, 60, seed)
-    one, other = score_delta(Matrix(values)), score_delta(Matrix(values * factor))
+    one, other = score_delta(Matrix(values), KS), score_delta(Matrix(values * factor), KS)
     assert other.l1 == pytest.approx(one.l1 * factor, rel=1e-5)
     assert other.fro2 == pytest.approx(one.fro2 * factor**2, rel=1e-5)
-    assert all(other.sums[k] == pytest.approx(one.sums[k] * factor, rel=1e-5) for k in STANDARD_KS)
+    assert all(other.sums[k] == pytest.approx(one.sums[k] * factor, rel=1e-5) for k in KS)
 
 
 def test_a_power_of_two_as_alpha_scales_scores_exactly(tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_a_power_of_two_as_alpha_scales_scores_exactly(tmp_path: Path) -> None:
 def test_ordinary_modules_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     delta = Matrix(make("low rank", 1280, 1280, seed=3))
-    score_delta(delta)
+    score_delta(delta, KS)
     assert delta.read == 1280
 
 
@@ -194,7 +195,7 @@ def test_a_first_block_unlike_the_rest_is_read_again_and_scored_exactly() -> Non
 
 def test_a_kernel_is_scored_as_its_flat_matrix() -> None:
     values = make("normal", 24, 90, seed=5)
-    flat, kernel = score_delta(Matrix(values)), score_delta(Matrix(values.view(24, 10, 3, 3)))
+    flat, kernel = score_delta(Matrix(values), KS), score_delta(Matrix(values.view(24, 10, 3, 3)), KS)
     assert kernel.shape == (24, 10, 3, 3)
     assert dataclasses.replace(kernel, shape=flat.shape) == flat
 
@@ -213,14 +214,14 @@ def test_k_beyond_the_module_is_everything() -> None:
 def test_runs_threads_and_used_buffers_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     delta, workspace = Matrix(make("low rank", 700, 900, seed=3)), Workspace()
-    first = score_delta(delta, workspace=workspace)
-    score_delta(Matrix(make("wide range", 1280, 900, seed=9)), workspace=workspace)
+    first = score_delta(delta, KS, workspace)
+    score_delta(Matrix(make("wide range", 1280, 900, seed=9)), KS, workspace)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        assert score_delta(delta, workspace=workspace) == first
+        assert score_delta(delta, KS, workspace) == first
         torch.set_num_threads(3)
-        assert score_delta(delta) == first
+        assert score_delta(delta, KS) == first
     finally:
         torch.set_num_threads(threads)
 
@@ -267,7 +268,7 @@ def test_a_product_beyond_fp32_is_an_error_too() -> None:
     delta = Matrix(torch.ones(2, 2))
     delta.rows = lambda start, stop, out: out.fill_(math.inf)  # type: ignore[method-assign]
     with pytest.raises(LoraValueError, match=r"made\.safetensors: module: .*too large"):
-        score_delta(delta)
+        score_delta(delta, KS)
 
 
 def test_k_below_one_is_refused() -> None:
@@ -285,4 +286,4 @@ def test_a_file_is_scored_at_the_standard_and_the_wanted_k(tmp_path: Path) -> No
     score = scored[ATTENTION + "to_k"]
     assert isinstance(score, ModuleScore)
     assert score.sums[72] == pytest.approx(brute_force(matrix, 72), rel=1e-6)
-    assert {*STANDARD_KS} <= score.sums.keys()
+    assert {*standard_ks(4)} <= score.sums.keys()
