@@ -97,13 +97,10 @@ class Pair:
             for name, delta in self.subject.modules.items()
             if name in self.style.modules and kind_of(name, delta.shape) in kinds
         }
-        before, total = len(self.subject.modules), len(self.subject.modules) + len(self.style.modules)
-        subject = self.cache.scores(
-            self.subject, wanted, device, on_scored and (lambda done, _: on_scored(done, total))
-        )
-        style = self.cache.scores(
-            self.style, wanted, device, on_scored and (lambda done, _: on_scored(before + done, total))
-        )
+        told = _Told(on_scored, len(self.subject.modules) + len(self.style.modules))
+        subject = self.cache.scores(self.subject, wanted, device, told.beyond(0))
+        style = self.cache.scores(self.style, wanted, device, told.beyond(len(self.subject.modules)))
+        told.finish()
         names = sorted({*self.subject.modules, *self.style.modules}, key=sort_key)
         plan = make_plan(
             (
@@ -134,6 +131,27 @@ class Pair:
             )
             for name in sorted({*self.subject.text_encoder, *self.style.text_encoder})
         }
+
+
+class _Told:
+    """Tells `on_scored` of both files as one, and in the end that all is done where some of it was known before."""
+
+    def __init__(self, on_scored: OnScored | None, total: int) -> None:
+        self._on_scored, self._total = on_scored, total
+        self._done = 0
+
+    def beyond(self, before: int) -> OnScored:
+        """What hears of a file, whose modules come after `before` others."""
+        return lambda done, _: self._tell(before + done)
+
+    def finish(self) -> None:
+        if 0 < self._done < self._total:
+            self._tell(self._total)
+
+    def _tell(self, done: int) -> None:
+        self._done = done
+        if self._on_scored:
+            self._on_scored(done, self._total)
 
 
 def _key(modules: Mapping[str, Delta], name: str) -> str | None:

@@ -112,6 +112,14 @@ def test_a_plan_is_made_once_for_the_same_settings(tmp_path: Path, cache: ScoreC
     assert pair.plan(Settings()) == plan
 
 
+def test_a_scoring_of_which_a_part_was_known_is_told_to_its_end(tmp_path: Path, cache: ScoreCache) -> None:
+    pair, heard = Pair.open(*write_pair(tmp_path), cache), []
+    cache.scores(pair.style)
+    pair.plan(Settings(), on_scored=lambda done, total: heard.append(done / total))
+    assert heard == sorted(heard)
+    assert heard[-1] == 1.0
+
+
 def test_the_scoring_of_both_files_is_told_as_one(tmp_path: Path, cache: ScoreCache) -> None:
     pair, heard = Pair.open(*write_pair(tmp_path), cache), []
     pair.plan(Settings(), on_scored=lambda *args: heard.append(args))

@@ -35,7 +35,7 @@ def need(what: str, *modules: str) -> None:
 
 
 def scoring_bar() -> Callable[[int, int], None]:
-    """A bar on the terminal for modules that are being scored; it appears with the first one."""
+    """Bars on the terminal for the modules of pairs that are being scored; each appears with its first module."""
     from tqdm import tqdm
 
     bars: list[tqdm] = []
@@ -45,7 +45,7 @@ def scoring_bar() -> Callable[[int, int], None]:
             bars.append(tqdm(total=total, desc="scoring new files", unit="module", leave=False, disable=None))
         bars[0].update(done - bars[0].n)
         if done == total:
-            bars[0].close()
+            bars.pop().close()
 
     return hear
 

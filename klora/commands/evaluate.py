@@ -8,7 +8,7 @@ import dataclasses
 from functools import partial
 from typing import TYPE_CHECKING
 
-from klora.commands.console import need
+from klora.commands.console import need, scoring_bar
 from klora.commands.demo import fill_in_demo_model
 from klora.commands.options import (
     MODEL,
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     from klora.evaluation.run import evaluate_study
 
     with quick:
-        for line in evaluate_study(_evaluation(args, settings)):
+        for line in evaluate_study(_evaluation(args, settings), scoring_bar()):
             print(line, flush=True)
 
 

@@ -22,6 +22,7 @@ from klora.evaluation.records import PictureFiles, Record, digest_of
 from klora.evaluation.study import StudyPair
 from klora.evaluation.table import markdown, picture_lines, summarise, summary_lines
 from klora.evaluation.teaching import SIDES, Teaching
+from klora.fusion.scores import OnScored
 from klora.generation.generate import generate
 from klora.generation.methods import Method
 from klora.generation.pipeline import call_arguments, choose_device, choose_dtype, model_name, open_pipeline
@@ -69,9 +70,10 @@ class Batch(NamedTuple):
     seeds: tuple[int, ...]
 
 
-def evaluate_study(asked: Evaluation) -> Iterator[str]:
+def evaluate_study(asked: Evaluation, on_scored: OnScored | None = None) -> Iterator[str]:
     """Generate and score what is not on disk yet, then write the tables and say where (the first process only).
 
+    `on_scored` hears how many modules of a pair of LoRAs have been scored, of how many (in the first process only).
     Raises KloraError for a model, a file or a setting that does not do, and where no method runs.
     """
     for pair in asked.pairs:
@@ -80,7 +82,7 @@ def evaluate_study(asked: Evaluation) -> Iterator[str]:
     state = _process_state(asked.request.device)
     device = str(state.device) if state.num_processes > 1 else choose_device(asked.request.device)
     asked = dataclasses.replace(asked, request=dataclasses.replace(asked.request, device=device))
-    worker = _Worker(asked, asked.scorer(device))
+    worker = _Worker(asked, asked.scorer(device), on_scored if state.is_main_process else None)
     with state.split_between_processes(list(itertools.product(asked.pairs, asked.methods, asked.seeds))) as mine:
         worker.run(_batches(mine), show=state.is_main_process)
     state.wait_for_everyone()
@@ -115,8 +117,8 @@ def _gathered(state: Any, worker: _Worker) -> tuple[list[Record], dict[str, str]
 class _Worker:
     """One process at work. The model is loaded when the first picture is to be generated, if there is one."""
 
-    def __init__(self, asked: Evaluation, scorer: Scorer) -> None:
-        self.asked, self.scorer = asked, scorer
+    def __init__(self, asked: Evaluation, scorer: Scorer, on_scored: OnScored | None) -> None:
+        self.asked, self.scorer, self._on_scored = asked, scorer, on_scored
         self.records: list[Record] = []
         self.left_out: dict[str, str] = {}
         self._pipe: Any = None
@@ -153,7 +155,8 @@ class _Worker:
             self._pipe = open_pipeline(request)
             self._pipe.set_progress_bar_config(disable=True)
             call_arguments(self._pipe, request)
-        pictures = generate(self._pipe, request, [files.seed for files in wanted], lambda *_: None)
+        seeds = [files.seed for files in wanted]
+        pictures = generate(self._pipe, request, seeds, lambda *_: None, self._on_scored)
         with closing(pictures):
             for files in wanted:
                 try:

@@ -249,6 +249,18 @@ def until(true: Callable[[], bool], seconds: float = 300) -> None:
         time.sleep(0.02)
 
 
+def test_the_scoring_of_new_files_is_told(
+    words: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[tuple[int, int]] = []
+    monkeypatch.setattr("klora.commands.evaluate.scoring_bar", lambda: lambda *count: heard.append(count))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    argv = [*words, "--policies", "k-lora", "--seeds", "1", "--out", str(tmp_path)]
+    assert cli.main(argv) == 0
+    totals = [total for done, total in heard if done == total]
+    assert len(totals) == 2  # a pair each, of which the second has a subject that is known
+
+
 def test_accelerate_shares_the_work_out(done: Path, words: tuple[str, ...], tmp_path: Path) -> None:
     launch = ("accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1")
     options = ("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "klora")
