@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 from klora.hosts.a1111 import A1111Host
@@ -12,3 +13,11 @@ from klora.hosts.webui_host import WebuiHost
 def host_of(sd_model: Any) -> WebuiHost:
     """See a loaded model as a host."""
     return ForgeHost(sd_model) if hasattr(sd_model, "forge_objects") else A1111Host(sd_model)
+
+
+def loaded_host() -> WebuiHost | None:
+    """The model that the next picture is made with, as a host; None where it is not loaded yet, which stays so."""
+    data = importlib.import_module("modules.sd_models").model_data
+    # Forge and Neo load what has been chosen for the next picture; till then the last one is there, or a stand-in.
+    waits = hasattr(data, "forge_hash") and data.forge_hash != str(data.forge_loading_parameters)
+    return None if waits or data.sd_model is None else host_of(data.sd_model)

@@ -19,7 +19,9 @@ from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
 from klora.hosts.host_text_encoder import TextPart
 from klora.hosts.ldm_sites import Weights, is_flux_model, weights_by_host, weights_by_rule
+from klora.lora.file import check_model
 from klora.lora.model_index import ModelIndex
+from klora.pair import Pair
 
 
 class WebuiHost(ABC):
@@ -67,6 +69,14 @@ class WebuiHost(ABC):
         """The names under which files may mean the diffusion model's modules."""
         shapes = {name: site.shape for name, site in self._weights.sites.items()}
         return ModelIndex(shapes, self._weights.aliases, self.architecture)
+
+    def fit(self, pair: Pair) -> Pair:
+        """The pair under the names of the loaded model; MismatchError where one of its files is for another model."""
+        pair = pair.for_model(self.index)
+        shapes = {name: site.shape for name, site in self.sites().items()}
+        for file in (pair.subject, pair.style):
+            check_model(file, shapes, self.model_name)
+        return pair
 
     @cached_property
     def _weights(self) -> Weights:

@@ -17,7 +17,7 @@ from klora.hosts.webui_schedule import schedule_of
 from klora.webui.attached_sessions import AttachedSessions
 from klora.webui.injection import PLANS
 from klora.webui.lora_tags import add_hashes
-from klora.webui.messages import comment, fail, logger, named_by, reason_of
+from klora.webui.messages import ABSENT, comment, fail, left_out, logger, named_by, reason_of
 from klora.webui.options import reference_folder
 from klora.webui.requested_fusion import RequestedFusion
 
@@ -126,12 +126,9 @@ class ActiveFusion:
         )
         for warning in session.plan.warnings:
             comment(self.p, warning)
-        for left_out, what in (
-            (session.missing, "modules are not in the model"),
-            (coverage.unmatched, "keys are unknown"),
-        ):
-            if left_out:
-                comment(self.p, f"{len(left_out)} of the LoRAs' {what}, such as {left_out[0]}; they do nothing")
+        for names, what in ((session.missing, ABSENT), (coverage.unmatched, "keys are unknown")):
+            if names:
+                comment(self.p, left_out(names, what))
 
     def _note_decisions(self, session: Session) -> None:
         """Put what was decided while sampling in the place of the plan that could not know it."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from klora.errors import KloraError
 from klora.webui.analysis_page import View, page, rule_line
 from klora.webui.args import FusionRequest
-from klora.webui.messages import named_by, scoring_shown
+from klora.webui.messages import ABSENT, left_out, named_by, scoring_shown
 from klora.webui.options import score_cache
 from klora.webui.prompt_tag import Tag
 
@@ -23,16 +23,38 @@ if TYPE_CHECKING:
 
 
 def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
-    """Open the two files, which the host must list, and decide; KloraError where that is impossible."""
+    """Open the two files, which the host must list, and decide as for the next picture with the loaded model.
+
+    Where none is loaded, or the pair is for another, which the warnings then say, modules go by the files' own names.
+    Raises KloraError where the files do not go together.
+    """
     from klora.hosts.lora_library import Library
     from klora.pair import PAIRS
 
     names = Library()
     subject, style = (names.find(name).path for name in (request.subject, request.style))
     with named_by(subject, style):
-        pair = PAIRS.open(subject, style, score_cache())
+        pair, warnings = _in_loaded_model(PAIRS.open(subject, style, score_cache()))
         with scoring_shown(request.subject, request.style) as on_scored:
-            return pair, pair.plan(request.settings, on_scored=on_scored)
+            plan = pair.plan(request.settings, on_scored=on_scored)
+        return pair, dataclasses.replace(plan, warnings=(*plan.warnings, *warnings))
+
+
+def _in_loaded_model(pair: Pair) -> tuple[Pair, list[str]]:
+    """The pair under the names of the loaded model, if any, and what of it does not fit that model."""
+    from klora.hosts.loaded_model import loaded_host
+
+    host = loaded_host()
+    if host is None:
+        return pair, []
+    try:
+        with named_by(pair.subject.path, pair.style.path):
+            pair = host.fit(pair)
+    except KloraError as error:
+        return pair, [str(error)]
+    sites = host.sites()
+    absent = [name for name in {**pair.subject.modules, **pair.style.modules} if name not in sites]
+    return pair, [left_out(absent, ABSENT)] if absent else []
 
 
 def analyse(request: FusionRequest, view: View) -> tuple[str, str]:

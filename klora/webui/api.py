@@ -71,7 +71,7 @@ class UnknownLoraError(KloraError):
 def analysis(body: Any) -> dict[str, Any]:
     """What `klora analyze --json` writes, for LoRAs that the host lists, without their folders.
 
-    With "picture" the PNG in base64.
+    With the plan's warnings, and with "picture" the PNG in base64.
 
     Raises SettingsError, UnknownLoraError, or KloraError for files that do not go together.
     """
@@ -91,6 +91,7 @@ def analysis(body: Any) -> dict[str, Any]:
         found = document(pair, plan, overlap_of(pair, plan))
     for side, path in files.items():
         found[side]["file"] = path.name
+    found["warnings"] = list(plan.warnings)
     if picture:
         buffer = io.BytesIO()
         draw(plan, f"{request.subject} × {request.style}").save(buffer, "PNG")

@@ -12,7 +12,6 @@ from klora.fusion.policies import make_policy, resolve
 from klora.fusion.policies.base import WEBUI
 from klora.hosts.loaded_model import host_of
 from klora.hosts.lora_library import Library
-from klora.lora.file import check_model
 from klora.pair import PAIRS
 from klora.webui.active_fusion import ActiveFusion
 from klora.webui.attached_sessions import AttachedSessions
@@ -76,11 +75,8 @@ def make_extra_network() -> Any:
         def _check(self, p: Any, fusion: RequestedFusion) -> None:
             shared = importlib.import_module("modules.shared")
             host = host_of(shared.sd_model)
+            # Refused here, and not at the first evaluation, so that the text encoder is left alone too.
             fusion = fusion.for_model(host)
-            # Here, and not at the first evaluation, so that the text encoder is left alone too.
-            shapes = {name: site.shape for name, site in host.sites().items()}
-            for file in (fusion.pair.subject, fusion.pair.style):
-                check_model(file, shapes, host.model_name)
             with scoring_shown(fusion.tag.subject, fusion.tag.style) as on_scored:
                 plan = fusion.plan(host.device, on_scored=on_scored).with_steps(p.steps)
             p.extra_generation_params.update(to_infotext(plan.settings, fusion.tag.settings, plan.share))

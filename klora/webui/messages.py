@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from klora.fusion.scores import OnScored
 
 logger = logging.getLogger("klora")
+ABSENT = "modules are not in the model"
 
 
 def comment(p: Any, text: str) -> None:
@@ -29,6 +30,11 @@ def fail(p: Any, reason: str, outcome: str = "not applied") -> None:
     """Say under the image, in the console and in the image's text why K-LoRA did not run, or not to the end."""
     comment(p, f"{outcome}: {reason}")
     p.extra_generation_params["K-LoRA error"] = reason.replace("\n", " ")
+
+
+def left_out(names: Sequence[str], what: str) -> str:
+    """Say that some of what is in the files does nothing."""
+    return f"{len(names)} of the LoRAs' {what}, such as {names[0]}; they do nothing"
 
 
 @contextmanager

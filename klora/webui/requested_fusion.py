@@ -42,8 +42,8 @@ class RequestedFusion:
         return parts
 
     def for_model(self, host: WebuiHost) -> RequestedFusion:
-        """The same with the pair's modules under the names of a loaded model."""
-        return dataclasses.replace(self, pair=self.pair.for_model(host.index))
+        """The same under the names of a loaded model; MismatchError where a file is for another."""
+        return dataclasses.replace(self, pair=host.fit(self.pair))
 
     def plan(self, device: torch.device, hires: bool = False, on_scored: OnScored | None = None) -> FusionPlan:
         """Decide for one pass; the pass that `passes` leaves out applies the pair as two plain LoRAs.

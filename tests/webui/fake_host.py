@@ -85,6 +85,20 @@ class OnDisk:
         self.name, self.filename = path.stem, str(path)
 
 
+class ModelData:
+    """modules.sd_models.model_data: what is loaded; Forge also has what is to be loaded for the next picture."""
+
+    def __init__(self, host: FakeHost) -> None:
+        self._host = host
+        if host.family == "forge":
+            self.forge_loading_parameters = {"checkpoint": "base"}
+            self.forge_hash = str(self.forge_loading_parameters)
+
+    @property
+    def sd_model(self) -> Any:
+        return self._host.sd_model
+
+
 class FakeHost:
     """One running WebUI, of `family` a1111, forge, reforge or classic, with the LoRA files of a folder."""
 
@@ -297,6 +311,7 @@ def _modules(host: FakeHost) -> Iterator[types.ModuleType]:
     shared.cmd_opts = types.SimpleNamespace(no_hashing=False)  # type: ignore[attr-defined]
     yield module("modules", __path__=[])
     yield shared
+    yield module("modules.sd_models", model_data=ModelData(host))
     yield module("modules.paths", data_path=str(host.folder))
     yield host.callbacks
     yield module("modules.sd_samplers_common", setup_img2img_steps=setup_img2img_steps)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from klora.errors import KloraError
+from klora.fusion.plan import FusionPlan
 from klora.webui import analysis, api
 from klora.webui.args import read_values
+from klora.webui.injection import PLANS
 from tests.support.lora_files import write_lora
 from tests.support.pairs import ATTENTION, shapes
 from tests.webui.fake_host import FakeHost
+from tests.webui.fake_model import Checkpoint
 from tests.webui.hosts import host
 
 __all__ = ["host"]
@@ -56,3 +62,54 @@ def test_the_host_s_temporary_folder_is_there_for_the_map(host: FakeHost) -> Non
     host.opts.temp_dir = str(host.folder / "new" / "tmp")
     analysis.gallery_map(analysis.plan_of(read_values(PAIR))[1], None)
     assert Path(host.opts.temp_dir).is_dir()
+
+
+@pytest.fixture
+def stray(host: FakeHost) -> FakeHost:
+    """The host with a module in `ink` that fits no table, so that the file alone does not tell its model."""
+    tensors = load_file(host.folder / "ink.safetensors")
+    tensors |= {
+        "lora_unet_stray.lora_down.weight": torch.ones(2, 32),
+        "lora_unet_stray.lora_up.weight": torch.ones(32, 2),
+    }
+    save_file(tensors, host.folder / "ink.safetensors")
+    return host
+
+
+def names(plan: FusionPlan) -> set[str]:
+    return {module.name for module in plan.contested}
+
+
+def test_an_analysis_says_what_the_picture_with_the_loaded_model_will_do(stray: FakeHost) -> None:
+    picture = stray.txt2img("a dog <klora:dog:ink>")
+    (made,) = getattr(picture.p, PLANS)
+    _, plan = analysis.plan_of(read_values(PAIR))
+    assert names(plan) == names(made) >= set(ATTENTION)
+    assert plan.with_steps(made.steps).selections == made.selections
+    (warning,) = plan.warnings
+    assert warning == "1 of the LoRAs' modules are not in the model, such as stray; they do nothing"
+    assert f"K-LoRA: {warning}" in picture.comments
+    assert api.analysis(PAIR)["warnings"] == [warning]
+
+
+def test_without_a_loaded_model_an_analysis_goes_by_the_files_and_loads_none(stray: FakeHost) -> None:
+    stray.sd_model = None
+    _, plan = analysis.plan_of(read_values(PAIR))
+    assert names(plan) >= {name.replace(".", "_") for name in ATTENTION}
+    assert plan.warnings == ()
+
+
+@pytest.mark.parametrize("host", ["forge"], indirect=True)
+def test_a_model_that_another_is_about_to_replace_is_not_analysed_with(stray: FakeHost) -> None:
+    sys.modules["modules.sd_models"].model_data.forge_loading_parameters = {"checkpoint": "other"}
+    assert "stray" in analysis.plan_of(read_values(PAIR))[0].style.modules
+    assert names(analysis.plan_of(read_values(PAIR))[1]).isdisjoint(ATTENTION)
+
+
+def test_a_pair_for_another_model_than_the_loaded_one_is_analysed_with_a_warning(host: FakeHost) -> None:
+    host.sd_model = Checkpoint(host.family, "other", 2, "SDXL", ["mid_block.attentions.0.proj_in"])
+    _, plan = analysis.plan_of(read_values(PAIR))
+    assert names(plan) >= set(ATTENTION)
+    (warning,) = plan.warnings
+    assert warning.startswith("dog.safetensors is for ")
+    assert "zero modules matched in the SDXL checkpoint other" in warning
