@@ -1,9 +1,9 @@
 """What K-LoRA costs on a GPU: `python -m bench.gpu`.
 
-Blocks of SD 1.5, SDXL and FLUX with random weights are run in turns: without a LoRA, with one LoRA merged, with hooks
-of which none acts (what Python costs), with K-LoRA whose products are made one by one, and with those of modules of
-one input joined (what is done on a GPU). Scores are computed on the CPU and on the device; sessions are made anew and
-again.
+Blocks of SD 1.5, SDXL and FLUX (single and double) with random weights are run in turns: without a LoRA, with one LoRA
+merged, with hooks of which none acts (what Python costs), with K-LoRA whose products are made one by one, and with
+those of modules of one input joined (what is done on a GPU). Scores are computed on the CPU and on the device; sessions
+are made anew and again. `--device cpu --shrink 99 --pixels 64` tries it where there is no GPU.
 Prints JSON to be kept with the results, and a table.
 """
 
@@ -14,14 +14,14 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
 from bench.machine import describe_machine
@@ -36,7 +36,22 @@ from klora.pair import Pair
 from klora.settings import Settings
 
 STEPS = 30
+FLUX_TEXT = 512
+FLUX_BLOCKS = {
+    "flux": (FluxSingleTransformerBlock, "single_transformer_blocks"),
+    "flux-double": (FluxTransformerBlock, "transformer_blocks"),
+}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+class Heads(NamedTuple):
+    """The attention heads of a block."""
+
+    count: int
+    width: int
+
+
+HEADS = {"sd15": Heads(8, 40), "sdxl": Heads(20, 64), "flux": Heads(24, 128), "flux-double": Heads(24, 128)}
 
 
 class Blocks(NamedTuple):
@@ -62,31 +77,44 @@ class Blocks(NamedTuple):
         }
 
 
-def make_blocks(model: str, depth: int, batch: int, pixels: int, device: torch.device, dtype: torch.dtype) -> Blocks:
-    """The blocks that most of a model's time goes into: sd15 (320 channels), sdxl (1280), flux (single blocks)."""
+def make_blocks(
+    model: str, depth: int, batch: int, pixels: int, device: torch.device, dtype: torch.dtype, shrink: int = 1
+) -> Blocks:
+    """The blocks that most of a model's time goes into: the widest of SD 1.5 or SDXL, or either kind of FLUX.
+
+    They have `shrink` times fewer heads than the model's, at least one.
+    """
     torch.manual_seed(0)
+    heads = max(1, HEADS[model].count // shrink)
+    make = _flux_blocks if model.startswith("flux") else _unet_blocks
     with torch.device(device):
-        if model == "flux":
-            made = nn.ModuleList(FluxSingleTransformerBlock(3072, 24, 128) for _ in range(depth))
-            tokens = (pixels // 16) ** 2
-            angles = torch.randn(tokens + 512, 128)
-            x = torch.randn(batch, tokens, 3072, dtype=dtype)
-            others: dict[str, Any] = {
-                "encoder_hidden_states": torch.randn(batch, 512, 3072, dtype=dtype),
-                "temb": torch.randn(batch, 3072, dtype=dtype),
-                "image_rotary_emb": (angles.cos(), angles.sin()),
-            }
-            path = "single_transformer_blocks"
-        else:
-            width, heads, side, context = (320, 8, 8, 768) if model == "sd15" else (1280, 20, 32, 2048)
-            made = nn.ModuleList(
-                BasicTransformerBlock(width, heads, width // heads, cross_attention_dim=context) for _ in range(depth)
-            )
-            # Guidance doubles the batch.
-            x = torch.randn(2 * batch, (pixels // side) ** 2, width, dtype=dtype)
-            others = {"encoder_hidden_states": torch.randn(2 * batch, 77, context, dtype=dtype)}
-            path = "mid_block.attentions.0.transformer_blocks"
-    return Blocks(path, made.to(dtype).eval().requires_grad_(False), (x, others))
+        blocks = make(model, depth, batch, pixels, heads, heads * HEADS[model].width, dtype)
+    blocks.blocks.to(dtype).eval().requires_grad_(False)
+    return blocks
+
+
+def _unet_blocks(model: str, depth: int, batch: int, pixels: int, heads: int, width: int, dtype: torch.dtype) -> Blocks:
+    side, context = (8, 768) if model == "sd15" else (32, 2048)
+    made = nn.ModuleList(
+        BasicTransformerBlock(width, heads, width // heads, cross_attention_dim=context) for _ in range(depth)
+    )
+    # Guidance doubles the batch.
+    x = torch.randn(2 * batch, (pixels // side) ** 2, width, dtype=dtype)
+    others = {"encoder_hidden_states": torch.randn(2 * batch, 77, context, dtype=dtype)}
+    return Blocks("mid_block.attentions.0.transformer_blocks", made, (x, others))
+
+
+def _flux_blocks(model: str, depth: int, batch: int, pixels: int, heads: int, width: int, dtype: torch.dtype) -> Blocks:
+    kind, path = FLUX_BLOCKS[model]
+    made = nn.ModuleList(kind(width, heads, width // heads) for _ in range(depth))
+    tokens = (pixels // 16) ** 2
+    angles = torch.randn(tokens + FLUX_TEXT, width // heads)
+    others = {
+        "encoder_hidden_states": torch.randn(batch, FLUX_TEXT, width, dtype=dtype),
+        "temb": torch.randn(batch, width, dtype=dtype),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
+    }
+    return Blocks(path, made, (torch.randn(batch, tokens, width, dtype=dtype), others))
 
 
 def synchronised(device: torch.device, function: Callable[[], Any]) -> float:
@@ -172,19 +200,20 @@ def scoring(pair: Pair, device: torch.device, folder: Path) -> dict[str, float]:
     return {**{f"scoring on {where}": value for where, value in seconds.items()}, "difference": max(differences)}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="What K-LoRA costs on a GPU.")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--models", nargs="+", choices=("sd15", "sdxl", "flux"), default=["sd15", "sdxl", "flux"])
+    parser.add_argument("--models", nargs="+", choices=tuple(HEADS), default=list(HEADS))
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["fp16", "bf16"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 32, 128])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="pictures at once")
     parser.add_argument("--pixels", type=int, default=1024, help="side of the square pictures (half of it for sd15)")
     parser.add_argument("--depth", type=int, default=10, help="blocks in a row")
+    parser.add_argument("--shrink", type=int, default=1, help="times fewer heads, to try the benchmark on a CPU (1)")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--json", type=Path, help="where to keep the results")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.exit(1, "bench.gpu: there is no GPU here; run it where there is one, or try it with --device cpu\n")
@@ -201,7 +230,7 @@ def main() -> None:
         for batch in options.batches
     ):
         pixels = options.pixels // 2 if model == "sd15" else options.pixels
-        blocks = make_blocks(model, options.depth, batch, pixels, device, DTYPES[dtype])
+        blocks = make_blocks(model, options.depth, batch, pixels, device, DTYPES[dtype], options.shrink)
         with tempfile.TemporaryDirectory() as folder:
             shapes = {name: tuple(layer.weight.shape) for name, layer in blocks.linears().items()}
             files = [write_lora(Path(folder) / f"{i}.safetensors", shapes, rank, i) for i in (1, 2)]
