@@ -92,10 +92,11 @@ class Pair:
     def _plan(self, settings: Settings, device: torch.device | None, on_scored: OnScored | None) -> FusionPlan:
         settings = resolve(settings, self.architecture)
         kinds = KINDS_IN_SCOPE[settings.scope]
+        kind = self.model.kind_of if self.model else kind_of
         wanted = {
             name: {wanted_k(settings, delta.rank, self.style.modules[name].rank, delta.shape)}
             for name, delta in self.subject.modules.items()
-            if name in self.style.modules and kind_of(name, delta.shape) in kinds
+            if name in self.style.modules and kind(name, delta.shape) in kinds
         }
         told = _Told(on_scored, len(self.subject.modules) + len(self.style.modules))
         subject = self.cache.scores(self.subject, wanted, device, told.beyond(0))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from klora.lora.names import resolve, spellings
+from klora.lora.names import Kind, kind_of, resolve, spellings
 from klora.lora.renames import renamed
 from klora.lora.text_names import t5_path
 
@@ -44,9 +44,12 @@ class ModelIndex:
         self.architecture = architecture
         self._translate = translate
         self._t5 = {path: name for name in text_encoder if (path := t5_path(name))}
-        self._names: dict[str, tuple[str, ...]] = {flat(other): (name,) for name in shapes for other in renamed(name)}
-        self._names |= {flat(alias): tuple(names) for alias, names in (aliases or {}).items()}
-        self._names |= {flat(name): (name,) for name in shapes}
+        known = {alias: tuple(names) for alias, names in (aliases or {}).items()} | {name: (name,) for name in shapes}
+        self._names = {flat(other): names for name, names in known.items() for other in renamed(name)}
+        self._names |= {flat(name): names for name, names in known.items()}
+        self._attention = {
+            names[0] for alias, names in (aliases or {}).items() if len(names) == 1 and kind_of(alias) == "attention"
+        }
 
     def locate(self, file: Mapping[str, Shape]) -> dict[str, tuple[Place, ...]]:
         """Where the weights of a file, whose shapes go by its own prefixes, act; without what the model does not have.
@@ -75,6 +78,10 @@ class ModelIndex:
     def text_name(self, name: str) -> str:
         """A text encoder's module by the model's own count: the T5 is the first, second or third of its encoders."""
         return self._t5.get(t5_path(name), name)
+
+    def kind_of(self, name: str, shape: Shape) -> Kind:
+        """What a module is by any of its names: rows of `linear1` are attention where the host calls them `to_q`."""
+        return "attention" if name in self._attention else kind_of(name, shape)
 
     def _split(self, names: tuple[str, ...]) -> Iterable[Place]:
         if len(names) == 1:

@@ -1,15 +1,15 @@
 """Modules that a model's original code and diffusers call otherwise, where neither a host's map nor a rule has both.
 
-Each entry has two names, in diffusers and in the original code: `PARTS` of dotted paths, of Wan, Chroma, Z-Image or
-Lumina 2; `PATHS` of Anima (in diffusers Cosmos Predict 2) as a whole, where # stands for a block's number.
+Each entry has two names, in diffusers and in the original code: `ENDINGS` of dotted paths, in Wan, Chroma, Z-Image,
+Lumina 2 and FLUX.2; whole `PATHS` of Anima (in diffusers Cosmos Predict 2), where # stands for a block's number.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-PARTS = (
+ENDINGS = (
     *((f"attn1.to_{leaf}", f"self_attn.{leaf}") for leaf in "qkv"),
     *((f"attn2.to_{leaf}", f"cross_attn.{leaf}") for leaf in "qkv"),
     ("attn1.to_out.0", "self_attn.o"),
@@ -29,6 +29,18 @@ PARTS = (
     ("attention.to_out.0", "attention.out"),
     ("attn.to_out.0", "attention.out"),
     *((f"feed_forward.linear_{number}", f"feed_forward.w{number}") for number in (1, 2, 3)),
+    *((f"attn.to_{leaf}", f"attention.to_{leaf}") for leaf in "qkv"),
+    ("norm1.linear", "adaLN_modulation.1"),
+    ("time_caption_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+    ("time_caption_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+    ("time_caption_embed.caption_embedder.1", "cap_embedder.1"),
+    ("norm_out.linear_1", "final_layer.adaLN_modulation.1"),
+    ("time_guidance_embed.timestep_embedder.linear_1", "time_in.in_layer"),
+    ("time_guidance_embed.timestep_embedder.linear_2", "time_in.out_layer"),
+    ("time_guidance_embed.guidance_embedder.linear_1", "guidance_in.in_layer"),
+    ("time_guidance_embed.guidance_embedder.linear_2", "guidance_in.out_layer"),
+    *((f"{name}.linear", f"{name}.lin") for name in ("double_stream_modulation_img", "double_stream_modulation_txt")),
+    ("single_stream_modulation.linear", "single_stream_modulation.lin"),
 )
 
 _ATTENTION = {"to_q": "q_proj", "to_k": "k_proj", "to_v": "v_proj", "to_out.0": "output_proj"}
@@ -52,17 +64,27 @@ PATHS = {
     "norm_out.linear_2": "final_layer.adaln_modulation.2",
     "proj_out": "final_layer.linear",
 }
-_OTHER_PATHS = PATHS | {theirs: ours for ours, theirs in PATHS.items()}
 _BLOCK_NUMBER = re.compile(r"(?<=blocks\.)[0-9]+(?=\.)")
 
 
+def _both_ways(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    others: dict[str, list[str]] = {}
+    for ours, theirs in pairs:
+        others.setdefault(ours, []).append(theirs)
+        others.setdefault(theirs, []).append(ours)
+    return others
+
+
+_OTHER_ENDINGS = _both_ways(ENDINGS)
+_OTHER_PATHS = _both_ways(PATHS.items())
+
+
 def renamed(path: str) -> Iterator[str]:
-    """What a path is called where it, or any one part of it, has its other name."""
+    """What else a path is called, as a whole or with another ending."""
     number = _BLOCK_NUMBER.search(path)
-    if other := _OTHER_PATHS.get(_BLOCK_NUMBER.sub("#", path)):
+    for other in _OTHER_PATHS.get(_BLOCK_NUMBER.sub("#", path), ()):
         yield other.replace("#", number[0]) if number else other
-    whole = f".{path}."
-    for ours, theirs in PARTS:
-        for one, other in ((ours, theirs), (theirs, ours)):
-            if f".{one}." in whole:
-                yield whole.replace(f".{one}.", f".{other}.")[1:-1]
+    starts = [0, *(place + 1 for place, character in enumerate(path) if character == ".")]
+    for start in starts:
+        for other in _OTHER_ENDINGS.get(path[start:], ()):
+            yield path[:start] + other

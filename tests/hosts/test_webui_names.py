@@ -17,7 +17,7 @@ from klora.cache import ScoreCache
 from klora.engine.session import Session
 from klora.hosts.loaded_model import host_of
 from klora.hosts.webui_host import WebuiHost
-from klora.lora.model_index import ModelIndex, Place
+from klora.lora.model_index import ModelIndex, Place, slice_name
 from klora.pair import Pair
 from klora.settings import Settings
 
@@ -206,3 +206,58 @@ def test_anima_is_found_under_the_names_of_its_original_code_and_of_diffusers(na
                 assert index.find(prefix, (SIZE, SIZE)) == (Place(name),)
     for stranger in ("blocks.2.self_attn.q_proj", "blocks.1.attn1.to_q", "blocks.1.self_attn.q"):
         assert index.find(f"diffusion_model.{stranger}", (SIZE, SIZE)) is None
+
+
+def test_a_part_of_a_weight_is_attention_where_the_host_calls_it_so(tmp_path: Path) -> None:
+    block, parts = "single_blocks.0.linear1", [(i * SIZE, (i + 1) * SIZE) for i in range(4)]
+    slices = [slice_name(block, rows) for rows in parts]
+    leaves = [*(f"attn.to_{leaf}" for leaf in "qkv"), "proj_mlp"]
+    aliases = {block: slices}
+    for leaf, name in zip(leaves, slices, strict=True):
+        aliases[f"transformer.single_transformer_blocks.0.{leaf}"] = [name]
+    files = [
+        write(tmp_path / f"{seed}.safetensors", {f"diffusion_model.{block}": (4 * SIZE, SIZE)}, seed) for seed in (1, 2)
+    ]
+    pair = Pair.open(*files, ScoreCache(tmp_path / "cache"))
+    pair = pair.for_model(ModelIndex(dict.fromkeys(slices, (SIZE, SIZE)), aliases))
+    assert [module.name for module in pair.plan(Settings(scope="attention")).contested] == slices[:3]
+    assert [module.name for module in pair.plan(Settings(scope="linear")).contested] == slices
+
+
+LUMINA2 = {
+    "layers.0.attention.qkv[0:8]": "layers.0.attn.to_q",
+    "layers.0.attention.qkv[8:12]": "layers.0.attn.to_k",
+    "layers.0.attention.qkv[12:16]": "layers.0.attn.to_v",
+    "layers.0.attention.out": "layers.0.attn.to_out.0",
+    "layers.0.feed_forward.w1": "layers.0.feed_forward.linear_1",
+    "layers.0.adaLN_modulation.1": "layers.0.norm1.linear",
+    "t_embedder.mlp.0": "time_caption_embed.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "time_caption_embed.timestep_embedder.linear_2",
+    "cap_embedder.1": "time_caption_embed.caption_embedder.1",
+    "final_layer.adaLN_modulation.1": "norm_out.linear_1",
+}
+
+
+def test_lumina_2_is_found_under_its_names_in_diffusers_though_the_host_has_those_of_z_image_alone() -> None:
+    aliases = {f"layers.0.attention.to_{leaf}": [name] for leaf, name in zip("qkv", LUMINA2, strict=False)}
+    index = ModelIndex(dict.fromkeys(LUMINA2, (SIZE, SIZE)), aliases)
+    for name, other in LUMINA2.items():
+        for prefix in (f"transformer.{other}", f"lora_transformer_{other.replace('.', '_')}"):
+            assert index.find(prefix, (SIZE, SIZE)) == (Place(name),)
+
+
+FLUX2 = {
+    "time_in.in_layer": "time_guidance_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_guidance_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_guidance_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_guidance_embed.guidance_embedder.linear_2",
+    "double_stream_modulation_img.lin": "double_stream_modulation_img.linear",
+    "double_stream_modulation_txt.lin": "double_stream_modulation_txt.linear",
+    "single_stream_modulation.lin": "single_stream_modulation.linear",
+}
+
+
+def test_what_the_host_s_map_of_flux_2_leaves_out_is_found_under_its_names_in_diffusers() -> None:
+    index = ModelIndex(dict.fromkeys(FLUX2, (SIZE, SIZE)))
+    for name, other in FLUX2.items():
+        assert index.find(f"transformer.{other}", (SIZE, SIZE)) == (Place(name),)
