@@ -10,7 +10,6 @@ import argparse
 import json
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from bench.machine import describe_machine
+from bench.machine import describe_machine, timed
 from bench.model import write_lora
 from bench.scoring import plain_scores, sdxl_shapes
 from klora.cache import ScoreCache
@@ -36,16 +35,9 @@ TOLERANCE = 1.25
 QUICK_STEP = 12
 
 
-def seconds(function: Callable[[], Any]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
 def ratio(rounds: int, one: Callable[[], Any], other: Callable[[], Any]) -> float:
     """Of the times of two calls in turns, the ratio of the medians; the first turn warms up."""
-    turns = [(seconds(one), seconds(other)) for _ in range(rounds + 1)][1:]
+    turns = [(timed(one), timed(other)) for _ in range(rounds + 1)][1:]
     return statistics.median(first for first, _ in turns) / statistics.median(second for _, second in turns)
 
 

@@ -25,7 +25,7 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor, nn
 
 from bench.machine import describe_machine
-from bench.model import write_lora
+from bench.model import merged, write_lora
 from klora.cache import ScoreCache
 from klora.engine import joined
 from klora.engine.bypass import Site
@@ -47,7 +47,7 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 class Heads(NamedTuple):
     """The attention heads of a block."""
 
-    count: int
+    number: int
     width: int
 
 
@@ -85,7 +85,7 @@ def make_blocks(
     They have `shrink` times fewer heads than the model's, at least one.
     """
     torch.manual_seed(0)
-    heads = max(1, HEADS[model].count // shrink)
+    heads = max(1, HEADS[model].number // shrink)
     make = _flux_blocks if model.startswith("flux") else _unet_blocks
     with torch.device(device):
         blocks = make(model, depth, batch, pixels, heads, heads * HEADS[model].width, dtype)
@@ -141,17 +141,6 @@ def joining(devices: set[str]) -> Iterator[None]:
         joined.JOINING_DEVICES = before
 
 
-@contextmanager
-def merged(layers: dict[str, nn.Linear], pair: Pair) -> Iterator[None]:
-    """The subject's LoRA in the weights."""
-    before = {name: layer.weight.data.clone() for name, layer in layers.items()}
-    for name, layer in layers.items():
-        layer.weight.data += pair.subject.modules[name].matrix().to(layer.weight)
-    yield
-    for name, layer in layers.items():
-        layer.weight.data.copy_(before[name])
-
-
 @torch.no_grad()
 def measure(blocks: Blocks, pair: Pair, device: torch.device, rounds: int) -> dict[str, float]:
     """Median seconds per forward by way, and of making a session."""
@@ -173,7 +162,7 @@ def measure(blocks: Blocks, pair: Pair, device: torch.device, rounds: int) -> di
         session = Session(pair, plan, sites)
         seen.setdefault("new session", []).append(time.perf_counter() - start)
         note("no LoRA", blocks.forward)
-        with merged(layers, pair):
+        with merged(layers, pair.subject):
             note("merged", blocks.forward)
         start = time.perf_counter()
         session = Session(pair, plan, sites)

@@ -2,11 +2,37 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import platform
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+
+Clock = Callable[[], float]
+
+
+def add_busy(parser: argparse.ArgumentParser) -> None:
+    """Add the option for a machine that does other work as well."""
+    parser.add_argument("--busy", action="store_true", help="one thread, and processor time in the place of real time")
+
+
+def clock_of(options: argparse.Namespace) -> Clock:
+    """The clock that was asked for; where it is the processor's, torch is left with one thread."""
+    if not options.busy:
+        return time.perf_counter
+    torch.set_num_threads(1)
+    return time.process_time
+
+
+def timed(function: Callable[[], Any], clock: Clock = time.perf_counter) -> float:
+    """Seconds of one call."""
+    start = clock()
+    function()
+    return clock() - start
 
 
 def describe_machine() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from klora.hosts.diffusers import DiffusersHost
+from klora.lora.file import LoraFile
 from klora.lora.names import kind_of
 
 CONTEXT = 2048
@@ -107,6 +110,19 @@ def _tensors(family: str, out: int, inner: int, kernel: tuple[int, ...], rank: i
     if family == "dora":
         tensors["dora_scale"] = draw(out, 1, *(1 for _ in kernel)).abs() + 1
     return tensors
+
+
+@contextmanager
+def merged(layers: Mapping[str, nn.Module], *files: LoraFile) -> Iterator[None]:
+    """Ordinary LoRAs in the weights of layers by canonical name, and out of them again."""
+    before = {name: layer.weight.data.clone() for name, layer in layers.items()}
+    for file in files:
+        for name, delta in file.modules.items():
+            weight = layers[name].weight.data
+            weight += delta.matrix(weight).view(weight.shape).to(weight)
+    yield
+    for name, layer in layers.items():
+        layer.weight.data.copy_(before[name])
 
 
 def linears_of(pipe: Any, names: dict[str, tuple[int, ...]]) -> dict[str, nn.Module]:

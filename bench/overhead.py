@@ -1,11 +1,11 @@
 """What K-LoRA costs per UNet forward: `python -m bench.overhead`.
 
-One transformer block of each SDXL size (640 and 1280 channels, batch 2) is run in five ways, taking turns in one
-process: without a LoRA, with one LoRA merged into the weights, with K-LoRA, with the policy dynamic deciding anew in
-every layer, and with everything recomputed at every forward (both ΔW formed, their K largest entries compared, the
-winner merged), as a straightforward implementation does. SDXL has 10 blocks of the smaller size and 60 of the larger;
-"UNet" adds them up so. Its convolutions, which carry no LoRA here, are left out: the ratios of a whole UNet are nearer
-to 1.
+One transformer block of each SDXL size (640 and 1280 channels, batch 2) is run in six ways, taking turns in one
+process: without a LoRA, with one LoRA merged into the weights, with one LoRA's two products and nothing else (the floor
+of whatever leaves the weights alone), with K-LoRA, with the policy dynamic deciding anew in every layer, and with
+everything recomputed at every forward (both ΔW formed, their K largest entries compared, the winner merged), as a
+straightforward implementation does. SDXL has 10 blocks of the smaller size and 60 of the larger; "UNet" adds them up
+so. Its convolutions, which carry no LoRA here, are left out: the ratios of a whole UNet are nearer to 1.
 """
 
 from __future__ import annotations
@@ -13,17 +13,20 @@ from __future__ import annotations
 import argparse
 import statistics
 import tempfile
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers.models.attention import BasicTransformerBlock
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench.machine import describe_machine
+from bench.machine import Clock, add_busy, clock_of, describe_machine, timed
+from bench.model import merged
 from klora.cache import ScoreCache
 from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
@@ -38,6 +41,7 @@ BLOCKS = (
     ("mid_block.attentions.0.transformer_blocks.0", 1280, 20, 32, 60),
 )
 CONTEXT = 2048
+WAYS = ("no LoRA", "merged", "bare products", "K-LoRA", "dynamic", "recompute")
 STEPS = 30
 
 
@@ -94,15 +98,37 @@ def second_half(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
     return Rows(batch // 2, batch, batch)
 
 
-def timed(forward: Callable[[], Tensor]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    forward()
-    return time.perf_counter() - start
+@contextmanager
+def bare(linears: dict[str, nn.Linear], pair: Pair) -> Iterator[None]:
+    """The subject's LoRA by its two products and nothing else: the floor of whatever leaves the weights alone."""
+    for name, linear in linears.items():
+        delta = pair.subject.modules[name]
+        factors = delta.factors()
+        assert factors is not None
+        linear.forward = partial(_bare_forward, linear, factors.down, factors.up.t(), delta.scale)  # type: ignore[method-assign]
+    yield
+    for linear in linears.values():
+        del linear.forward
+
+
+def _bare_forward(linear: nn.Linear, down: Tensor, up: Tensor, scale: float, x: Tensor) -> Tensor:
+    y = F.linear(x, linear.weight, linear.bias)
+    y.flatten(0, -2).addmm_(F.linear(x, down).flatten(0, -2), up, alpha=scale)
+    return y
+
+
+@contextmanager
+def recomputed(linears: dict[str, nn.Linear], pair: Pair) -> Iterator[None]:
+    """Everything decided and merged anew."""
+    baseline = RecomputeEverything(pair, linears)
+    yield
+    baseline.remove()
 
 
 @torch.no_grad()
-def measure(rank: int, pixels: int, rounds: int, folder: Path) -> dict[str, dict[str, float]]:
+def measure(
+    rank: int, pixels: int, rounds: int, folder: Path, clock: Clock, ways: Sequence[str] = WAYS
+) -> dict[str, dict[str, float]]:
     """Median seconds per forward, by block path and way."""
     results = {}
     for path, channels, heads, side, _ in BLOCKS:
@@ -115,57 +141,55 @@ def measure(rank: int, pixels: int, rounds: int, folder: Path) -> dict[str, dict
         files = [write_file(folder / f"{channels}_{rank}_{s}.safetensors", linears, rank, s) for s in (1, 2)]
         pair = Pair.open(*files, ScoreCache(folder / "cache"))
         sites = {name: Site(linear) for name, linear in linears.items()}
-        sessions = {
-            way: Session(pair, pair.plan(Settings(policy=policy)), sites, denoiser=block, conditional=second_half)
-            for way, policy in (("K-LoRA", "k-lora"), ("dynamic", "dynamic"))
+        sessions = [
+            Session(pair, pair.plan(Settings(policy=policy)), sites, denoiser=block, conditional=second_half)
+            for policy in ("k-lora", "dynamic")
+        ]
+        applied: dict[str, Callable[[], AbstractContextManager[Any]]] = {
+            "no LoRA": nullcontext,
+            "merged": partial(merged, linears, pair.subject),
+            "bare products": partial(bare, linears, pair),
+            "K-LoRA": lambda: sessions[0],  # noqa: B023
+            "dynamic": lambda: sessions[1],  # noqa: B023
+            "recompute": partial(recomputed, linears, pair),
         }
         x, context = torch.randn(2, (pixels // side) ** 2, channels), torch.randn(2, 77, CONTEXT)
-        results[path] = _take_turns(block, sessions, pair, linears, x, context, rounds)
+        forward = partial(block, x, encoder_hidden_states=context)
+        results[path] = _take_turns({way: applied[way] for way in ways}, forward, rounds, clock)
     return results
 
 
 def _take_turns(
-    block: nn.Module,
-    sessions: dict[str, Session],
-    pair: Pair,
-    linears: dict[str, nn.Linear],
-    x: Tensor,
-    context: Tensor,
+    applied: dict[str, Callable[[], AbstractContextManager[Any]]],
+    forward: Callable[[], Tensor],
     rounds: int,
+    clock: Clock,
 ) -> dict[str, float]:
-    seen: dict[str, list[float]] = {"no LoRA": [], "merged": [], "K-LoRA": [], "dynamic": [], "recompute": []}
+    def step(held: Any, tau: float) -> Tensor:
+        # Each forward is another step, so that the cost of switching is in it.
+        if isinstance(held, Session):
+            held.set_tau(tau)
+        return forward()
 
-    def forward() -> Tensor:
-        return block(x, encoder_hidden_states=context)
-
+    seen: dict[str, list[float]] = {way: [] for way in applied}
     for index in range(rounds + 1):
-        plain = timed(forward)
-        originals = {name: linear.weight.detach().clone() for name, linear in linears.items()}
-        for name, linear in linears.items():
-            linear.weight += pair.subject.modules[name].matrix()
-        merged = timed(forward)
-        for name, linear in linears.items():
-            linear.weight.copy_(originals[name])
-        fused = []
-        for session in sessions.values():
-            with session:
-                # Each forward is another step, so that the cost of switching is in it.
-                fused.append(timed(lambda: (session.set_tau(index % STEPS / STEPS), forward())[1]))  # noqa: B023
-        baseline = RecomputeEverything(pair, linears)
-        recomputed = timed(forward)
-        baseline.remove()
-        if index:  # the first round warms up
-            for name, value in zip(seen, (plain, merged, *fused, recomputed), strict=True):
-                seen[name].append(value)
-    return {name: statistics.median(values) for name, values in seen.items()}
+        for way, apply in applied.items():
+            with apply() as held:
+                seen[way].append(timed(partial(step, held, index % STEPS / STEPS), clock))
+    # The first round warms up.
+    return {way: statistics.median(times[1:]) for way, times in seen.items()}
+
+
+def whole_unet(results: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Seconds of all of SDXL's blocks, by way."""
+    ways = next(iter(results.values()))
+    return {way: sum(count * results[path][way] for path, *_, count in BLOCKS) for way in ways}
 
 
 def report(rank: int, results: dict[str, dict[str, float]]) -> None:
     """Print the times and their ratios to one merged LoRA."""
     rows = {f"{channels} channels": results[path] for path, channels, *_ in BLOCKS}
-    rows["UNet (10 + 60)"] = {
-        way: sum(count * results[path][way] for path, *_, count in BLOCKS) for way in next(iter(results.values()))
-    }
+    rows["UNet (10 + 60)"] = whole_unet(results)
     for label, times in rows.items():
         ratios = "  ".join(f"{way} {times[way] * 1e3:8.1f} ms {times[way] / times['merged']:5.2f}×" for way in times)
         dynamic = f"dynamic / K-LoRA {times['dynamic'] / times['K-LoRA']:.2f}×"
@@ -178,13 +202,15 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[8, 32, 128])
     parser.add_argument("--pixels", type=int, default=512, help="side of the square picture")
     parser.add_argument("--rounds", type=int, default=15)
+    add_busy(parser)
     options = parser.parse_args()
+    clock = clock_of(options)
     print(describe_machine())
     picture = f"{options.pixels}×{options.pixels} pixels"
     print(f"time per forward of the transformer blocks, batch 2, {picture}, fp32; × = ratio to one merged LoRA")
     for rank in options.ranks:
         with tempfile.TemporaryDirectory() as folder:
-            report(rank, measure(rank, options.pixels, options.rounds, Path(folder)))
+            report(rank, measure(rank, options.pixels, options.rounds, Path(folder), clock))
 
 
 if __name__ == "__main__":

@@ -21,11 +21,9 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import torch
-
 import klora
-from bench.machine import describe_machine
-from bench.model import linears_of, make_pipeline, module_shapes, picture, write_lora
+from bench.machine import describe_machine, timed
+from bench.model import linears_of, make_pipeline, merged, module_shapes, picture, write_lora
 from klora.cache import ScoreCache
 from klora.engine.session import Session
 from klora.engine.weights import Weights
@@ -81,26 +79,12 @@ class Parts:
         return wrapper
 
 
-def timed(function: Callable[[], Any]) -> float:
-    """Seconds of one call."""
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
-
-
-@torch.no_grad()
 def with_merged(pipe: Any, files: list[Path], make: Callable[[], Any]) -> None:
-    """A picture with ordinary LoRAs: merged into the weights, and taken out again."""
+    """A picture with ordinary LoRAs: opened, merged into the weights, and taken out again."""
     opened = [LoraFile.open(file) for file in files]
     layers = linears_of(pipe, {name: delta.shape for file in opened for name, delta in file.modules.items()})
-    before = {name: layer.weight.detach().clone() for name, layer in layers.items()}
-    for file in opened:
-        for name, delta in file.modules.items():
-            weight = layers[name].weight
-            weight += delta.matrix().view(weight.shape).to(weight)
-    make()
-    for name, layer in layers.items():
-        layer.weight.copy_(before[name])
+    with merged(layers, *opened):
+        make()
 
 
 def with_klora(pipe: Any, pair: list[Path], cache: ScoreCache, make: Callable[[], Any]) -> Parts:

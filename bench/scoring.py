@@ -15,14 +15,13 @@ import multiprocessing
 import statistics
 import tempfile
 import threading
-import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from bench.machine import describe_machine
+from bench.machine import describe_machine, timed
 from klora.cache import ScoreCache
 from klora.fusion.scores import score_deltas, standard_ks
 from klora.lora.deltas import Delta
@@ -79,13 +78,6 @@ def plain_scores(delta: Delta, k: int) -> tuple[float, float]:
     return float(entries.topk(min(k, entries.numel())).values.sum(dtype=torch.float64)), float(entries.sum())
 
 
-def timed(function: Callable[..., object], *arguments: object) -> float:
-    """Seconds that a call takes."""
-    start = time.perf_counter()
-    function(*arguments)
-    return time.perf_counter() - start
-
-
 def compare(deltas: list[Delta], rank: int, rounds: int) -> tuple[float, float]:
     """(blockwise, plain) seconds for all `deltas`, some at a time in turns; of each turn the median over the rounds."""
     k = rank**2
@@ -102,7 +94,7 @@ def compare(deltas: list[Delta], rank: int, rounds: int) -> tuple[float, float]:
         for one, other in zip(blockwise(turn), plain(turn), strict=True):  # also warms up
             if not math.isclose(one, other, rel_tol=1e-5):
                 raise AssertionError(f"blockwise and plain scores differ: {one} and {other}")
-        times = [(timed(blockwise, turn), timed(plain, turn)) for _ in range(rounds)]
+        times = [(timed(partial(blockwise, turn)), timed(partial(plain, turn))) for _ in range(rounds)]
         totals = [total + statistics.median(way) for total, way in zip(totals, zip(*times, strict=True), strict=True)]
     return totals[0], totals[1]
 
