@@ -3,8 +3,9 @@
 Random SDXL files (fp16, kohya names; the 560 attention linears, or all 722 linears of the transformer blocks and their
 projections) are scored in two ways, some modules at a time in turns: blockwise as klora does it, one module per core,
 for the sums of all standard K, L1 and the Frobenius norm; and plainly, one module after the other on all cores, forming
-ΔW = BA whole and taking `torch.topk` for the one K = rank² and the L1 sum. Then the whole way of a file through the
-cache, cold and warm, and the peak of memory in a process of its own.
+ΔW = BA whole and taking `torch.topk` for the one K = rank² and the L1 sum. In between, the products alone. Then the
+whole way through the cache, of a pair that is new and of a file that is known, and the peak of memory in a process of
+its own.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from bench.machine import describe_machine, timed
+from bench.machine import Clock, add_busy, clock_of, describe_machine, timed
 from klora.cache import ScoreCache
-from klora.fusion.scores import score_deltas, standard_ks
+from klora.fusion.scores import BLOCK_ENTRIES, score_deltas, standard_ks
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
+from klora.pair import Pair
+from klora.settings import Settings
 
 # Where SDXL has transformers: container, attentions in it, layers of each, channels.
 TRANSFORMERS = (
@@ -59,9 +62,9 @@ def sdxl_shapes(modules: str) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def write_file(path: Path, shapes: dict[str, tuple[int, int]], rank: int) -> Path:
+def write_file(path: Path, shapes: dict[str, tuple[int, int]], rank: int, seed: int = 0) -> Path:
     """Write a kohya file of random fp16 weights."""
-    generator = torch.Generator().manual_seed(rank)
+    generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for name, (rows, columns) in shapes.items():
         key = f"lora_unet_{name.replace('.', '_')}"
@@ -78,8 +81,18 @@ def plain_scores(delta: Delta, k: int) -> tuple[float, float]:
     return float(entries.topk(min(k, entries.numel())).values.sum(dtype=torch.float64)), float(entries.sum())
 
 
-def compare(deltas: list[Delta], rank: int, rounds: int) -> tuple[float, float]:
-    """(blockwise, plain) seconds for all `deltas`, some at a time in turns; of each turn the median over the rounds."""
+def products(turn: list[Delta]) -> None:
+    """ΔW of each module, block by block into the same memory: the floor of whatever looks at every entry."""
+    block = torch.empty(BLOCK_ENTRIES)
+    for delta in turn:
+        step = BLOCK_ENTRIES // delta.columns
+        with delta.loaded():
+            for start in range(0, delta.shape[0], step):
+                delta.rows(start, min(start + step, delta.shape[0]), out=block)
+
+
+def compare(deltas: list[Delta], rank: int, rounds: int, clock: Clock) -> tuple[float, ...]:
+    """(blockwise, products alone, plain) seconds for all `deltas`, some at a time in turns, median of the rounds."""
     k = rank**2
 
     def blockwise(turn: list[Delta]) -> list[float]:
@@ -88,27 +101,33 @@ def compare(deltas: list[Delta], rank: int, rounds: int) -> tuple[float, float]:
     def plain(turn: list[Delta]) -> list[float]:
         return [plain_scores(delta, k)[0] for delta in turn]
 
-    totals = [0.0, 0.0]
+    totals: tuple[float, ...] = (0.0, 0.0, 0.0)
     for start in range(0, len(deltas), TURN):
         turn = deltas[start : start + TURN]
         for one, other in zip(blockwise(turn), plain(turn), strict=True):  # also warms up
             if not math.isclose(one, other, rel_tol=1e-5):
                 raise AssertionError(f"blockwise and plain scores differ: {one} and {other}")
-        times = [(timed(partial(blockwise, turn)), timed(partial(plain, turn))) for _ in range(rounds)]
-        totals = [total + statistics.median(way) for total, way in zip(totals, zip(*times, strict=True), strict=True)]
-    return totals[0], totals[1]
+        ways = [partial(way, turn) for way in (blockwise, products, plain)]
+        times = [tuple(timed(way, clock) for way in ways) for _ in range(rounds)]
+        medians = (statistics.median(way) for way in zip(*times, strict=True))
+        totals = tuple(total + median for total, median in zip(totals, medians, strict=True))
+    return totals
 
 
-def through_the_cache(path: Path, folder: Path, rounds: int) -> dict[str, float]:
-    """Seconds from a path to its scores: with nothing known, with everything known, and of the latter the scores."""
-    cold = timed(lambda: ScoreCache(folder).scores(LoraFile.open(path)))
-    file = LoraFile.open(path)
-    warm = [
-        (timed(lambda: ScoreCache(folder).scores(LoraFile.open(path))), timed(lambda: ScoreCache(folder).scores(file)))
-        for _ in range(max(rounds, 5))
-    ]
+def through_the_cache(paths: list[Path], folder: Path, rounds: int, clock: Clock) -> dict[str, float]:
+    """Seconds of a pair from paths to plan, nothing known; of a file from path to scores, all known; of the latter."""
+
+    def cold() -> None:
+        Pair.open(paths[0], paths[1], ScoreCache(folder)).plan(Settings())
+
+    def scores() -> None:
+        ScoreCache(folder).scores(LoraFile.open(paths[0]))
+
+    first, file = timed(cold, clock), LoraFile.open(paths[0])
+    again = partial(ScoreCache(folder).scores, file)
+    warm = [(timed(scores, clock), timed(again, clock)) for _ in range(max(rounds, 5))]
     return {
-        "cold": cold,
+        "cold": first,
         "cached, with open": statistics.median(one for one, _ in warm),
         "cached scores": statistics.median(other for _, other in warm),
     }
@@ -141,19 +160,20 @@ def peak_memory(path: Path) -> int:
     return peak - before
 
 
-def report(modules: str, rank: int, step: int, rounds: int, folder: Path) -> None:
+def report(modules: str, rank: int, step: int, rounds: int, folder: Path, clock: Clock) -> None:
     """Measure one kind of file and print a line."""
-    path = write_file(folder / f"{modules}-{rank}.safetensors", sdxl_shapes(modules), rank)
-    deltas = list(LoraFile.open(path).modules.values())
+    shapes = sdxl_shapes(modules)
+    paths = [write_file(folder / f"{seed}.safetensors", shapes, rank, seed) for seed in (1, 2)]
+    deltas = list(LoraFile.open(paths[0]).modules.values())
     some = deltas[::step]
-    blockwise, plain = (seconds * len(deltas) / len(some) for seconds in compare(some, rank, rounds))
-    times = through_the_cache(path, folder / "cache", rounds)
+    found = compare(some, rank, rounds, clock)
+    blockwise, floor, plain = (seconds * len(deltas) / len(some) for seconds in found)
+    times = through_the_cache(paths, folder / f"cache-{modules}-{rank}", rounds, clock)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        memory = pool.apply(peak_memory, (path,))
-    path.unlink()
-    seconds = f"{blockwise:10.2f} {plain:8.2f} {plain / blockwise:6.2f}× {times['cold']:8.2f}"
-    cached = f"{times['cached, with open'] * 1e3:10.1f} {times['cached scores'] * 1e3:8.1f}"
-    print(f"{modules:9} {len(deltas):4} {rank:5} {seconds} {cached} {memory / 2**20:8.1f}", flush=True)
+        memory = pool.apply(peak_memory, (paths[0],))
+    seconds = f"{blockwise:.2f} s | {floor:.2f} s | {plain:.2f} s | {plain / blockwise:.1f}× | {times['cold']:.2f} s"
+    cached = f"{times['cached, with open'] * 1e3:.0f} ms | {times['cached scores'] * 1e3:.1f} ms"
+    print(f"| {modules}, {len(deltas)} | {rank} | {seconds} | {cached} | {memory / 2**20:.0f} MB |", flush=True)
 
 
 def main() -> None:
@@ -163,22 +183,20 @@ def main() -> None:
     parser.add_argument("--modules", choices=("attention", "linears"), nargs="+", default=["attention", "linears"])
     parser.add_argument("--rounds", type=int, default=3, help="measurements, of which the median counts")
     parser.add_argument("--quick", action="store_true", help=f"compare every {QUICK_STEP}th module only")
+    add_busy(parser)
     options = parser.parse_args()
+    clock = clock_of(options)
     step = QUICK_STEP if options.quick else 1
     print(describe_machine())
-    print(f"blockwise and plain topk in turns: {'every ' + str(step) + 'th' if step > 1 else 'every'} module,", end=" ")
-    print(f"{TURN} at a time, median of {options.rounds}; K = rank²")
-    print(
-        f"{'':20} {'blockwise':>10} {'plain':>8} {'':7} {'cold':>8} {'cached: open+scores':>19} {'memory':>8}".rstrip()
-    )
-    print(
-        f"{'modules':14} {'rank':>5} {'s':>10} {'s':>8} {'ratio':>7} {'file, s':>8} {'ms':>10} {'ms':>8} {'MB':>8}",
-        flush=True,
-    )
+    print(f"{'every ' + str(step) + 'th' if step > 1 else 'every'} module, {TURN} at a time in turns,", end=" ")
+    print(f"median of {options.rounds}; K = rank²\n")
+    print("| modules | rank | blockwise | products alone | plain topk | ratio |", end=" ")
+    print("a pair, cold | cached: open + scores | scores alone | peak extra memory |")
+    print(f"| --- |{' ---: |' * 9}")
     with tempfile.TemporaryDirectory() as folder:
         for modules in options.modules:
             for rank in options.ranks:
-                report(modules, rank, step, options.rounds, Path(folder))
+                report(modules, rank, step, options.rounds, Path(folder), clock)
 
 
 if __name__ == "__main__":
