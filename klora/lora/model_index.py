@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from klora.lora.names import Kind, kind_of, resolve, spellings
+from klora.lora.names import Kind, bare, kind_of, resolve, spellings
 from klora.lora.renames import renamed
 from klora.lora.text_names import t5_path
 
@@ -44,7 +44,9 @@ class ModelIndex:
         self.architecture = architecture
         self._translate = translate
         self._t5 = {path: name for name in text_encoder if (path := t5_path(name))}
-        known = {alias: tuple(names) for alias, names in (aliases or {}).items()} | {name: (name,) for name in shapes}
+        # A host may have a name under one prefix alone, such as "transformer.", and a file under another.
+        known = {bare(alias): tuple(names) for alias, names in (aliases or {}).items()}
+        known |= {name: (name,) for name in shapes}
         self._names = {flat(other): names for name, names in known.items() for other in renamed(name)}
         self._names |= {flat(name): names for name, names in known.items()}
         self._attention = {

@@ -239,10 +239,16 @@ LUMINA2 = {
 
 
 def test_lumina_2_is_found_under_its_names_in_diffusers_though_the_host_has_those_of_z_image_alone() -> None:
-    aliases = {f"layers.0.attention.to_{leaf}": [name] for leaf, name in zip("qkv", LUMINA2, strict=False)}
+    aliases = {f"transformer.layers.0.attention.to_{x}": [name] for x, name in zip("qkv", LUMINA2, strict=False)}
     index = ModelIndex(dict.fromkeys(LUMINA2, (SIZE, SIZE)), aliases)
     for name, other in LUMINA2.items():
-        for prefix in (f"transformer.{other}", f"lora_transformer_{other.replace('.', '_')}"):
+        flat = other.replace(".", "_")
+        for prefix in (
+            f"transformer.{other}",
+            f"diffusion_model.{other}",
+            f"lora_transformer_{flat}",
+            f"lora_unet_{flat}",
+        ):
             assert index.find(prefix, (SIZE, SIZE)) == (Place(name),)
 
 
@@ -261,3 +267,17 @@ def test_what_the_host_s_map_of_flux_2_leaves_out_is_found_under_its_names_in_di
     index = ModelIndex(dict.fromkeys(FLUX2, (SIZE, SIZE)))
     for name, other in FLUX2.items():
         assert index.find(f"transformer.{other}", (SIZE, SIZE)) == (Place(name),)
+
+
+def test_a_name_that_the_host_has_under_one_prefix_is_found_under_every_other() -> None:
+    """As reForge has SD 3's names in diffusers."""
+    name, other = "joint_blocks.0.x_block.attn.proj", "transformer_blocks.0.attn.to_out.0"
+    index = ModelIndex({name: (SIZE, SIZE)}, {f"transformer.{other}": [name]})
+    flat = other.replace(".", "_")
+    for prefix in (
+        f"transformer.{other}",
+        f"lora_unet_{flat}",
+        f"diffusion_model.{other}",
+        f"base_model.model.{other}",
+    ):
+        assert index.find(prefix, (SIZE, SIZE)) == (Place(name),)
