@@ -232,10 +232,12 @@ class Operand:
 
 def kronecker_product(x: Tensor, w1: Tensor, *w2: Tensor) -> Tensor:
     """(w1 ⊗ w2)·x of x (…, b·d): (…, a·c). `w2` is one matrix (c, d), or factors to be applied in turn."""
+    *before, last = w2
     x = x.unflatten(-1, (w1.shape[1], -1))
-    for weight in w2:
+    for weight in before:
         x = F.linear(x, weight)
-    return F.linear(x.transpose(-1, -2), w1).transpose(-1, -2).flatten(-2)
+    # w1 may come anywhere: here nothing is copied, and between factors of low rank its input is narrow.
+    return F.linear(w1 @ x, last).flatten(-2)
 
 
 def tokens_of(y: Tensor, take: Tensor, is_conv: bool) -> Tensor:
