@@ -92,6 +92,7 @@ def test_the_routes(server: Server) -> None:
     assert "beta" in str(server.call("/klora/v1/schema"))
     found = server.call("/klora/v1/analyze", {"subject": "subj", "style": "style", "picture": True})
     assert found["picture"]
+    assert found["warnings"] == []
     for body, status, says in (
         ({"subject": "subj", "style": "nobody"}, 404, "nobody"),
         ({"subject": "../../subj", "style": "style"}, 404, "subj"),
@@ -102,6 +103,13 @@ def test_the_routes(server: Server) -> None:
         assert failed.value.status == status
         assert says in failed.value.text
         assert str(server.data) not in failed.value.text
+
+
+def test_an_analysis_names_what_does_not_fit_the_loaded_model(server: Server) -> None:
+    server.txt2img(TAG)
+    found = server.call("/klora/v1/analyze", {"subject": "other", "style": "other"})
+    assert any("zero modules matched in the SD1 checkpoint" in warning for warning in found["warnings"])
+    assert found["coverage"]["contested"]
 
 
 def test_a_grid_over_a_tag(server: Server) -> None:
