@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from klora.errors import KloraError
@@ -65,12 +66,9 @@ def tag_of(params: Mapping[str, Any]) -> Tag | None:
         return None
 
 
-def _paster(name: str) -> Callable[[Mapping[str, Any]], Any]:
-    def paste(params: Mapping[str, Any]) -> Any:
-        values = from_infotext(params)
-        return text_of(values[name]) if name in values else None
-
-    return paste
+def _paste(name: str, params: Mapping[str, Any]) -> Any:
+    values = from_infotext(params)
+    return text_of(values[name]) if name in values else None
 
 
 def _paste_enabled(params: Mapping[str, Any]) -> bool | None:
@@ -80,7 +78,7 @@ def _paste_enabled(params: Mapping[str, Any]) -> bool | None:
 
 PASTERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "enabled": _paste_enabled,
-    **{name: _paster(name) for name in ARG_ORDER if name not in ("enabled", "show_map")},
+    **{name: partial(_paste, name) for name in ARG_ORDER if name not in ("enabled", "show_map")},
 }
 """What each control is set to when a text is pasted, None for no change.
 

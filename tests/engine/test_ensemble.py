@@ -146,6 +146,8 @@ def test_the_mean_has_the_form_of_the_first_output() -> None:
     assert a.tolist() == [1.0, 2.0]
     mean = weighted_mean([(a, "rest"), (b, "other")], [0.75, 0.25])
     assert (mean[0].tolist(), mean[1:]) == ([1.5, 3.0], ("rest",))
+    lists = weighted_mean([[a, b], [b, a]], [0.5, 2.0])
+    assert [part.tolist() for part in lists] == [[6.5, 13.0], [3.5, 7.0]]
     output = weighted_mean([Output(a, "rest"), Output(b, "other")], [0.5, 0.5])
     assert isinstance(output, Output)
     assert (output.sample.tolist(), output.extra) == ([2.0, 4.0], "rest")
@@ -200,3 +202,5 @@ def test_what_is_not_to_be_reused_is_not_kept() -> None:
 def test_a_mean_has_as_many_weights_as_outputs() -> None:
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         weighted_mean([torch.zeros(1), torch.zeros(1)], [1.0])
+    with pytest.raises(ValueError, match="zip"):
+        weighted_mean([[torch.zeros(1)], [torch.zeros(1), torch.zeros(1)]], [0.5, 0.5])

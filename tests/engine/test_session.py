@@ -293,6 +293,21 @@ def test_only_a_policy_that_measures_watches_the_denoiser(pair: Pair) -> None:
         assert not denoiser._forward_pre_hooks
 
 
+def test_what_tells_the_conditional_rows_sees_the_arguments_of_the_call(pair: Pair) -> None:
+    layers, seen = model(TO_Q), []
+    denoiser = Denoiser(layers[TO_Q])
+
+    def rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+
+    x = torch.zeros(1, SIZE)
+    plan = pair.plan(Settings(policy="dynamic"))
+    with Session(pair, plan, {TO_Q: Site(layers[TO_Q])}, None, "m", denoiser, rows):
+        denoiser(x)
+        denoiser(x=x)
+    assert seen == [((x,), {}), ((), {"x": x})]
+
+
 def test_a_file_that_does_not_fit_is_told_with_the_models_name(pair: Pair) -> None:
     with pytest.raises(MismatchError, match="the test model"):
         session_of(pair, {TO_Q: nn.Linear(2 * SIZE, SIZE)})

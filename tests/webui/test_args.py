@@ -16,6 +16,7 @@ from klora.webui.args import (
     NONE,
     NOT_OURS,
     FusionRequest,
+    asks_for_more,
     choices_of,
     override,
     override_tag,
@@ -153,6 +154,13 @@ def test_a_bad_value_is_refused_by_name(values: dict[str, Any], field: str) -> N
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize("side", ["subject", "style"])
+def test_a_menu_left_at_none_is_asked_for_in_words(side: str) -> None:
+    with pytest.raises(SettingsError, match=rf"^Choose a {side} LoRA$") as caught:
+        read_args([{"subject": "dog", "style": "ink", side: NONE}])
+    assert (caught.value.field, caught.value.reason) == (side, f"Choose a {side} LoRA")
+
+
 def test_too_many_values_are_refused() -> None:
     with pytest.raises(SettingsError):
         read_args([True, "dog", "ink"] + [None] * len(ARG_ORDER))
@@ -212,6 +220,31 @@ def test_a_typed_tag_silences_no_bad_arguments(args: dict[str, Any]) -> None:
     assert p.all_prompts == ["a <klora:x:y>"]
     assert next(iter(args)).replace("subject", "style") in p.extra_generation_params["K-LoRA error"]
     assert "what is set beside it is bad" in p.comments[0]
+
+
+@pytest.mark.parametrize(
+    ("args", "more"),
+    [
+        ([], False),
+        ([None, "dog"], False),
+        ([False, "dog"], False),
+        ([True], False),
+        ([{"enabled": True, "show_map": True}], False),
+        ([{"enabled": True, "subject": "dog"}], True),
+        ([{"enabled": True, "subject": NONE}], True),
+        ([{"enabled": True, "beta": 0.4}], True),
+        ([{"enabled": False, "beta": 0.4}], False),
+    ],
+)
+def test_whether_the_accordion_asks_for_more_than_the_map(args: list[Any], more: bool) -> None:
+    assert asks_for_more(args) is more
+
+
+@pytest.mark.parametrize("values", [{"enabled": "perhaps"}, {"enabled": True, "show_map": "perhaps"}])
+def test_what_is_neither_yes_nor_no_is_refused_by_name(values: dict[str, Any]) -> None:
+    with pytest.raises(SettingsError) as caught:
+        asks_for_more([values])
+    assert caught.value.field == list(values)[-1]
 
 
 @pytest.mark.parametrize("args", [ARGS, [False]])
