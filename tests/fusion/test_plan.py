@@ -213,6 +213,21 @@ def test_of_shares_equally_near_the_balance_nearest_to_0_is_taken(
     assert balance_for_share(ratios, [1.0], share) == balance
 
 
+@pytest.mark.parametrize(
+    ("ratios", "share", "balance"),
+    [
+        ((0.0, 0.0, 1.0), 1 / 3, -1.0),
+        ((0.0, 0.0, 1.0), 1.0, -1.0),
+        ((math.inf, 1.0), 0.5, 1.0),
+        ((0.0, math.inf), 1.0, 0.0),
+    ],
+)
+def test_where_one_lora_does_nothing_at_all_no_balance_changes_the_choice(
+    ratios: tuple[float, ...], share: float, balance: float
+) -> None:
+    assert balance_for_share(ratios, [1.0], share) == balance
+
+
 def test_a_share_target_is_met_for_the_number_of_steps_sampled() -> None:
     plan = plan_of([(i, 10 - i) for i in range(1, 10)], share=0.5, steps=10)
     assert plan.share == pytest.approx(0.5, abs=0.02)
