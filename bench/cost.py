@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bench.machine import Clock, add_busy, clock_of, describe_machine, timed
+from bench.machine import Clock, add_busy, clock_of, describe_machine, timed, typical
 from bench.overhead import measure, whole_unet
 from bench.scoring import sdxl_shapes, write_file
 from klora.fusion.scores import score_deltas, standard_ks
@@ -71,7 +70,7 @@ def scoring(every: int, rounds: int) -> tuple[Curve, Curve]:
         def seconds(names: Sequence[str], k: int | None = None) -> float:
             wanted = {name: (deltas[name], [k] if k else standard_ks(RANK)) for name in names}
             score = partial(score_deltas, wanted)
-            return weight * statistics.median(timed(score, time.process_time) for _ in range(rounds))
+            return weight * typical([timed(score, time.process_time) for _ in range(rounds)], time.process_time)
 
         names = list(deltas)
         seconds(names)  # warms up

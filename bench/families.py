@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import statistics
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
-from bench.machine import Clock, add_busy, clock_of, describe_machine, timed
+from bench.machine import Clock, add_busy, clock_of, describe_machine, timed, typical
 from bench.memory import peak, resident
 from bench.model import CONTEXT, TOKENS, merged, write_lora
 from bench.scoring import sdxl_shapes
@@ -99,7 +98,7 @@ def forwards(family: str, rank: int, pixels: int, rounds: int, clock: Clock, shr
                 with applied():
                     rig.forward()  # warms up, and forms what is kept
                     seen[way].append(timed(rig.forward, clock))
-    return {way: statistics.median(times) for way, times in seen.items()}
+    return {way: typical(times, clock) for way, times in seen.items()}
 
 
 def _without_room(pair: Pair, layers: Mapping[str, nn.Module]) -> Session:

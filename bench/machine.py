@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ Clock = Callable[[], float]
 
 def add_busy(parser: argparse.ArgumentParser) -> None:
     """Add the option for a machine that does other work as well."""
-    parser.add_argument("--busy", action="store_true", help="one thread, and processor time in the place of real time")
+    what = "one thread, processor time, and the least of it: what else goes on only adds"
+    parser.add_argument("--busy", action="store_true", help=what)
 
 
 def clock_of(options: argparse.Namespace) -> Clock:
@@ -33,6 +35,11 @@ def timed(function: Callable[[], Any], clock: Clock = time.perf_counter) -> floa
     start = clock()
     function()
     return clock() - start
+
+
+def typical(times: Sequence[float], clock: Clock) -> float:
+    """The median of some measurements; of processor time the least, which other work has disturbed the least."""
+    return min(times) if clock is time.process_time else statistics.median(times)
 
 
 def describe_machine() -> str:

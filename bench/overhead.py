@@ -11,7 +11,6 @@ so. Its convolutions, which carry no LoRA here, are left out: the ratios of a wh
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -25,7 +24,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from bench.machine import Clock, add_busy, clock_of, describe_machine, timed
+from bench.machine import Clock, add_busy, clock_of, describe_machine, timed, typical
 from bench.model import merged
 from klora.cache import ScoreCache
 from klora.engine.bypass import Site
@@ -177,7 +176,7 @@ def _take_turns(
             with apply() as held:
                 seen[way].append(timed(partial(step, held, index % STEPS / STEPS), clock))
     # The first round warms up.
-    return {way: statistics.median(times[1:]) for way, times in seen.items()}
+    return {way: typical(times[1:], clock) for way, times in seen.items()}
 
 
 def whole_unet(results: dict[str, dict[str, float]]) -> dict[str, float]:

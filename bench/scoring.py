@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import math
 import multiprocessing
-import statistics
 import tempfile
 import threading
 from functools import partial
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from bench.machine import Clock, add_busy, clock_of, describe_machine, timed
+from bench.machine import Clock, add_busy, clock_of, describe_machine, timed, typical
 from klora.cache import ScoreCache
 from klora.fusion.scores import BLOCK_ENTRIES, score_deltas, standard_ks
 from klora.lora.deltas import Delta
@@ -109,7 +108,7 @@ def compare(deltas: list[Delta], rank: int, rounds: int, clock: Clock) -> tuple[
                 raise AssertionError(f"blockwise and plain scores differ: {one} and {other}")
         ways = [partial(way, turn) for way in (blockwise, products, plain)]
         times = [tuple(timed(way, clock) for way in ways) for _ in range(rounds)]
-        medians = (statistics.median(way) for way in zip(*times, strict=True))
+        medians = (typical(way, clock) for way in zip(*times, strict=True))
         totals = tuple(total + median for total, median in zip(totals, medians, strict=True))
     return totals
 
@@ -128,8 +127,8 @@ def through_the_cache(paths: list[Path], folder: Path, rounds: int, clock: Clock
     warm = [(timed(scores, clock), timed(again, clock)) for _ in range(max(rounds, 5))]
     return {
         "cold": first,
-        "cached, with open": statistics.median(one for one, _ in warm),
-        "cached scores": statistics.median(other for _, other in warm),
+        "cached, with open": typical([one for one, _ in warm], clock),
+        "cached scores": typical([other for _, other in warm], clock),
     }
 
 
