@@ -65,11 +65,15 @@ def make_rig(family: str, pixels: int, shrink: int) -> Rig:
     return Rig(layers, forward)
 
 
-def open_pair(family: str, shapes: Mapping[str, tuple[int, ...]], rank: int, folder: Path) -> Pair:
-    """A pair of new files of a family."""
+def write_files(family: str, shapes: Mapping[str, tuple[int, ...]], rank: int, folder: Path) -> list[Path]:
+    """Two new files of a family."""
     stored = "lora" if family == "conv" else family
-    files = [write_lora(folder / f"{family}-{i}.safetensors", dict(shapes), rank, i, stored) for i in (1, 2)]
-    return Pair.open(files[0], files[1], ScoreCache(folder / "cache"))
+    return [write_lora(folder / f"{family}-{i}.safetensors", dict(shapes), rank, i, stored) for i in (1, 2)]
+
+
+def open_pair(files: list[Path]) -> Pair:
+    """The pair, whose scores are kept beside it."""
+    return Pair.open(files[0], files[1], ScoreCache(files[0].parent / "cache"))
 
 
 def open_session(pair: Pair, layers: Mapping[str, nn.Module]) -> Session:
@@ -84,7 +88,7 @@ def forwards(family: str, rank: int, pixels: int, rounds: int, clock: Clock, shr
     rig = make_rig(family, pixels, shrink)
     with tempfile.TemporaryDirectory() as folder:
         shapes = {name: tuple(layer.weight.shape) for name, layer in rig.layers.items()}
-        pair = open_pair(family, shapes, rank, Path(folder))
+        pair = open_pair(write_files(family, shapes, rank, Path(folder)))
         ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
             "no LoRA": nullcontext,
             "merged": partial(merged, rig.layers, pair.subject),
@@ -108,14 +112,14 @@ def _without_room(pair: Pair, layers: Mapping[str, nn.Module]) -> Session:
 
 
 @torch.no_grad()
-def memory(family: str, rank: int, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> dict[str, float]:
+def memory(files: list[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, float]:
     """Bytes: of both files, of all ΔW of one of them together, and of this process beyond the model at its peak."""
     # One layer of each shape, which stands for all of that shape: the model itself is no concern here.
     kinds = {shape: nn.Linear(shape[1], shape[0], bias=False).requires_grad_(False) for shape in shapes.values()}
     layers = {name: nn.Linear(shape[1], shape[0], bias=False, device="meta") for name, shape in shapes.items()}
     for name, layer in layers.items():
         layer.weight = kinds[shapes[name]].weight
-    pair = open_pair(family, shapes, rank, folder)
+    pair = open_pair(files)
     alone = resident()
     with open_session(pair, layers) as session:
         for tau in (0.0, 0.5, 1.0):
@@ -133,7 +137,7 @@ def in_a_process_of_its_own(family: str, rank: int, every: int) -> dict[str, flo
     """`memory` of every so-manyth linear of SDXL."""
     shapes = dict(list(sdxl_shapes("linears").items())[::every])
     with tempfile.TemporaryDirectory() as folder, multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(memory, (family, rank, shapes, Path(folder)))
+        return pool.apply(memory, (write_files(family, shapes, rank, Path(folder)), shapes))
 
 
 def main(argv: list[str] | None = None) -> None:
