@@ -160,7 +160,7 @@ def work(rank: int, total: int, save_every: float) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=300_000, help="pictures seen in all")
+    parser.add_argument("--samples", type=int, default=160_000, help="pictures seen in all")
     parser.add_argument("--save-every", type=float, default=120, help="seconds between checkpoints")
     args = parser.parse_args()
     run_workers(work, args.samples // BATCH, args.save_every)

@@ -19,7 +19,7 @@ from torch.nn.functional import l1_loss, mse_loss
 from training.autoencoder import base_picture, edges, show
 from training.drawing.pictures import render
 from training.fit import fit
-from training.networks import RELEASE, WORK, as_tensor
+from training.networks import RELEASE, WORK, as_tensor, forget_origin
 from training.parallel import part_of, run_workers
 
 BATCH = 8
@@ -53,6 +53,7 @@ def put(vae: AutoencoderKL) -> None:
     shipped = RELEASE / "model" / "vae"
     if shipped.exists():
         copy.deepcopy(vae).to(torch.float16).save_pretrained(shipped)
+        forget_origin(shipped)
 
 
 def work(rank: int, total: int, source: Path) -> None:

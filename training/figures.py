@@ -75,8 +75,8 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     with catalogue.one_thread():
-        balance_strip(args.home, args.pairs).save(args.out / "balance.png")
-        premises(args.home).save(args.out / "premises.png")
+        for name, image in (("balance", balance_strip(args.home, args.pairs)), ("premises", premises(args.home))):
+            image.quantize(256, dither=Image.Dither.NONE).save(args.out / f"{name}.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from training.judge_net import Judge, JudgeNet, as_batch
+from klora.demo.judge import Judge, JudgeNet, as_batch
 from training.networks import RELEASE, WORK
 from training.parallel import write_checkpoint
 from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES, Example, clean, spoil_a_little

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -115,8 +116,17 @@ def save_pipeline(pipe: StableDiffusionPipeline, folder: Path) -> None:
     for file in (folder / "tokenizer").iterdir():
         file.unlink()
     make_tokenizer(folder / "tokenizer")
+    forget_origin(folder)
     for file in folder.rglob("*.*"):
         file.chmod(0o644)
+
+
+def forget_origin(folder: Path) -> None:
+    """Take the path that a model was loaded from out of its configuration."""
+    for file in folder.rglob("config.json"):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def load_pipeline(folder: Path | None = None) -> StableDiffusionPipeline:

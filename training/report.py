@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 
+from klora.demo.judge import Judge
 from training.drawing.pictures import SIZE
 from training.drawing.styles import GROUNDS, random_style
 from training.drawing.subjects import FAMILIES, STYLE_FAMILIES, SUBJECT_FAMILIES, SUBJECTS, random_subject
 from training.gates import Gate, judge_gates, lora_gates
 from training.judge import FILE as JUDGE_FILE
 from training.judge import measure
-from training.judge_net import Judge
 from training.loras import JOBS, Job, lora_layers
 from training.networks import RELEASE, WORK, load_pipeline, sheet
 from training.words import STYLE_TOKEN, SUBJECT_TOKEN

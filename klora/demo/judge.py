@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -13,13 +14,11 @@ from PIL import Image
 from safetensors import safe_open
 from torch import nn
 
-SIZE = 32
+SIZE = 64
 """Pixels of a side of what the judge looks at."""
-SUBJECT_NAMES = ("bolt", "mimi", "comet", "robot", "cat", "rocket", "house", "tree", "fish", "mushroom", "car")
-"""The three named subjects, then the families for any other member of them."""
-STYLE_NAMES = ("popart", "neon", "parchment", "plain", "stripes", "bands", "dots", "checks", "grid")
-"""The three named styles, then the background patterns for any other style."""
-
+_WIDTHS = (3, 24, 48, 64, 80)
+_FINE, _COARSE = 9, 12
+"""Layers down to the map of 16×16, where a cell knows its piece of texture, and to that of 8×8."""
 _WEIGHTS = Path(__file__).with_name("judge.safetensors")
 
 
@@ -34,26 +33,34 @@ class Verdict:
 
 
 class JudgeNet(nn.Module):
-    """Four convolutions and one linear layer for each axis; input (n, 3, 32, 32) in [-1, 1]."""
+    """Convolutions down to 4×4 and a linear layer for each axis; input (n, 3, 64, 64) in [-1, 1].
 
-    def __init__(self) -> None:
+    The style is read from means and maxima over the picture, as a texture has no place; the subject from a 4×4 map.
+    """
+
+    def __init__(self, subjects: int, styles: int) -> None:
         super().__init__()
-        widths = (3, 24, 48, 64, 96)
         layers: list[nn.Module] = []
-        for i, (a, b) in enumerate(pairwise(widths)):
-            layers += [nn.Conv2d(a, b, 3, stride=1 if i == 0 else 2, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.Flatten(), nn.Dropout(0.2))
-        self.subject = nn.Linear(96 * 16, len(SUBJECT_NAMES))
-        self.style = nn.Linear(96 * 16, len(STYLE_NAMES))
+        for a, b in pairwise(_WIDTHS):
+            layers += [nn.Conv2d(a, b, 5 if a == 3 else 3, stride=2, padding=2 if a == 3 else 1), nn.BatchNorm2d(b)]
+            layers += [nn.ReLU()]
+            if a == 24:
+                layers += [nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
+        self.body, self.drop = nn.Sequential(*layers), nn.Dropout(0.2)
+        self.subject = nn.Linear(_WIDTHS[-1] * 16, subjects)
+        self.style = nn.Sequential(nn.Linear(2 * (48 + 64), 96), nn.ReLU(), nn.Linear(96, styles))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the subject and of the style."""
-        features = self.body(x)
-        return self.subject(features), self.style(features)
+        fine = self.body[:_FINE](x)
+        coarse = self.body[_FINE:_COARSE](fine)
+        pooled = torch.cat([pool((2, 3)) for map_ in (fine, coarse) for pool in (map_.mean, map_.amax)], 1)
+        features = self.body[_COARSE:](coarse).flatten(1)
+        return self.subject(self.drop(features)), self.style(self.drop(pooled))
 
 
 def as_batch(images: np.ndarray | Sequence[Image.Image | np.ndarray]) -> torch.Tensor:
-    """uint8 arrays (h, w, 3) or PIL images of any size → (n, 3, 32, 32) in [-1, 1]."""
+    """uint8 arrays (h, w, 3) or PIL images of any size → (n, 3, 64, 64) in [-1, 1]."""
     size = (SIZE, SIZE)
     arrays = []
     for image in images:
@@ -66,18 +73,19 @@ def as_batch(images: np.ndarray | Sequence[Image.Image | np.ndarray]) -> torch.T
 class Judge:
     """`Judge.load()` and then `judge(images)`."""
 
-    def __init__(self, net: JudgeNet, floor: float) -> None:
-        self.net, self.floor = net.eval(), floor
+    def __init__(self, net: JudgeNet, subjects: Sequence[str], styles: Sequence[str], floor: float) -> None:
+        self.net, self.subjects, self.styles, self.floor = net.eval(), tuple(subjects), tuple(styles), floor
 
     @classmethod
     def load(cls, file: Path = _WEIGHTS) -> Judge:
-        """The judge that ships with the package. Raises FileNotFoundError if its weights are missing."""
-        net = JudgeNet()
+        """Read weights and names, by default of the judge that ships. Raises FileNotFoundError if they are missing."""
         with safe_open(file, "pt") as stored:
             state = {k: stored.get_tensor(k).float() for k in stored.keys()}  # noqa: SIM118
-            floor = float(stored.metadata()["floor"])
+            metadata = stored.metadata()
+        subjects, styles = json.loads(metadata["subjects"]), json.loads(metadata["styles"])
+        net = JudgeNet(len(subjects), len(styles))
         net.load_state_dict(state, strict=False)  # only the batch counters are not stored
-        return cls(net, floor)
+        return cls(net, subjects, styles, float(metadata["floor"]))
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray | Sequence[Image.Image | np.ndarray]) -> list[Verdict]:
@@ -86,11 +94,7 @@ class Judge:
         return [self._verdict(a, b) for a, b in zip(subjects, styles, strict=True)]
 
     def _verdict(self, subject: list[float], style: list[float]) -> Verdict:
-        subjects, styles = dict(zip(SUBJECT_NAMES, subject, strict=True)), dict(zip(STYLE_NAMES, style, strict=True))
-        best = [max(table, key=table.__getitem__) for table in (subjects, styles)]
-        return Verdict(
-            best[0] if subjects[best[0]] >= self.floor else None,
-            best[1] if styles[best[1]] >= self.floor else None,
-            subjects,
-            styles,
-        )
+        tables = dict(zip(self.subjects, subject, strict=True)), dict(zip(self.styles, style, strict=True))
+        best = [max(table, key=table.__getitem__) for table in tables]
+        named = [name if table[name] >= self.floor else None for name, table in zip(best, tables, strict=True)]
+        return Verdict(named[0], named[1], *tables)

@@ -88,9 +88,11 @@ def write_demo_home(folder: Path) -> Path:
     for seed, (name, family) in enumerate({"bolt": "robot", "mimi": "cat"}.items()):
         write_lora(folder / f"{name}.safetensors", attention, "kohya", seed=seed)
         subjects[name] = {"file": f"{name}.safetensors", "family": family, "prompt": f"a sbu {family}"}
+        subjects[name]["held_out"] = name == "mimi"
     for seed, name in enumerate(["neon", "dots", "ink"]):
         write_lora(folder / f"{name}.safetensors", attention, "peft", seed=10 + seed)
         styles[name] = {"file": f"{name}.safetensors", "prompt": "a {family} in szn style"}
+        styles[name]["held_out"] = name != "neon"
     catalogue = {
         "model": "model",
         "recommended": {"steps": 2, "guidance_scale": 4.0},
@@ -100,5 +102,7 @@ def write_demo_home(folder: Path) -> Path:
     }
     (folder / "catalogue.json").write_text(json.dumps(catalogue))
     torch.manual_seed(0)
-    save_file(JudgeNet().state_dict(), folder / "judge.safetensors", {"floor": "0.6"})
+    judge = JudgeNet(len(subjects), len(styles))
+    names = {"subjects": json.dumps(list(subjects)), "styles": json.dumps(list(styles))}
+    save_file(judge.state_dict(), folder / "judge.safetensors", {"floor": "0.6", **names})
     return folder

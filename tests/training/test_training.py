@@ -7,9 +7,9 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
+from klora.demo.judge import Judge, JudgeNet
 from training.gates import judge_gates, lora_gates
 from training.judge import targets
-from training.judge_net import Judge, JudgeNet
 from training.loras import JOBS, kohya_state
 from training.networks import make_unet
 from training.parallel import write_checkpoint
