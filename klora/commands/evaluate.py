@@ -21,6 +21,7 @@ from klora.commands.options import (
     read_settings,
     whole,
 )
+from klora.errors import KloraError
 from klora.generation.methods import read_methods
 from klora.settings import Settings
 
@@ -41,6 +42,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--model", metavar="FOLDER|ID", help=MODEL)
     command.add_argument("--demo", action="store_true", help="evaluate the project's own model with its judge, offline")
+    command.add_argument("--held-out", action="store_true", help="with --demo: only pairs held out of every choice")
     command.add_argument(
         "--prompt",
         metavar="TEXT",
@@ -60,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
     need("klora evaluate", "diffusers", "transformers", "accelerate")
     quick = fill_in_demo_model(args) if args.demo else contextlib.nullcontext()
     demand(args, "model", *([] if args.demo else ["study"]))
+    if args.held_out and not args.demo:
+        raise KloraError("--held-out: says which pairs of --demo are evaluated; give --demo too, or leave it out")
     settings = read_settings(args, RENAMED)
 
     from klora.evaluation.run import evaluate_study
@@ -79,10 +83,11 @@ def _evaluation(args: argparse.Namespace, settings: Settings) -> Evaluation:
 
     methods = read_methods(args.policies or (demo_study.METHODS if args.demo else "k-lora,direct"), settings)
     request = dataclasses.replace(read_request(args, settings), images=args.seeds or (2 if args.demo else 10))
-    pairs = demo_study.demo_study() if args.demo else read_study(args.study, args.prompt or TEMPLATE)
+    pairs = demo_study.demo_study(args.held_out) if args.demo else read_study(args.study, args.prompt or TEMPLATE)
     drawn = [f"{args.pairs} of {len(pairs)} pairs, drawn with seed {args.pairs_seed}"] if args.pairs else []
     if args.pairs:
         pairs = draw_pairs(pairs, args.pairs, args.pairs_seed)
+    drawn += [demo_study.HELD_OUT] if args.held_out else []
     if args.demo:
         notes = (*drawn, *demo_study.NOTES)
         teaching = arrange(pairs, methods, {})

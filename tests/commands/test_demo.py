@@ -101,6 +101,18 @@ def test_the_demo_is_evaluated_by_its_judge_alone(
         assert rates[2] == rates[0] * rates[1] in (0.0, 1.0)
 
 
+def test_pairs_that_nothing_was_chosen_on_are_evaluated_by_themselves(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from klora.evaluation.demo_study import demo_study
+
+    monkeypatch.setattr(catalogue, "HOME", home)
+    pairs = [(pair.subject.name, pair.style.name) for pair in demo_study(held_out=True)]
+    assert pairs == [("mimi", "dots"), ("mimi", "ink")]
+    assert cli.main(["evaluate", "study", "--model", "m", "--held-out"]) == 2
+    assert "--held-out: says which pairs of --demo" in capfd.readouterr().err
+
+
 def test_every_method_of_the_demo_evaluation_is_one() -> None:
     from klora.evaluation.demo_study import METHODS
     from klora.generation.methods import read_methods
