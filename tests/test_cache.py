@@ -356,35 +356,6 @@ def test_the_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pyte
     assert ScoreCache().folder == tmp_path / "user"
 
 
-@pytest.mark.parametrize("family", ["lora", "loha", "lokr", "dora", "full"])
-@pytest.mark.parametrize("alpha", [3.0, 0.0])
-def test_nan_anywhere_in_a_file_is_told_by_its_key(tmp_path: Path, folder: Path, family: str, alpha: float) -> None:
-    text = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
-    shapes = {TO_Q: (48, 40), BLOCK.replace("attn1.", "ff.net.2"): (24, 16), text: (24, 16)}
-    path = write_lora(tmp_path / "bad.safetensors", shapes, family=family, alpha=alpha)
-    tensors = load_file(path)
-    for key in [key for key in tensors if not key.endswith("alpha")]:
-        damaged = {**tensors, key: tensors[key].clone()}
-        damaged[key].view(-1)[-1] = float("nan")
-        save_file(damaged, path)
-        with pytest.raises(LoraValueError) as error:
-            ScoreCache(folder).scores(LoraFile.open(path))
-        assert error.value.key == key
-
-
-def test_a_file_whose_scores_are_kept_is_not_looked_at_again(
-    file: LoraFile, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    ScoreCache(folder).scores(file)
-    assert file.finite
-    again = LoraFile.open(file.path)
-    assert not again.finite
-    monkeypatch.setattr(Delta, "check_finite", lambda *_: pytest.fail("looked at again"))
-    ScoreCache(folder).scores(again)
-    again.check_finite()
-    assert again.finite
-
-
 def test_how_far_the_scoring_is_is_told_where_there_is_some(file: LoraFile, folder: Path) -> None:
     heard: list[tuple[int, int]] = []
     for _ in range(2):
