@@ -102,7 +102,7 @@ def bytes_of(layer: nn.Module) -> bytes:
 
 def sites_of(layer: nn.Module) -> dict[str, Site]:
     unet = SimpleNamespace(model=SimpleNamespace(diffusion_model=Block(layer).model))
-    return dict(ForgeHost(SimpleNamespace(forge_objects=SimpleNamespace(unet=unet))).sites())
+    return dict(ForgeHost(SimpleNamespace(is_sd1=True, forge_objects=SimpleNamespace(unet=unet))).sites())
 
 
 def dora(layer: nn.Module, dtype: torch.dtype, pair: Pair) -> float | str:
