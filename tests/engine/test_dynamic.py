@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from klora.engine.bypass import BypassLayer, Operand, Part, Site
+from klora.engine.bypass import BypassLayer, Operand, Part, Site, tokens_of
 from klora.engine.dynamic import DISTANCES, Chooser, MeasuredPart, Rows, divergence, kl, subsample
 from klora.engine.session import selection_of
 from klora.lora.deltas.computed import FactorDelta
@@ -286,6 +286,19 @@ def test_the_distances_are_what_their_names_say() -> None:
     assert {name: distance(y, moved).tolist() for name, distance in DISTANCES.items()} == {
         name: pytest.approx(values, abs=1e-6) for name, values in expected.items()
     }
+
+
+def test_tokens_of_a_map_are_its_places_row_by_row_and_picture_by_picture() -> None:
+    y = torch.randn(2, 3, 4, 5)
+    take = torch.tensor([0, 7, 19, 20, 39])
+    assert torch.equal(tokens_of(y, take, is_conv=True), y.permute(0, 2, 3, 1).reshape(-1, 3)[take])
+
+
+def test_a_distance_is_one_number_for_each_token() -> None:
+    y, moved = torch.randn(3, 2), torch.randn(3, 2)
+    for distance in DISTANCES.values():
+        each = torch.stack([distance(y[i : i + 1], moved[i : i + 1])[0] for i in range(3)])
+        assert torch.allclose(distance(y, moved), each)
 
 
 def test_every_pass_is_told_from_all_before_it() -> None:

@@ -40,6 +40,12 @@ def plan_of(sums: list[tuple[float, float]], architecture: str | None = "SDXL", 
     return make_plan(modules, resolve(Settings.parse(settings), architecture))
 
 
+def test_a_trimmed_gamma_of_nothing_is_unknown() -> None:
+    assert trimmed_gamma([]) is None
+    assert trimmed_gamma([SharedModule("m", score(1, l1=1), score(0, l1=0), K)]) is None
+    assert trimmed_gamma([SharedModule("m", score(0, l1=0), score(1, l1=1), K)]) is None
+
+
 positive = st.floats(0.01, 100)
 sums = st.lists(st.tuples(positive, positive), min_size=1, max_size=12)
 

@@ -86,6 +86,12 @@ def test_np_lora_with_mu_0_or_a_style_of_zeros_leaves_the_subject_as_it_is() -> 
     assert torch.equal(combined("np-lora", subject, zero)[0].matrix(), subject.matrix())
 
 
+def test_np_lora_takes_the_span_of_the_styles_down_whatever_its_up_reaches() -> None:
+    subject, style = delta_of(3, 1), delta_of(2, 2)
+    flat = FactorDelta.like(LIKE, style.up[:, :1].repeat(1, 2), style.down, 1.0)
+    assert torch.equal(combined("np-lora", subject, flat)[0].matrix(), combined("np-lora", subject, style)[0].matrix())
+
+
 @pytest.mark.parametrize("name", [NAME, CONV], ids=["linear", "conv"])
 @pytest.mark.parametrize("subject_family", FAMILIES)
 @pytest.mark.parametrize("style_family", ["lora", "loha", "full"])
