@@ -16,13 +16,13 @@ from klora.lora.deltas.computed import FactorDelta
 OUT, IN = 5, 4
 
 
-def delta_of(up: list[list[float]], down: list[list[float]], file: str = "a.safetensors") -> FactorDelta:
+def delta_of(up: list[list[float]], down: list[list[float]]) -> FactorDelta:
     """Of columns of up and rows of down, each as far as it is not zero."""
 
     def filled(rows: list[list[float]], width: int) -> Tensor:
         return torch.tensor([row + [0.0] * (width - len(row)) for row in rows])
 
-    like = FactorDelta(file, "key", 1, 1.0, 1.0, (OUT, IN), torch.zeros(OUT, 1), torch.zeros(1, IN))
+    like = FactorDelta("a.safetensors", "key", 1, 1.0, 1.0, (OUT, IN), torch.zeros(OUT, 1), torch.zeros(1, IN))
     return FactorDelta.like(like, filled(up, OUT).t(), filled(down, IN), 1.0)
 
 

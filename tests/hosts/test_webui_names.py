@@ -75,6 +75,15 @@ def forge(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> We
     return host_of(forge_model())
 
 
+def keys_of(path: str) -> list[str]:
+    """Under which prefixes files name a module."""
+    flat = path.replace(".", "_")
+    return [
+        *(f"{root}.{path}" for root in ("transformer", "diffusion_model", "base_model.model")),
+        *(f"{root}_{flat}" for root in ("lora_unet", "lora_transformer")),
+    ]
+
+
 def write(path: Path, prefixes: Mapping[str, tuple[int, int]], seed: int) -> Path:
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
@@ -201,8 +210,7 @@ def test_anima_is_found_under_the_names_of_its_original_code_and_of_diffusers(na
     index = ModelIndex(dict.fromkeys(names, (SIZE, SIZE)))
     for name, other in names.items():
         for spelling in (name, other):
-            flat = spelling.replace(".", "_")
-            for prefix in (f"diffusion_model.{spelling}", f"transformer.{spelling}", f"lora_unet_{flat}"):
+            for prefix in keys_of(spelling):
                 assert index.find(prefix, (SIZE, SIZE)) == (Place(name),)
     for stranger in ("blocks.2.self_attn.q_proj", "blocks.1.attn1.to_q", "blocks.1.self_attn.q"):
         assert index.find(f"diffusion_model.{stranger}", (SIZE, SIZE)) is None
@@ -242,13 +250,7 @@ def test_lumina_2_is_found_under_its_names_in_diffusers_though_the_host_has_thos
     aliases = {f"transformer.layers.0.attention.to_{x}": [name] for x, name in zip("qkv", LUMINA2, strict=False)}
     index = ModelIndex(dict.fromkeys(LUMINA2, (SIZE, SIZE)), aliases)
     for name, other in LUMINA2.items():
-        flat = other.replace(".", "_")
-        for prefix in (
-            f"transformer.{other}",
-            f"diffusion_model.{other}",
-            f"lora_transformer_{flat}",
-            f"lora_unet_{flat}",
-        ):
+        for prefix in keys_of(other):
             assert index.find(prefix, (SIZE, SIZE)) == (Place(name),)
 
 
@@ -273,11 +275,5 @@ def test_a_name_that_the_host_has_under_one_prefix_is_found_under_every_other() 
     """As reForge has SD 3's names in diffusers."""
     name, other = "joint_blocks.0.x_block.attn.proj", "transformer_blocks.0.attn.to_out.0"
     index = ModelIndex({name: (SIZE, SIZE)}, {f"transformer.{other}": [name]})
-    flat = other.replace(".", "_")
-    for prefix in (
-        f"transformer.{other}",
-        f"lora_unet_{flat}",
-        f"diffusion_model.{other}",
-        f"base_model.model.{other}",
-    ):
+    for prefix in keys_of(other):
         assert index.find(prefix, (SIZE, SIZE)) == (Place(name),)
