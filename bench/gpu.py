@@ -24,7 +24,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import Tensor, nn
 
-from bench.machine import describe_machine
+from bench.machine import describe_machine, timed
 from bench.model import merged, write_lora
 from klora.cache import ScoreCache
 from klora.engine import joined
@@ -119,11 +119,13 @@ def _flux_blocks(model: str, depth: int, batch: int, pixels: int, heads: int, wi
 
 def synchronised(device: torch.device, function: Callable[[], Any]) -> float:
     """Seconds of one call, all launched work included."""
+
+    def finished() -> None:
+        function()
+        _wait(device)
+
     _wait(device)
-    start = time.perf_counter()
-    function()
-    _wait(device)
-    return time.perf_counter() - start
+    return timed(finished)
 
 
 def _wait(device: torch.device) -> None:

@@ -9,10 +9,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import torch
 from PIL import Image
 
 from klora.api import fuse
+from klora.commands.demo import generate
 from klora.demo import catalogue
 from klora.report.sheet import contact_sheet
 from training.loras import JOBS
@@ -41,14 +41,7 @@ def balance_strip(home: Path, pairs: int) -> Image.Image:
         groups.append([])
         for balance in BALANCES:
             with fuse(pipe, *pair.files, balance=balance):
-                groups[-1].append(
-                    pipe(
-                        [pair.prompts["both"]] * SEEDS,
-                        num_inference_steps=known["recommended"]["steps"],
-                        guidance_scale=known["recommended"]["guidance_scale"],
-                        generator=[torch.Generator().manual_seed(seed) for seed in range(1, SEEDS + 1)],
-                    ).images
-                )
+                groups[-1].append(generate(pipe, pair.prompts["both"], known["recommended"], range(1, SEEDS + 1)))
     sides = ("subject", "", "as in the paper", "", "style")
     titles = [f"balance {balance:+g}" if balance else "balance 0" for balance in BALANCES]
     return contact_sheet(groups, list(zip(titles, sides, strict=True)), rows)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,7 @@ def run_demo(folder: Path, home: Path | None = None) -> Iterator[str]:
             groups.append([])
             for column in COLUMNS:
                 with fuse(pipe, *pair.files, **column.settings) as session:
-                    groups[-1].append(_generate(pipe, pair.prompts[column.prompt], recommended))
+                    groups[-1].append(generate(pipe, pair.prompts[column.prompt], recommended, SEEDS))
                 bar.update()
             # The last column is K-LoRA, and its session knows the schedule that was really followed.
             maps.append((f"{pair.subject} × {pair.style}", session.plan))
@@ -119,14 +119,15 @@ def run_demo(folder: Path, home: Path | None = None) -> Iterator[str]:
         yield f"{name.replace('-', ' ')}: {target.path}"
 
 
-def _generate(pipe: Any, prompt: str, recommended: Mapping[str, Any]) -> list[Image]:
+def generate(pipe: Any, prompt: str, recommended: Mapping[str, Any], seeds: Sequence[int]) -> list[Image]:
+    """One picture of a prompt for each seed, with the steps and the guidance that the catalogue recommends."""
     import torch
 
     images: list[Image] = pipe(
-        [prompt] * len(SEEDS),
+        [prompt] * len(seeds),
         num_inference_steps=recommended["steps"],
         guidance_scale=recommended["guidance_scale"],
-        generator=[torch.Generator("cpu").manual_seed(seed) for seed in SEEDS],
+        generator=[torch.Generator("cpu").manual_seed(seed) for seed in seeds],
     ).images
     return images
 

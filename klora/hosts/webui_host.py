@@ -72,10 +72,10 @@ class WebuiHost(ABC):
 
     def fit(self, pair: Pair) -> Pair:
         """The pair under the names of the loaded model; MismatchError where one of its files is for another model."""
-        pair = pair.for_model(self.index)
-        shapes = {name: site.shape for name, site in self.sites().items()}
+        index = self.index
+        pair = pair.for_model(index)
         for file in (pair.subject, pair.style):
-            check_model(file, shapes, self.model_name)
+            check_model(file, index.shapes, self.model_name)
         return pair
 
     @cached_property
