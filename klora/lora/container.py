@@ -111,9 +111,8 @@ class Stored:
 
 
 def _pickle(file: str) -> UnsupportedFormatError:
-    return UnsupportedFormatError(
-        file, "is a pickle (.pt, .ckpt, .bin), which can run code when loaded", "convert it to .safetensors"
-    )
+    reason = "is a pickle (.pt, .ckpt, .bin), which can run code when loaded"
+    return UnsupportedFormatError(file, reason, "convert it to .safetensors")
 
 
 def _read_header(stream: BinaryIO, length: int, file: str) -> tuple[bytearray, int]:

@@ -254,7 +254,8 @@ def _rows(target: Target, delta: Delta) -> tuple[int, int]:
 
 def _not_fused(delta: Delta) -> LoraFileError:
     reason = f"is {size(delta.shape)}, which cannot be split into q, k, v (and mlp) of that width"
-    return LoraFileError(delta.file, reason, "the file is damaged or made for another model", delta.key)
+    cure = "the file is damaged or made for another model"
+    return LoraFileError(delta.file, reason, cure, delta.key)
 
 
 def _in_order(table: dict[str, Delta]) -> dict[str, Delta]:
@@ -263,7 +264,8 @@ def _in_order(table: dict[str, Delta]) -> dict[str, Delta]:
 
 def _twice(file: str, first: str, second: str) -> LoraFileError:
     reason = f"names the same weight as {printable(first)}"
-    return LoraFileError(file, reason, "keep one of the two: the file was merged wrongly", second)
+    cure = "keep one of the two: the file was merged wrongly"
+    return LoraFileError(file, reason, cure, second)
 
 
 def _no_modules(file: str, keys: list[str]) -> LoraFileError:

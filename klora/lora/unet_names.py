@@ -170,9 +170,7 @@ def _ldm_paths(place: Place) -> tuple[str, ...]:
         "up": f"output_blocks.{place.level * per_level + place.number}",
     }[place.side]
     attentions = place.what == "attentions"
-    if place.number >= (2 if place.side != "up" else per_level) or (
-        place.side == "mid" and attentions and place.number
-    ):
+    if place.number >= {"down": _LAYERS, "mid": 1 if attentions else 2, "up": per_level}[place.side]:
         return ()
     beside = 1 if attentions else 0 if place.side != "mid" else 2 * place.number
     layer = "" if place.layer is None else f".transformer_blocks.{place.layer}"

@@ -103,6 +103,22 @@ def test_the_first_upsampler_has_two_ldm_names_since_sd1_has_no_attention_before
     assert paths == {"output_blocks.2.1.conv", "output_blocks.2.2.conv"}
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        "down_blocks.0.resnets.2.conv1",
+        "down_blocks.0.attentions.2.proj_in",
+        "mid_block.resnets.2.conv1",
+        "mid_block.attentions.1.proj_in",
+        "up_blocks.0.resnets.3.conv1",
+        "up_blocks.0.attentions.3.proj_in",
+        "mid_block.upsamplers.0.conv",
+    ],
+)
+def test_what_no_unet_has_has_no_ldm_name(name: str) -> None:
+    assert ldm_names(name) == ()
+
+
 def test_fused_flux_weights_give_their_slices_in_the_order_of_their_rows() -> None:
     double = resolve("lora_unet_double_blocks_3_txt_attn_qkv") or ()
     assert [(t.name, t.slice, t.rows(36, 12)) for t in double] == [

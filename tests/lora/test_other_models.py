@@ -100,6 +100,48 @@ def test_what_may_be_one_weight_in_two_spellings_is_pointed_out(tmp_path: Path) 
     assert alike(pair.subject.modules, other.modules) == []
 
 
+HEIGHTS = {"one": 4, "fused": 12, "other": 5}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "found"),
+    [
+        (("blocks_1_attn_qkv", "fused"), ("blocks_1_attn_to_k", "one"), True),
+        (("blocks_1_attn_to_k", "one"), ("blocks_1_attn_qkv", "fused"), True),
+        (("blocks_1_attn_q", "one"), ("blocks_1_attn_to_q", "one"), False),
+        (("blocks_1_attn_q", "one"), ("layers_1_attn_q", "one"), True),
+        (("blocks_1_attn_qkv", "fused"), ("layers_1_attn_to_q", "one"), True),
+        (("blocks_1_attn_q", "one"), ("layers_1_attn_q", "other"), False),
+        (("blocks_1_attn_q", "one"), ("blocks_2_attn_q", "one"), False),
+        (("blocks_1_attn_qkv", "fused"), ("blocks_2_attn_to_q", "one"), False),
+        (("blocks_1_attn_qkv", "fused"), ("blocks_1_mlp", "one"), False),
+        (("embedder_in", "one"), ("embedder_out", "one"), True),
+        (("embedder_in", "one"), ("embedder_out", "other"), False),
+    ],
+)
+def test_alike_are_a_block_under_two_names_and_a_fused_weight_and_its_part(
+    tmp_path: Path, ours: tuple[str, str], theirs: tuple[str, str], found: bool
+) -> None:
+    files = [
+        LoraFile.open(write(tmp_path / f"{i}.safetensors", {f"lora_unet_{name}": (HEIGHTS[height], WIDTH)}))
+        for i, (name, height) in enumerate((ours, theirs))
+    ]
+    assert alike(files[0].modules, files[1].modules) == ([(ours[0], theirs[0])] if found else [])
+
+
+def test_what_both_files_name_alike_is_not_asked_about(tmp_path: Path) -> None:
+    shared, fused = square("lora_unet_blocks_1_attn_q"), {"lora_unet_blocks_1_attn_qkv": (3 * WIDTH, WIDTH)}
+    one = LoraFile.open(write(tmp_path / "a.safetensors", shared))
+    two = LoraFile.open(write(tmp_path / "b.safetensors", {**shared, **fused}))
+    assert alike(one.modules, two.modules) == alike(two.modules, one.modules) == []
+
+
+def test_alike_is_of_one_width(tmp_path: Path) -> None:
+    one = LoraFile.open(write(tmp_path / "a.safetensors", {"lora_unet_blocks_1_attn_q": (4, WIDTH)}))
+    two = LoraFile.open(write(tmp_path / "b.safetensors", {"lora_unet_layers_1_attn_q": (4, WIDTH + 1)}))
+    assert alike(one.modules, two.modules) == []
+
+
 def test_a_model_at_hand_names_the_modules_and_their_parts(tmp_path: Path) -> None:
     parts = [f"layers.0.attention.qkv[{i * WIDTH}:{(i + 1) * WIDTH}]" for i in range(3)]
     aliases = {"layers.0.attention.qkv": parts} | {
