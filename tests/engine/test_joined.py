@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from klora.cache import ScoreCache
 from klora.engine import joined
 from klora.engine.bypass import Site
-from klora.engine.joined import input_of, shared_inputs
+from klora.engine.joined import SharedInput, input_of, shared_inputs
 from klora.engine.session import Session
-from klora.engine.weights import KEPT
+from klora.engine.weights import KEPT, JoinedDown
 from klora.pair import Pair
 from klora.settings import Settings
 from tests.support.lora_files import write_lora
@@ -24,6 +24,7 @@ from tests.support.lora_files import write_lora
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
 SELF, CROSS = f"{BLOCK}.attn1", f"{BLOCK}.attn2"
 WIDTH, CONTEXT = 16, 24
+DOWN = torch.arange(3.0 * WIDTH).view(3, WIDTH)
 
 
 class Attentions(nn.Module):
@@ -150,6 +151,43 @@ def test_modules_that_take_another_input_after_all_make_their_own_product(
         assert all(shared._x is None for shared in session._shared)
     for single, together in zip(*expected, strict=True):
         torch.testing.assert_close(together, single, rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture
+def shared() -> SharedInput:
+    """Two modules of rank 1 and 2, in which the LoRA acts."""
+    shared = SharedInput(cast(JoinedDown, SimpleNamespace(ranks=[1, 2], stack=lambda device, dtype: DOWN.to(dtype))))
+    shared.set_acting(0, True)
+    shared.set_acting(1, True)
+    return shared
+
+
+def test_a_module_that_is_called_again_makes_its_own_product(shared: SharedInput) -> None:
+    with torch.inference_mode():  # where a tensor that is changed in place does not tell
+        x = torch.ones(1, WIDTH)
+        assert torch.equal(shared.product(0, x, x.dtype), x @ DOWN[:1].T)
+        x.mul_(2)
+        assert torch.equal(shared.product(0, x, x.dtype), x @ DOWN[:1].T)
+        assert torch.equal(shared.product(1, x, x.dtype), x @ DOWN[1:].T)
+
+
+def test_a_product_of_another_precision_is_another_product(shared: SharedInput) -> None:
+    x = torch.ones(1, WIDTH)
+    assert shared.product(0, x, torch.float32).dtype == torch.float32
+    assert shared.product(1, x, torch.float64).dtype == torch.float64
+
+
+def test_it_pays_where_the_lora_acts_in_two_modules_and_lasts_until_both_have_their_part(shared: SharedInput) -> None:
+    x = torch.ones(1, WIDTH)
+    shared.product(1, x, x.dtype)
+    assert shared._x is x
+    shared.product(0, x, x.dtype)
+    assert shared._x is None
+    assert shared.pays
+    shared.set_acting(1, False)
+    assert not shared.pays
+    shared.product(0, x, x.dtype)
+    assert shared._x is None
 
 
 @torch.no_grad()

@@ -67,6 +67,17 @@ def test_convolutions_and_half_precision_do_too(tmp_path: Path) -> None:
         assert score.sums == pytest.approx(expected[name].sums, rel=1e-6)
 
 
+def test_how_far_it_is_is_told_after_each_batch_and_a_large_module_is_a_batch_of_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sizes = [(8, 8, 2), (8, 8, 2), (20, 8, 2), (20, 8, 2)]
+    deltas = [delta_of(*size, 1.0, seed) for seed, size in enumerate(sizes)]
+    monkeypatch.setattr(device_scores, "CHUNK_ENTRIES", 2 * 8 * 8)
+    told: list[tuple[int, int]] = []
+    score_low_rank({d.key: (d, {4}) for d in deltas}, CPU, lambda done, of: told.append((done, of)))
+    assert told == [(2, 4), (3, 4), (4, 4)]
+
+
 def test_nan_is_told_by_file_and_key(tmp_path: Path) -> None:
     delta = delta_of(8, 8, 2, 1.0, 0)
     delta.up[0, 0] = float("inf")
