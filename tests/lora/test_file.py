@@ -153,6 +153,11 @@ def test_a_pattern_that_begins_with_the_whole_path_is_that_module_alone(tmp_path
     assert (found[Q], found[K], found["mid_block.resnets.0.conv1"]) == (0.5, 1.5, 3.0)
 
 
+def test_what_no_pattern_matches_has_its_rank_where_there_is_no_other_alpha(tmp_path: Path) -> None:
+    found = scales(tmp_path, {"unet.alpha_pattern": {"attn1.to_q": 2}})
+    assert (found[Q], found[K]) == (0.5, 1.0)
+
+
 def test_rslora_divides_by_the_root_of_the_rank(tmp_path: Path) -> None:
     assert scales(tmp_path, {"unet.lora_alpha": 8, "unet.use_rslora": True})[Q] == 4.0
 
@@ -162,7 +167,13 @@ def test_an_alpha_key_wins_over_the_metadata(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "patterns", [[".*.*x", ".*.*y", *(f".*{i}" for i in range(28))], [".*.*(x|y)"], [f"[a]{i}" for i in range(64)]]
+    "patterns",
+    [
+        # 2 · 64² + 28 · 64 + 16 ways to try them: 10,000.
+        [".*.*x", ".*.*y", *(f".*{i}" for i in range(28)), *(f"[a]{i}" for i in range(16))],
+        [".*.*(x|y)"],
+        [f"[a]{i}" for i in range(64)],
+    ],
 )
 def test_patterns_that_are_quick_to_match_are_taken(tmp_path: Path, patterns: list[str]) -> None:
     assert scales(tmp_path, {"unet.lora_alpha": 8, "unet.alpha_pattern": dict.fromkeys(patterns, 1)})[Q] == 2.0

@@ -9,7 +9,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klora.lora.names import block_of, is_flux, kernel_of, kind_of, ldm_name, ldm_names, resolve, slice_of, sort_key
+from klora.lora.names import (
+    block_of,
+    is_flux,
+    kernel_of,
+    kind_of,
+    ldm_name,
+    ldm_names,
+    resolve,
+    slice_of,
+    slice_rows,
+    sort_key,
+)
 from tests.support.lora_files import FLUX_SPELLINGS, UNET_SPELLINGS, fused_prefix
 from tests.support.models import real_shapes
 
@@ -119,6 +130,20 @@ def test_what_no_unet_has_has_no_ldm_name(name: str) -> None:
     assert ldm_names(name) == ()
 
 
+@pytest.mark.parametrize(
+    ("part", "rows", "width", "found"),
+    [("q", 3, 1, (0, 1)), ("v", 3, 1, (2, 3)), ("mlp", 4, 1, (3, 4)), ("v", 2, 1, None), ("mlp", 3, 1, None)],
+)
+def test_a_fused_weight_is_split_as_far_as_it_has_rows(
+    part: str, rows: int, width: int, found: tuple[int, int] | None
+) -> None:
+    if found:
+        assert slice_rows(part, rows, width) == found
+        return
+    with pytest.raises(ValueError, match=part):
+        slice_rows(part, rows, width)
+
+
 def test_fused_flux_weights_give_their_slices_in_the_order_of_their_rows() -> None:
     double = resolve("lora_unet_double_blocks_3_txt_attn_qkv") or ()
     assert [(t.name, t.slice, t.rows(36, 12)) for t in double] == [
@@ -178,6 +203,9 @@ def test_text_encoder_names(prefix: str, name: str) -> None:
         "double_blocks.0.attn.to_q",
         "transformer_blocks.0.img_attn.qkv",
         "input_blocks.0.1.proj_in",
+        "input_blocks.0.0.op",
+        "input_blocks.1.2.proj_in",
+        "output_blocks.1.2.proj_in",
         "output_blocks.1.1.conv",
         "unet." * 5 + "conv_in",
         "unet." * 10**6,

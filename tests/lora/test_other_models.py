@@ -162,7 +162,8 @@ def test_a_model_at_hand_names_the_modules_and_their_parts(tmp_path: Path) -> No
     assert one.for_model(model) is one
     too_high = {"lora_unet_layers_0_attention_qkv": (4 * WIDTH, WIDTH)}
     with pytest.raises(
-        MismatchError, match=r"its lora_unet_layers_0_attention_qkv is 48×12, in the model it has 36 rows"
+        MismatchError,
+        match="for an unknown architecture: its lora_unet_layers_0_attention_qkv is 48×12, in the model it has 36 rows",
     ):
         LoraFile.open(write(tmp_path / "c.safetensors", too_high)).for_model(model)
 
