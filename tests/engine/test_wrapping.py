@@ -68,3 +68,11 @@ def test_what_an_instance_has_not_is_not_made() -> None:
     sampler.maybe = None  # type: ignore[attr-defined]
     wrappers.wrap(sampler, "maybe", twice)
     assert sampler.maybe is None  # type: ignore[attr-defined]
+
+
+def test_what_somebody_else_has_taken_off_is_not_missed() -> None:
+    wrappers, sampler = Wrappers(), Sampler()
+    wrappers.wrap(sampler, "step", twice)
+    del sampler.step
+    wrappers.remove()
+    assert sampler.step(1) == 2

@@ -61,7 +61,7 @@ def path(tmp_path: Path) -> Path:
 def test_a_file_that_changed_after_opening_is_told_as_such(path: Path, change: str) -> None:
     file = LoraFile.open(path)
     CHANGES[change](path)
-    for read in (file.modules[NAME].tensors, file.modules[NAME].matrix, lambda: file.sha256):
+    for read in (file.modules[NAME].tensors, file.modules[NAME].matrix, lambda: file.sha256, lambda: file.model_hash):
         with pytest.raises(LoraFileError, match=r"cat\.safetensors: (changed while it was in use|does not exist); \w+"):
             read()
 

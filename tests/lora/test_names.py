@@ -204,6 +204,8 @@ def test_text_encoder_names(prefix: str, name: str) -> None:
         "transformer_blocks.0.img_attn.qkv",
         "input_blocks.0.1.proj_in",
         "input_blocks.0.0.op",
+        "input_blocks.1.0.proj_in",
+        "middle_block.1.conv1",
         "input_blocks.1.2.proj_in",
         "output_blocks.1.2.proj_in",
         "output_blocks.1.1.conv",

@@ -12,7 +12,7 @@ from klora.cache import ScoreCache
 from klora.errors import LoraFileError, MismatchError, UnsupportedFormatError
 from klora.lora.file import LoraFile
 from klora.lora.likeness import alike
-from klora.lora.model_index import ModelIndex, finest_slices
+from klora.lora.model_index import ModelIndex, finest_slices, slice_name
 from klora.lora.names import block_of, kind_of, sort_key
 from klora.pair import Pair
 from klora.report.overlap import overlap_of
@@ -187,6 +187,13 @@ def test_slices_are_cut_as_finely_as_they_are_named_where_they_cover_the_weight(
     assert finest_slices(6, [(0, 2), (4, 6)]) == []
     assert finest_slices(6, [(0, 3), (3, 6), (6, 9)]) == [(0, 3), (3, 6)]
     assert finest_slices(6, []) == []
+    assert finest_slices(6, [(0, 3), (2, 2), (3, 6)]) == [(0, 3), (3, 6)]
+    assert finest_slices(6, [(1, 3), (3, 6)]) == []
+
+
+def test_rows_of_a_weight_have_a_name_of_their_own() -> None:
+    assert slice_name("layers.0.attention.qkv", (64, 128)) == "layers.0.attention.qkv[64:128]"
+    assert slice_name("layers.0.attention.out", None) == "layers.0.attention.out"
 
 
 @pytest.mark.parametrize(
