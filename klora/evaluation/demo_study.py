@@ -68,12 +68,17 @@ def demo_study(held_out: bool = False) -> tuple[StudyPair, ...]:
 
 
 class Recognition:
-    """Whether the judge names the subject, the style, and both; in place of CLIP and DINO, which know no such toys."""
+    """Whether the judge names the subject, the style, and both, and how probable it finds them.
+
+    It is there in place of CLIP and DINO, which know no such toys.
+    """
 
     metrics: Mapping[str, str] = {
         "subject_recognised": "subject recognised",
         "style_recognised": "style recognised",
         "both_recognised": "both recognised",
+        "subject_probability": "probability of the subject",
+        "style_probability": "probability of the style",
     }
     in_harmonic_mean: Sequence[str] = ("subject_recognised", "style_recognised")
     in_sum: Sequence[str] = ()
@@ -89,11 +94,13 @@ class Recognition:
         return f"{self._digest} {pair.name}"
 
     def __call__(self, image: Image, pair: StudyPair) -> dict[str, float]:
-        """1 for what the judge names rightly, else 0."""
+        """1 for what the judge names rightly, else 0; and the probability that it gives to each name."""
         verdict = self.judge([image])[0]
         subject, style = verdict.subject == pair.subject.name, verdict.style == pair.style.name
         return {
             "subject_recognised": float(subject),
             "style_recognised": float(style),
             "both_recognised": float(subject and style),
+            "subject_probability": verdict.subjects[pair.subject.name],
+            "style_probability": verdict.styles[pair.style.name],
         }

@@ -99,6 +99,11 @@ def test_the_demo_is_evaluated_by_its_judge_alone(
     for row in table:
         rates = [float(row[f"{name}_recognised"]) for name in ("subject", "style", "both")]
         assert rates[2] == rates[0] * rates[1] in (0.0, 1.0)
+        for name in ("subject", "style"):
+            probability = float(row[f"{name}_probability"])
+            assert 0 <= probability <= 1
+            # What is named is named for its probability.
+            assert probability > 0.5 or not float(row[f"{name}_recognised"])
 
 
 def test_pairs_that_nothing_was_chosen_on_are_evaluated_by_themselves(
