@@ -42,7 +42,7 @@ def choose_dtype(name: str, device: str, model: str) -> torch.dtype:
     if name != AUTO:
         dtype: torch.dtype = getattr(torch, name)
         return dtype
-    if device == "cpu":
+    if torch.device(device).type == "cpu":
         return torch.float32
     return torch.bfloat16 if "flux" in _pipeline_class(model).lower() else torch.float16
 
