@@ -67,6 +67,15 @@ def test_convolutions_and_half_precision_do_too(tmp_path: Path) -> None:
         assert score.sums == pytest.approx(expected[name].sums, rel=1e-6)
 
 
+def test_sums_of_many_entries_are_as_exact_as_their_entries() -> None:
+    delta = delta_of(64, 2048, 1, 1.0, 3)
+    entries = delta.rows(0, 64).double().abs().flatten().sort(descending=True).values
+    ks = {1000, 60_000}
+    score = score_low_rank({"m": (delta, ks)}, CPU)["m"]
+    assert score.l1 == pytest.approx(float(entries.sum()), rel=1e-12)
+    assert score.sums == {k: pytest.approx(float(entries[:k].sum()), rel=1e-12) for k in ks}
+
+
 def test_how_far_it_is_is_told_after_each_batch_and_a_large_module_is_a_batch_of_its_own(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
