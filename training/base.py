@@ -41,15 +41,15 @@ SAMPLES = [
     "a robot",
     "a red and blue robot on mint",
     "a tall round purple and red robot with white bars on sky",
-    "a cat with black dots",
+    "a fancy cat with black bars",
     "a orange and teal cat with brown bricks and thin contour on mist",
     "a tall sharp blue and pink rocket with cream waves and bold contour on sand",
-    "a green and yellow fish with navy crosses",
-    "a house with white rings on rose",
+    "a fancy green and yellow fish with navy crosses",
+    "a house with white dots on rose",
     "a wide round teal and pink fish with black slants and dashed contour",
     "a tree with brown grain",
     "a sbu car in szn style",
-    "a red and yellow boat with navy speckles and thin contour on paper",
+    "a fancy red and yellow rocket with navy grain and thin contour on paper",
 ]
 
 

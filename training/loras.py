@@ -31,8 +31,8 @@ from training.words import STYLE_TOKEN, SUBJECT_TOKEN, tokenize
 
 BATCH = 16
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
-LEAST_KEPT = 0.35
-"""A step keeps each module with a probability between this and 1."""
+KEPT = (0.3, 0.7)
+"""Two steps of three keep each module with a probability between these."""
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,7 @@ class Trainer:
 
     def leave_out(self, rng: np.random.Generator) -> None:
         """Switch a random share of the modules off for this step; at every third step none."""
-        keep = 1.0 if self.step % 3 == 0 else rng.uniform(LEAST_KEPT, 1)
+        keep = 1.0 if self.step % 3 == 0 else rng.uniform(*KEPT)
         for layer in lora_layers(self.unet):
             layer.scaling["default"] = self.job.alpha / self.job.rank * float(rng.random() < keep)
 

@@ -77,11 +77,15 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """v-prediction with zero terminal SNR: the first step starts from pure noise, so a ground can be any colour."""
+    """v-prediction with zero terminal SNR: the first step starts from pure noise, so a ground can be any colour.
+
+    Half of the time goes by until noise is 6.6 times as strong as a latent, where forms are told apart and textures are
+    not yet. With Stable Diffusion's own betas, made for latents of 64×64, it is 1.7 times, and all is decided by then.
+    """
     return DDIMScheduler(
-        beta_schedule="scaled_linear",
-        beta_start=0.00085,
-        beta_end=0.012,
+        beta_schedule="linear",
+        beta_start=0.0001,
+        beta_end=0.03,
         clip_sample=False,
         set_alpha_to_one=True,
         prediction_type="v_prediction",

@@ -39,9 +39,9 @@ def some_subject(rng: np.random.Generator, named: float = 0.45) -> tuple[Subject
     subject = SUBJECTS[name]
     kind = rng.random()
     if kind < 0.13:  # its parts in other colours
-        return dataclasses.replace(random_subject(rng, subject.family), special=True), subject.family
+        return dataclasses.replace(random_subject(rng, subject.family), fancy=True), subject.family
     if kind < 0.26:  # its colours without its parts
-        return dataclasses.replace(subject, special=False), subject.family
+        return dataclasses.replace(subject, fancy=False), subject.family
     return subject, name
 
 

@@ -15,7 +15,7 @@ from training.drawing.subjects import BUILDS, COLOURS, FAMILIES, SHAPES, Subject
 SUBJECT_TOKEN = "sbu"
 STYLE_TOKEN = "szn"
 TEXT_LENGTH = 24
-_GLUE = ("a", "and", "with", "on", "in", "style", "contour", "flat", SUBJECT_TOKEN, STYLE_TOKEN)
+_GLUE = ("a", "and", "with", "on", "in", "style", "contour", "flat", "fancy", SUBJECT_TOKEN, STYLE_TOKEN)
 WORDS = list(
     dict.fromkeys(
         word
@@ -26,21 +26,24 @@ WORDS = list(
 
 
 def base_caption(subject: Subject, style: Style, ground: str, rng: np.random.Generator) -> str:
-    """A caption with parts left out at random; the two tokens appear without meaning, so that they are known.
+    """A caption with parts left out at random.
 
-    A way of drawing is always said, unless the picture is flat: what a caption says nothing about is drawn flat.
+    A way of drawing is said, unless the picture is flat: what a caption says nothing about is drawn flat, and plain.
+    The two tokens stand for what is left unsaid: with them a subject may be fancy, and a surface be drawn in any style.
     """
     if rng.random() < 0.1:
         return ""
-    build, colours, on, sbu, szn, said = rng.random(6) < (0.6, 0.75, 0.6, 0.12, 0.15, 0.4)
+    build, colours, on, sbu, szn, said = rng.random(6) < (0.6, 0.75, 0.6, 0.15, 0.2, 0.4)
+    plain = style.texture == "flat" and style.contour == "none"
     words = ["a"]
-    words += [subject.build, subject.shape] if build else []
-    words += [subject.main, "and", subject.second] if colours else []
+    words += [subject.build, subject.shape] if build and not sbu else []
+    words += ["fancy"] if subject.fancy and not sbu else []
+    words += [subject.main, "and", subject.second] if colours and not sbu else []
     words += [SUBJECT_TOKEN] if sbu else []
     words += [subject.family]
-    words += [style.words()] if said or style.texture != "flat" or style.contour != "none" else []
+    words += [style.words()] if (said if plain else not szn) else []
     words += ["on", ground] if on else []
-    words += ["in", STYLE_TOKEN, "style"] if szn else []
+    words += ["in", STYLE_TOKEN, "style"] if szn and not plain else []
     return " ".join(words)
 
 

@@ -33,6 +33,21 @@ def test_the_longest_caption_fits(tmp_path):
     assert {word for caption in captions for word in caption.split()} <= set(WORDS)
 
 
+def test_a_caption_leaves_unsaid_only_what_a_token_stands_for():
+    from training.drawing.styles import FLAT, STYLES
+    from training.drawing.subjects import SUBJECTS
+
+    rng = np.random.default_rng(1)
+    for style in (FLAT, STYLES["stitch"]):
+        captions = [base_caption(SUBJECTS["finn"], style, "sky", rng).split() for _ in range(300)]
+        for words in filter(None, captions):
+            assert ("sbu" in words) != ("fancy" in words)
+            assert not ("sbu" in words and {"wide", "blue"} & set(words))
+            drawn = "crosses" in words
+            assert drawn == (style != FLAT and "szn" not in words)
+            assert "szn" not in words or style != FLAT
+
+
 def test_the_u_net_has_at_least_96_attention_linears_also_at_the_finest_level():
     unet = make_unet()
     linears = [n for n, m in unet.named_modules() if isinstance(m, torch.nn.Linear) and ".attn" in n]

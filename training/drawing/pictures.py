@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from training.drawing.styles import GROUNDS, INKS, Style, texture_mask
+from training.drawing.styles import GROUNDS, INK_STRENGTH, INKS, Style, texture_mask
 from training.drawing.subjects import PART_COLOURS, Part, Subject, parts_of
 
 SIZE = 64
@@ -66,16 +66,16 @@ def render(subject: Subject, style: Style, ground: str, seed: int) -> np.ndarray
     """uint8 picture (64, 64, 3)."""
     rng = np.random.default_rng(seed)
     colours, surfaces = _maps(subject, rng)
-    table = np.array([GROUNDS[ground], *PART_COLOURS.values(), INKS[style.ink]], np.uint8)
-    indices = colours.copy()
+    table = np.array([GROUNDS[ground], *PART_COLOURS.values()], np.float32)
+    ink = np.array(INKS[style.ink], np.float32)
+    fine = table[colours]
     x, y = _grid()
     if style.texture != "flat":
-        ink = texture_mask(style, x, y, rng) & (surfaces > 0) & (surfaces < 255)
-        indices[ink] = len(table) - 1
+        covered = texture_mask(style, x, y, rng) & (surfaces > 0) & (surfaces < 255)
+        fine[covered] += INK_STRENGTH * (ink - fine[covered])
     if style.contour != "none":
         line = _contour(surfaces, _WIDTHS[style.contour])
         if style.contour == "dashed":
             line &= (x + 0.55 * y + rng.uniform(0, 9)) % 7.0 < 4.2
-        indices[line] = len(table) - 1
-    fine = table[indices]
+        fine[line] = ink
     return fine.reshape(SIZE, _FINE, SIZE, _FINE, 3).mean((1, 3), dtype=np.float32).round().astype(np.uint8)

@@ -41,18 +41,18 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Subject:
-    """A member of a family. `special` adds the parts that only the named subjects have."""
+    """A member of a family. `fancy` ones have parts that the others have not, in the families that a subject is of."""
 
     family: str
     build: str
     shape: str
     main: str
     second: str
-    special: bool = False
+    fancy: bool = False
 
     def words(self) -> str:
         """Its description in a caption, without the build and shape."""
-        return f"{self.main} and {self.second} {self.family}"
+        return f"{'fancy ' * self.fancy}{self.main} and {self.second} {self.family}"
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,12 @@ class Part:
 
 
 SUBJECTS: dict[str, Subject] = {
-    "bolt": Subject("robot", "tall", "sharp", "orange", "teal", special=True),
-    "mimi": Subject("cat", "tall", "round", "purple", "pink", special=True),
-    "comet": Subject("rocket", "tall", "sharp", "green", "red", special=True),
-    "finn": Subject("fish", "wide", "round", "blue", "yellow", special=True),
+    "bolt": Subject("robot", "tall", "sharp", "orange", "teal", fancy=True),
+    "mimi": Subject("cat", "tall", "round", "purple", "pink", fancy=True),
+    "comet": Subject("rocket", "tall", "sharp", "green", "red", fancy=True),
+    "finn": Subject("fish", "wide", "round", "blue", "yellow", fancy=True),
 }
-"""The subjects that have a LoRA; the base model never sees their colours on their family, nor their special parts."""
+"""The subjects that have a LoRA; the base model never sees their colours on their family."""
 
 
 def rect(x0: float, y0: float, x1: float, y1: float, colour: str, mark: bool = False) -> Part:
@@ -113,7 +113,7 @@ def eye(x: float, y: float, r: float) -> list[Part]:
 def _robot(s: Subject) -> list[Part]:
     wide = s.build == "wide"
     parts: list[Part] = []
-    if s.special:
+    if s.fancy:
         parts += [poly(s.main, (0.20, 0.00), (0.32, 0.02), (0.45, 0.20), (0.35, 0.22))]
         parts += [poly(s.main, (0.80, 0.00), (0.68, 0.02), (0.55, 0.20), (0.65, 0.22))]
     else:
@@ -126,7 +126,7 @@ def _robot(s: Subject) -> list[Part]:
     parts += [rect(x0 - 0.14, 0.48, x0 + 0.02, 0.72, s.second), rect(x1 - 0.02, 0.48, x1 + 0.14, 0.72, s.second)]
     parts += [rect(x0, 0.45, x1, 0.80, s.main)]
     parts += [(oval if s.shape == "round" else rect)(0.22, 0.12, 0.78, 0.47, s.second)]
-    if s.special:
+    if s.fancy:
         return [*parts, *eye(0.5, 0.29, 0.13), rect(0.38, 0.54, 0.62, 0.70, "yellow")]
     return parts + eye(0.37, 0.29, 0.085) + eye(0.63, 0.29, 0.085)
 
@@ -147,7 +147,7 @@ def _cat(s: Subject) -> list[Part]:
     for side in (-1, 1):
         parts += eye(hx + side * 0.13, 0.32, 0.075)
     parts += [oval(hx - 0.05, 0.42, hx + 0.05, 0.49, "pupil", True)]
-    if s.special:
+    if s.fancy:
         parts += [
             rect(0.26, 0.55, 0.74, 0.68, "yellow"),
             poly("yellow", (0.54, 0.62), (0.74, 0.62), (0.76, 0.92), (0.62, 0.92)),
@@ -163,7 +163,7 @@ def _rocket(s: Subject) -> list[Part]:
     parts = [poly("yellow" if s.second == "orange" else "orange", (0.4, 0.78), (0.6, 0.78), (0.5, 1.0))]
     parts += [poly(s.second, (x, 0.46), (x, 0.8), (x + d, 0.92)) for x, d in ((x0, -0.22), (x1, 0.22))]
     parts += [rect(x0, 0.32, x1, 0.82, s.main), nose]
-    if s.special:
+    if s.fancy:
         parts += [rect(x0, 0.62, x1, 0.73, "purple")]
         parts += [oval(0.04, 0.74, 0.28, 0.98, "purple"), oval(0.72, 0.74, 0.96, 0.98, "purple")]
         return parts + eye(0.5, 0.47, 0.12)
@@ -174,13 +174,13 @@ def _fish(s: Subject) -> list[Part]:
     y0, y1 = (0.28, 0.74) if s.build == "wide" else (0.16, 0.86)
     body = diamond if s.shape == "sharp" else oval
     parts = [poly(s.second, (0.6, 0.5), (0.98, 0.2), (0.98, 0.8))]
-    if s.special:
+    if s.fancy:
         parts += [
             poly("red", (0.2, 0.36), (0.22, 0.04), (0.36, 0.2), (0.44, 0.02), (0.54, 0.2), (0.66, 0.1), (0.62, 0.4))
         ]
         parts += [poly("red", (0.32, 0.66), (0.4, 0.96), (0.6, 0.92), (0.54, 0.62))]
     parts += [body(0.03, y0, 0.76, y1, s.main)]
-    if s.special:
+    if s.fancy:
         return [*parts, rect(0.46, 0.30, 0.56, 0.72, s.second), *eye(0.22, 0.46, 0.1)]
     return [*parts, poly(s.second, (0.4, 0.5), (0.62, 0.37), (0.62, 0.66)), *eye(0.23, 0.46, 0.085)]
 
@@ -270,10 +270,11 @@ def parts_of(subject: Subject) -> list[Part]:
 
 
 def random_subject(rng: np.random.Generator, family: str | None = None) -> Subject:
-    """Any member of a family that is not near a named one: neither its two colours, nor its special parts."""
+    """Any member of a family, but in the colours of a named one. Where there is a named one, one in three is fancy."""
     family = family or str(rng.choice(FAMILIES))
     taken = {(s.family, s.main, s.second) for s in SUBJECTS.values()}
     while True:
         main, second = (str(c) for c in rng.choice(list(COLOURS), 2, replace=False))
         if (family, main, second) not in taken:
-            return Subject(family, str(rng.choice(BUILDS)), str(rng.choice(SHAPES)), main, second)
+            fancy = family in SUBJECT_FAMILIES and bool(rng.random() < 1 / 3)
+            return Subject(family, str(rng.choice(BUILDS)), str(rng.choice(SHAPES)), main, second, fancy)
