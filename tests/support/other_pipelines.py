@@ -27,17 +27,16 @@ def flow(**options: Any) -> Any:
     return diffusers.FlowMatchEulerDiscreteScheduler(**options)
 
 
-def vae(channels: int, **options: Any) -> Any:
+def vae(channels: int, kind: str = "AutoencoderKL") -> Any:
     """A VAE that halves each side, of the size that matters for its config alone."""
     import diffusers
 
-    return diffusers.AutoencoderKL(
+    return getattr(diffusers, kind)(
         block_out_channels=(4, 4),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         latent_channels=channels,
         norm_num_groups=2,
-        **options,
     )
 
 
@@ -232,14 +231,7 @@ def flux2() -> Made:
         timestep_guidance_channels=16,
         axes_dims_rope=(2, 2, 2, 2),
     )
-    coder = diffusers.AutoencoderKLFlux2(
-        block_out_channels=(4, 4),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        latent_channels=4,
-        norm_num_groups=2,
-    )
-    pipe = diffusers.Flux2Pipeline(flow(), coder, None, None, transformer)
+    pipe = diffusers.Flux2Pipeline(flow(), vae(4, "AutoencoderKLFlux2"), None, None, transformer)
     return pipe, {"prompt_embeds": embeddings(1, WORDS, CONTEXT)}
 
 
