@@ -156,7 +156,12 @@ def generate(
     """One picture per prompt, uint8 (n, h, w, 3); picture i starts from noise of its own seed."""
     noise = [torch.Generator().manual_seed(seed + i) for i in range(len(prompts))]
     out = pipe(prompts, num_inference_steps=steps, guidance_scale=guidance, generator=noise, output_type="np").images
-    return (np.asarray(out) * 255).round().clip(0, 255).astype(np.uint8)
+    return as_bytes(out)
+
+
+def as_bytes(images: list[np.ndarray]) -> np.ndarray:
+    """What a pipeline gives as "np", in [0, 1] → uint8 (n, h, w, 3)."""
+    return (np.asarray(images) * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def sheet(rows: list[list[np.ndarray]], file: Path, zoom: int = 2) -> None:

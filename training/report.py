@@ -27,7 +27,7 @@ from training.gates import Gate, judge_gates, lora_gates
 from training.judge import FILE as JUDGE_FILE
 from training.judge import measure
 from training.loras import JOBS, Job, lora_layers
-from training.networks import RELEASE, WORK, load_pipeline, sheet
+from training.networks import RELEASE, WORK, as_bytes, load_pipeline, sheet
 from training.words import STYLE_TOKEN, SUBJECT_TOKEN
 
 STEPS = 20
@@ -97,7 +97,7 @@ class Wielder:
             output_type="np",
             callback_on_step_end=after,
         ).images
-        return (np.asarray(images) * 255).round().clip(0, 255).astype(np.uint8)
+        return as_bytes(images)
 
 
 def rounded(value: float) -> float:
