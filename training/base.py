@@ -20,6 +20,7 @@ from training.autoencoder import base_spec
 from training.networks import (
     RELEASE,
     WORK,
+    draw_times,
     generate,
     make_pipeline,
     make_scheduler,
@@ -37,6 +38,8 @@ RATE = 1e-3
 DECAY = 0.999
 COOLING = 0.3
 """The share of the steps in which the rate falls."""
+UNIFORM = 0.35
+"""The share of the steps, the first ones, in which all times are learned alike."""
 SAMPLES = [
     "a robot",
     "a red and blue robot on mint",
@@ -98,11 +101,13 @@ class Trainer:
         return torch.from_numpy(np.stack(latents)).float(), captions
 
     def loss(self) -> torch.Tensor:
-        """Mean squared error of v at uniform time steps."""
+        """Mean squared error of v."""
         clean, captions = self.batch()
         noise_rng = torch.Generator().manual_seed(self.step * BATCH + self.part.start)
         noise = torch.randn(clean.shape, generator=noise_rng)
         t = torch.randint(0, 1000, (len(clean),), generator=noise_rng)
+        if self.step >= UNIFORM * self.total:
+            t = draw_times(len(clean), noise_rng)
         with torch.autocast("cpu", torch.bfloat16):
             text = self.nets["text"](tokenize(self.tokenizer, captions))[0]
             guess = self.nets["unet"](self.scheduler.add_noise(clean, noise, t), t, text).sample

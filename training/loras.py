@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from training.drawing.pictures import render
 from training.drawing.styles import FLAT, GROUNDS, STYLES, random_style
 from training.drawing.subjects import STYLE_FAMILIES, SUBJECTS, random_subject
-from training.networks import RELEASE, WORK, as_tensor, load_pipeline, make_scheduler
+from training.networks import RELEASE, WORK, as_tensor, draw_times, load_pipeline, make_scheduler
 from training.parallel import Pace, write_checkpoint
 from training.words import STYLE_TOKEN, SUBJECT_TOKEN, tokenize
 
@@ -150,7 +150,7 @@ class Trainer:
         self.leave_out(rng)
         chosen = torch.from_numpy(rng.integers(len(self.latents), size=BATCH))
         clean = self.latents[chosen]
-        noise, t = torch.randn(clean.shape, generator=noise_rng), torch.randint(0, 1000, (BATCH,), generator=noise_rng)
+        noise, t = torch.randn(clean.shape, generator=noise_rng), draw_times(BATCH, noise_rng)
         falling = 0.5 * (1 + math.cos(math.pi * self.step / self.effort.steps))
         self.optimizer.param_groups[0]["lr"] = self.effort.rate * min(1, (self.step + 1) / 20) * falling
         with torch.autocast("cpu", torch.bfloat16):
