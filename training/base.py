@@ -38,8 +38,8 @@ RATE = 1e-3
 DECAY = 0.999
 COOLING = 0.3
 """The share of the steps in which the rate falls."""
-UNIFORM = 0.35
-"""The share of the steps, the first ones, in which all times are learned alike."""
+UNIFORM = 2_188
+"""The first steps, in which all times are learned alike."""
 SAMPLES = [
     "a robot",
     "a red and blue robot on mint",
@@ -106,7 +106,7 @@ class Trainer:
         noise_rng = torch.Generator().manual_seed(self.step * BATCH + self.part.start)
         noise = torch.randn(clean.shape, generator=noise_rng)
         t = torch.randint(0, 1000, (len(clean),), generator=noise_rng)
-        if self.step >= UNIFORM * self.total:
+        if self.step >= UNIFORM:
             t = draw_times(len(clean), noise_rng)
         with torch.autocast("cpu", torch.bfloat16):
             text = self.nets["text"](tokenize(self.tokenizer, captions))[0]
@@ -165,7 +165,7 @@ def work(rank: int, total: int, save_every: float) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=160_000, help="pictures seen in all")
+    parser.add_argument("--samples", type=int, default=165_000, help="pictures seen in all")
     parser.add_argument("--save-every", type=float, default=120, help="seconds between checkpoints")
     args = parser.parse_args()
     run_workers(work, args.samples // BATCH, args.save_every)
