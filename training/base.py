@@ -37,7 +37,8 @@ BATCH = 24
 RATE = 1e-3
 DECAY = 0.999
 COOLING = 0.3
-"""The share of the steps in which the rate falls."""
+"""The share of the steps in which the rate falls; then it falls once more, from `SECOND` of it."""
+SECOND = 0.5
 UNIFORM = 2_188
 """The first steps, in which all times are learned alike."""
 SAMPLES = [
@@ -59,9 +60,9 @@ SAMPLES = [
 class Trainer:
     """Models, optimizer and moving average; saved and restored as one file. Every process holds the same."""
 
-    def __init__(self, total: int, rank: int) -> None:
+    def __init__(self, total: int, more: int, rank: int) -> None:
         torch.manual_seed(0)
-        self.part, self.total, self.step = part_of(BATCH, rank), total, 0
+        self.part, self.total, self.more, self.step = part_of(BATCH, rank), total, more, 0
         self.file, self.pool = WORK / "base.pt", open_pool()
         with tempfile.TemporaryDirectory() as own:  # a shared folder would be read while the other process writes it
             self.tokenizer = make_tokenizer(Path(own))
@@ -86,7 +87,12 @@ class Trainer:
         write_checkpoint(self.file, state | {"optimizer": self.optimizer.state_dict()})
 
     def rate(self) -> float:
-        """Linear warm-up, constant, and linear to zero over the last steps: until then, the total can be changed."""
+        """Linear warm-up, constant, and linear to zero over the last steps: until then, the total can be changed.
+
+        What comes after the total begins at half of the rate and falls to zero too.
+        """
+        if self.step >= self.total:
+            return RATE * SECOND * (1 - (self.step - self.total) / self.more)
         left = (self.total - self.step) / (COOLING * self.total)
         return RATE * min(1.0, (self.step + 1) / 200, left)
 
@@ -140,17 +146,17 @@ class Trainer:
         sheet([list(pictures[:6]), list(pictures[6:])], WORK / "samples" / f"base-{self.step:06d}.png", 3)
 
 
-def work(rank: int, total: int, save_every: float) -> None:
+def work(rank: int, total: int, more: int, save_every: float) -> None:
     """One of the training processes; the first also saves and draws samples."""
-    trainer = Trainer(total, rank)
+    trainer, end = Trainer(total, more, rank), total + more
     saves, samples = Pace(save_every), Pace(480)
     losses: list[float] = []
-    while trainer.step < total:
+    while trainer.step < end:
         losses.append(trainer.advance())
         if rank > 0:
             continue
         if trainer.step % 100 == 0:
-            print(f"{time.strftime('%H:%M:%S')} {trainer.step}/{total} {np.mean(losses[-100:]):.4f}", flush=True)
+            print(f"{time.strftime('%H:%M:%S')} {trainer.step}/{end} {np.mean(losses[-100:]):.4f}", flush=True)
         if saves.due():
             trainer.save()
         if samples.due():
@@ -165,10 +171,11 @@ def work(rank: int, total: int, save_every: float) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samples", type=int, default=165_000, help="pictures seen in all")
+    parser.add_argument("--samples", type=int, default=165_000, help="pictures seen")
+    parser.add_argument("--more", type=int, default=40_000, help="pictures seen after these, at a falling rate")
     parser.add_argument("--save-every", type=float, default=120, help="seconds between checkpoints")
     args = parser.parse_args()
-    run_workers(work, args.samples // BATCH, args.save_every)
+    run_workers(work, args.samples // BATCH, args.more // BATCH, args.save_every)
 
 
 if __name__ == "__main__":
