@@ -228,7 +228,7 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="default: those not yet made")
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--pictures", type=int, default=1024, help="drawn for each")
     args = parser.parse_args()
