@@ -79,8 +79,8 @@ def make_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 def make_scheduler() -> DDIMScheduler:
     """v-prediction with zero terminal SNR: the first step starts from pure noise, so a ground can be any colour.
 
-    Half of the time goes by until noise is 6.6 times as strong as a latent, where forms are told apart and textures are
-    not yet. With Stable Diffusion's own betas, made for latents of 64×64, it is 1.7 times, and all is decided by then.
+    Half of the time goes by until noise is 6.6 times as strong as a latent: no texture is decided by then, nor are all
+    forms (training/README.md). With Stable Diffusion's own betas, made for latents of 64×64, it is 1.7 times.
     """
     return DDIMScheduler(
         beta_schedule="linear",
