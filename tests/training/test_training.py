@@ -11,7 +11,7 @@ from klora.demo.judge import Judge, JudgeNet
 from training.gates import judge_gates, lora_gates
 from training.judge import targets
 from training.loras import JOBS, kohya_state
-from training.networks import make_unet
+from training.networks import draw_times, make_unet
 from training.parallel import write_checkpoint
 from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES
 from training.words import WORDS, base_caption, make_tokenizer, tokenize
@@ -46,6 +46,14 @@ def test_a_caption_leaves_unsaid_only_what_a_token_stands_for():
             drawn = "crosses" in words
             assert drawn == (style != FLAT and "szn" not in words)
             assert "szn" not in words or style != FLAT
+
+
+def test_most_times_are_drawn_where_details_are_decided_and_none_is_left_out():
+    times, again = (draw_times(4000, torch.Generator().manual_seed(0)) for _ in range(2))
+    assert torch.equal(times, again)
+    assert 0 <= int(times.min()) < 20
+    assert 980 < int(times.max()) < 1000
+    assert float(((times >= 130) & (times < 600)).float().mean()) > 0.6
 
 
 def test_the_u_net_has_at_least_96_attention_linears_also_at_the_finest_level():
