@@ -132,6 +132,20 @@ def test_rows_of_a_large_lokr_form_no_more_than_is_asked_for(tmp_path: Path) -> 
     assert max(event.cpu_memory_usage for event in profile.events()) < 2**20
 
 
+@pytest.mark.parametrize("family", ["lokr", "lokr-ab", "lokr-full", "lokr-cp"])
+def test_a_whole_linear_product_and_nothing_else_shows_its_kronecker_factors(tmp_path: Path, family: str) -> None:
+    path = write_lora(tmp_path / "x.safetensors", SHAPES, family=family, rank=RANK)
+    for name in SHAPES:
+        delta = LoraFile.open(path).modules[name]
+        factors = delta.kronecker()
+        assert (factors is not None) == (name == LINEAR or (name == POINT and family != "lokr-cp"))
+        if factors is not None:
+            first, *second = factors
+            inner = second[0] if len(second) == 1 else second[1] @ second[0]
+            torch.testing.assert_close(delta.scale * torch.kron(first, inner).float(), delta.matrix())
+        assert delta.part(0, delta.shape[0] - 1).kronecker() is None
+
+
 def test_impossible_rows_are_an_index_error(tmp_path: Path) -> None:
     delta = LoraFile.open(write_lora(tmp_path / "x.safetensors", {LINEAR: (8, 8)})).modules[LINEAR]
     for start, stop in ((-1, 2), (0, 9), (5, 4)):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from klora.errors import MismatchError
 from klora.fusion.cut import cut
 from klora.fusion.entries import elected_mean, largest
-from klora.fusion.knots import shared_basis
+from klora.fusion.knots import shared_basis, tie
 from klora.fusion.policies import POLICIES, make_policy, resolve
 from klora.fusion.policies.base import BOTH, Moment
 from klora.lora.deltas.computed import FactorDelta
@@ -138,6 +138,24 @@ def test_ties_and_knots_of_a_lora_with_itself_are_that_lora(rank: int, seed: int
         made, other = combined(policy, delta, delta, density=1, **both)
         assert other is None
         assert close(made.matrix(), strength * delta.matrix())
+
+
+@pytest.mark.parametrize("family", ["full", "loha"])
+@pytest.mark.parametrize("name", [NAME, CONV])
+@pytest.mark.parametrize("strength", [1.5, -2.0])
+def test_knots_of_a_file_without_two_factors_with_itself_is_that_file(
+    tmp_path: Path, family: str, name: str, strength: float
+) -> None:
+    delta = file_delta(tmp_path, family, name)
+    made = combined("knots", delta, delta, density=1, subject_strength=strength, style_strength=strength)[0]
+    assert close(made.matrix(), strength * delta.matrix())
+
+
+def test_knots_of_nothing_is_nothing() -> None:
+    zero = of_matrix(torch.zeros(12, 16))
+    made = tie((zero, zero), (1.0, 1.0), 0.5)
+    assert (made.rank, made.shape) == (1, (12, 16))
+    assert not made.matrix().any()
 
 
 @given(ranks, ranks, seeds, st.floats(0.1, 1))
