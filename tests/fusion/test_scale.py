@@ -21,6 +21,12 @@ def test_the_scales_are_those_of_the_paper() -> None:
     assert scale_s_star(1) == pytest.approx(1.3)
 
 
+def test_a_scale_is_of_its_kind() -> None:
+    assert [Scale("s", 1.5, 0.5)(tau) for tau in (0.0, 0.5, 1.0)] == [0.5, 1.25, 2.0]
+    assert [Scale("s*", 1.5, 1.25)(tau) for tau in (0.0, 0.5, 1.0)] == [1.25, 0.5, 1.25]
+    assert [Scale("one")(tau) for tau in (0.0, 0.5, 1.0)] == [1.0, 1.0, 1.0]
+
+
 def test_a_tie_goes_to_the_subject_and_in_the_official_variant_to_the_style() -> None:
     assert subject_wins(0.5, 0.5)
     assert not subject_wins(0.5, 0.5, strict=True)
