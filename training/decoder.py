@@ -1,8 +1,8 @@
 """Go on with the decoder alone: `python -m training.decoder`. Resumes from its last checkpoint.
 
 The encoder stays as it is, so latents mean what they meant, and pool, base and LoRAs stay valid: this can run at any
-time after the autoencoder, beside the training of the base too. It puts the result in place of the decoder of the work
-folder, and of the release if there is one.
+time after the autoencoder and before the judge, beside the training of the base too. It puts the result in place of the
+decoder of the work folder, and of the release if there is one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Train the judge: `python -m training.judge`, after the autoencoder. Resumes from its last checkpoint.
+"""Train the judge: `python -m training.judge`, after the decoder. Resumes from its last checkpoint.
 
 Besides right pictures it sees the ways in which a fusion fails, with a target that says "cannot tell". Every second
 picture went through the autoencoder, as all that it will be shown does.
@@ -10,7 +10,6 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -20,13 +19,11 @@ from safetensors.torch import save_file
 from klora.demo.judge import Judge, JudgeNet, as_batch
 from training.networks import RELEASE, WORK, as_pictures, as_tensor
 from training.parallel import write_checkpoint
-from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES, Example, clean, faint, spoil_a_little
+from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES, Example, clean, spoil_a_little
 
 BATCH = 64
 RATE = 3e-3
 SEED = 2
-SECOND = 0.5
-"""Of the rate, from which it falls a second time."""
 MOST_NOISE = 0.3
 """Latents get noise of a deviation between 0 and this, for what a U-Net misses; their own is 1."""
 FLOOR = 0.8
@@ -34,11 +31,11 @@ FLOOR = 0.8
 FILE = RELEASE / "judge.safetensors"
 
 
-def example(rng: np.random.Generator, right: Callable[[np.random.Generator], Example]) -> Example:
+def example(rng: np.random.Generator) -> Example:
     """One training example."""
     kind = str(rng.choice(["right", *SPOILED], p=(0.62, 0.1, 0.1, 0.18)))
     if kind == "right":
-        return spoil_a_little(right(rng), rng)
+        return spoil_a_little(clean(rng), rng)
     spoiled = SPOILED[kind](rng)
     return spoiled if kind == "smeared" else spoil_a_little(spoiled, rng)
 
@@ -63,12 +60,10 @@ def rebuilt(vae: AutoencoderKL, pictures: np.ndarray, noise: torch.Generator) ->
         return as_pictures(vae.decode(latents + spread * torch.randn(latents.shape, generator=noise)).sample)
 
 
-def step_loss(
-    net: JudgeNet, vae: AutoencoderKL, step: int, right: Callable[[np.random.Generator], Example]
-) -> torch.Tensor:
+def step_loss(net: JudgeNet, vae: AutoencoderKL, step: int) -> torch.Tensor:
     """Cross-entropy of both axes on the batch of this step."""
     rng = np.random.default_rng((SEED, step))
-    examples = [example(rng, right) for _ in range(BATCH)]
+    examples = [example(rng) for _ in range(BATCH)]
     pictures = np.stack([e.image for e in examples])
     pictures[::2] = rebuilt(vae, pictures[::2], torch.Generator().manual_seed(step))
     a, b = net(as_batch(pictures))
@@ -107,9 +102,6 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument(
-        "--more", type=int, default=2000, help="steps after these, with pictures as faint as samples are"
-    )
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -122,19 +114,16 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
     vae, losses = AutoencoderKL.from_pretrained(WORK / "vae").eval().to(memory_format=torch.channels_last), []
-    total = args.steps + args.more
-    for step in range(done, total):
+    for step in range(done, args.steps):
         torch.manual_seed(step)  # dropout is a function of the step too
-        first = step < args.steps
-        highest, gone = (RATE, step / args.steps) if first else (SECOND * RATE, (step - args.steps) / args.more)
-        optimizer.param_groups[0]["lr"] = highest * 0.5 * (1 + math.cos(math.pi * gone))
-        loss = step_loss(net, vae, step, clean if first else faint)
+        optimizer.param_groups[0]["lr"] = RATE * 0.5 * (1 + math.cos(math.pi * step / args.steps))
+        loss = step_loss(net, vae, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
         if (step + 1) % 100 == 0:
-            print(f"{time.strftime('%H:%M:%S')} {step + 1}/{total} {np.mean(losses[-100:]):.4f}", flush=True)
+            print(f"{time.strftime('%H:%M:%S')} {step + 1}/{args.steps} {np.mean(losses[-100:]):.4f}", flush=True)
             write_checkpoint(file, {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
     save(net)
     print(measure(Judge.load(FILE)))

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from training.drawing.pictures import SIZE, render
-from training.drawing.styles import CONTOURS, GROUNDS, INK_STRENGTH, STYLES, TEXTURES, Style, random_style
+from training.drawing.styles import CONTOURS, GROUNDS, STYLES, TEXTURES, Style, random_style
 from training.drawing.subjects import FAMILIES, SUBJECTS, Subject, random_subject
 
 SUBJECT_NAMES = (*SUBJECTS, *FAMILIES)
@@ -17,8 +17,6 @@ SUBJECT_NAMES = (*SUBJECTS, *FAMILIES)
 STYLE_NAMES = (*STYLES, "flat", *TEXTURES)
 """The named styles, then the textures for any other style."""
 
-FAINTEST = 0.25
-"""The weakest ink that is still to be recognised."""
 ANY = "any"
 """A label that asks nothing: the axis is not what the picture is about."""
 
@@ -67,14 +65,6 @@ def clean(rng: np.random.Generator) -> Example:
     """A right picture."""
     (subject, name), (style, look) = some_subject(rng), some_style(rng)
     return Example(render(subject, style, _ground(rng), int(rng.integers(2**31))), name, look)
-
-
-def faint(rng: np.random.Generator) -> Example:
-    """A right picture whose ink is as weak as a model may leave it, and its lines as crooked."""
-    (subject, name), (style, look) = some_subject(rng), some_style(rng)
-    strength = rng.uniform(FAINTEST, INK_STRENGTH)
-    image = render(subject, style, _ground(rng), int(rng.integers(2**31)), strength)
-    return Example(_warp(image, rng.uniform(0, 2), rng), name, look)
 
 
 def _warp(image: np.ndarray, amplitude: float, rng: np.random.Generator) -> np.ndarray:

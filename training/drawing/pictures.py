@@ -62,7 +62,7 @@ def _contour(surfaces: np.ndarray, width: int) -> np.ndarray:
     return edge & ~bare
 
 
-def render(subject: Subject, style: Style, ground: str, seed: int, ink_strength: float = INK_STRENGTH) -> np.ndarray:
+def render(subject: Subject, style: Style, ground: str, seed: int) -> np.ndarray:
     """uint8 picture (64, 64, 3)."""
     rng = np.random.default_rng(seed)
     colours, surfaces = _maps(subject, rng)
@@ -72,7 +72,7 @@ def render(subject: Subject, style: Style, ground: str, seed: int, ink_strength:
     x, y = _grid()
     if style.texture != "flat":
         covered = texture_mask(style, x, y, rng) & (surfaces > 0) & (surfaces < 255)
-        fine[covered] += ink_strength * (ink - fine[covered])
+        fine[covered] += INK_STRENGTH * (ink - fine[covered])
     if style.contour != "none":
         line = _contour(surfaces, _WIDTHS[style.contour])
         if style.contour == "dashed":
