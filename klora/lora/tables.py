@@ -39,8 +39,9 @@ def table_of(targets: Mapping[str, tuple[Target, ...]], deltas: Mapping[str, Del
 
 
 def _in_flux(target: Target, delta: Delta) -> bool:
-    stack, number, *_ = [*target.name.split("."), ""]
-    if number.isdigit() and int(number) >= _FLUX_BLOCKS.get(stack, 0):
+    stack, _, rest = target.name.partition(".")
+    number = rest.partition(".")[0]
+    if number.isdigit() and int(number) >= _FLUX_BLOCKS[stack]:
         return False
     if not _FLUX_MLP.search(target.name):
         return True
