@@ -80,14 +80,14 @@ class Group:
             self.used.add(slot)
         return self.tensors.get(slot)
 
-    def take(self, slot: str, partner: str, *dims: int) -> Stored:
-        """The tensor of a slot that must be there beside `partner`, with one of `dims` dimensions (default 2).
+    def take(self, slot: str, *dims: int) -> Stored:
+        """The tensor of a slot that must be there, with one of `dims` dimensions (default 2).
 
-        Raises LoraFileError naming the key.
+        Raises LoraFileError naming its key, or where it is missing that of another one of the module.
         """
         stored = self.get(slot)
         if stored is None:
-            there = self.tensors[partner].key if partner in self.tensors else self.key
+            there = next(iter(self.tensors.values())).key
             cure = "the file is incomplete: download or export it again"
             raise LoraFileError(self.file, f"its {slot} tensor is missing", cure, there)
         if len(stored.shape) not in (dims or (2,)):
@@ -125,9 +125,9 @@ def squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def with_kernel(out: int, columns: int, kernel: int) -> tuple[int, ...]:
     """The shape of a module whose `columns` = in·k·k are stored flat."""
-    if kernel > 1 and columns % kernel**2 == 0:
-        return (out, columns // kernel**2, kernel, kernel)
-    return (out, columns)
+    if columns % kernel**2:
+        return (out, columns)
+    return squeeze((out, columns // kernel**2, kernel, kernel))
 
 
 @dataclass(eq=False)

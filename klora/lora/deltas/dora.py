@@ -36,7 +36,7 @@ class DoraDelta(Delta):
         direction = next((d for kind in _DIRECTIONS if (d := kind.load(group))), None) if slot else None
         if slot is None or direction is None:
             return None
-        magnitude = group.take(slot, slot, 1, 2, 4)
+        magnitude = group.take(slot, 1, 2, 4)
         count = math.prod(magnitude.shape)
         out, columns = direction.shape[:2]
         # LyCORIS writes (out, 1…) or (1, in, 1…); PEFT always one per output, (out,) or (1, out, 1, 1).

@@ -22,7 +22,7 @@ class FullDelta(Delta):
         """Read `.diff` of a weight; one-dimensional differences (norms, biases) are not a matrix and are left."""
         if "diff" not in group or len(group.tensors["diff"].shape) == 1:
             return None
-        diff = group.take("diff", "diff", 2, 4)
+        diff = group.take("diff", 2, 4)
         shape = squeeze(diff.shape)
         rank = min(*shape[:2], FULL_RANK)
         return cls(group.file, group.key, rank, float(rank), 1.0, shape, diff.view(*shape))

@@ -34,11 +34,10 @@ class LohaDelta(Delta):
     @classmethod
     def load(cls, group: Group) -> LohaDelta | None:
         """Read hada_*; LoraFileError where a tensor is missing or they do not multiply. The rank is the file's dim."""
-        first = next((slot for slot in (*_SLOTS, *_CORES) if slot in group), None)
-        if first is None:
+        if not any(slot.startswith("hada_") for slot in group.tensors):
             return None
-        w1_a, w1_b, w2_a, w2_b = (group.take(slot, first) for slot in _SLOTS)
-        cores = [group.take(slot, first, 4) for slot in _CORES] if any(slot in group for slot in _CORES) else [None] * 2
+        w1_a, w1_b, w2_a, w2_b = (group.take(slot) for slot in _SLOTS)
+        cores = [group.take(slot, 4) for slot in _CORES] if any(slot in group for slot in _CORES) else [None] * 2
         shapes = [_shape(group, *factor) for factor in ((w1_a, w1_b, cores[0]), (w2_a, w2_b, cores[1]))]
         if shapes[0] != shapes[1]:
             reason = f"its two halves are {size(shapes[0])} and {size(shapes[1])}: they do not multiply"
@@ -48,17 +47,20 @@ class LohaDelta(Delta):
         return cls(group.file, group.key, rank, alpha, scale, shapes[0], w1_a, w1_b, w2_a, w2_b, *cores)
 
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
-        for a, b, core, factor in ((self.w1_a, self.w1_b, self.t1, 1), (self.w2_a, self.w2_b, self.t2, 2)):
-            first, last = self.row + start, self.row + stop
-            left = a.data()[first:last].float() if core is None else a.data()[:, first:last].float().t()
-            right = b.fp32() if core is None else cp_down(core.fp32(), b.fp32())
-            if factor == 1:
-                torch.addmm(block, left, right, beta=0, alpha=self.scale, out=block)
-            else:
-                block.mul_(left @ right)
+        rows = slice(self.row + start, self.row + stop)
+        torch.addmm(block, *_half(self.w1_a, self.w1_b, self.t1, rows), beta=0, alpha=self.scale, out=block)
+        left, right = _half(self.w2_a, self.w2_b, self.t2, rows)
+        block.mul_(left @ right)
 
     def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> LohaDelta:
         return replace(self, shape=shape, row=self.row + start)
+
+
+def _half(a: Stored, b: Stored, core: Stored | None, rows: slice) -> tuple[Tensor, Tensor]:
+    """The factors of these rows of one half, fp32."""
+    if core is None:
+        return a.data()[rows].float(), b.fp32()
+    return a.data()[:, rows].float().t(), cp_down(core.fp32(), b.fp32())
 
 
 def _shape(group: Group, a: Stored, b: Stored, core: Stored | None) -> tuple[int, ...]:

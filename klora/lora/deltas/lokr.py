@@ -36,9 +36,9 @@ class LokrDelta(Delta):
         """
         if not any(slot.startswith("lokr_") for slot in group.tensors):
             return None
-        w1, w1_right = _factor(group, "lokr_w1", 2)
+        w1, w1_right = _factor(group, "lokr_w1")
         w2, w2_right = _factor(group, "lokr_w2", 2, 4)
-        t2 = group.take("lokr_t2", "lokr_w2_a", 4) if "lokr_t2" in group else None
+        t2 = group.take("lokr_t2", 4) if "lokr_t2" in group else None
         if w1_right and w1.shape[1] != w1_right.shape[0]:
             raise _mismatch(group, w1, w1_right)
         inner = _second_shape(group, w2, w2_right, t2)
@@ -88,9 +88,8 @@ class LokrDelta(Delta):
 def _factor(group: Group, slot: str, *dims: int) -> tuple[Stored, Stored | None]:
     """A whole factor and None, or its pair."""
     if slot in group:
-        return group.take(slot, slot, *dims), None
-    there = next(iter(group.tensors))
-    return group.take(f"{slot}_a", there), group.take(f"{slot}_b", there)
+        return group.take(slot, *dims), None
+    return group.take(f"{slot}_a"), group.take(f"{slot}_b")
 
 
 def _second_shape(group: Group, w2: Stored, right: Stored | None, core: Stored | None) -> tuple[int, ...]:

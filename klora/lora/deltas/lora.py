@@ -25,8 +25,8 @@ class LoraDelta(Delta):
         """Read lora_down, lora_up (and lora_mid); LoraFileError where one is missing or they do not multiply."""
         if "down" not in group and "up" not in group:
             return None
-        down, up = group.take("down", "up", 2, 4), group.take("up", "down", 2, 4)
-        mid = group.take("mid", "down", 4) if "mid" in group else None
+        down, up = group.take("down", 2, 4), group.take("up", 2, 4)
+        mid = group.take("mid", 4) if "mid" in group else None
         rank = down.shape[0]
         if up.shape[1] != rank or any(side != 1 for side in up.shape[2:]):
             raise group.error(up, f"is {size(up.shape)} and {down.key} is {size(down.shape)}: they do not multiply")
