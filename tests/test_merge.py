@@ -60,6 +60,14 @@ class TestTheFile:
             assert close(delta.matrix(), 0.5 * subject.modules[name].matrix() - 2 * style.modules[name].matrix())
         assert close(made.text_encoder[TEXT].matrix(), 0.5 * subject.text_encoder[TEXT].matrix())
 
+    @pytest.mark.parametrize("spelling", ["kohya", "diffusers"])
+    def test_a_1x1_convolution_stays_one(self, tmp_path: Path, spelling: str) -> None:
+        point = "down_blocks.0.attentions.0.proj_in"
+        shapes = {point: (16, 24, 1, 1), ATTENTION: (24, 24)}
+        paths = [write_lora(tmp_path / f"{seed}.safetensors", shapes, rank=2, seed=seed) for seed in (1, 2)]
+        made, _ = written(*paths, "--policy", "direct", "--spelling", spelling)
+        assert made.kernels == {made.modules[point].key}
+
     @pytest.mark.parametrize("policy", [policy for policy in STATIC if policy != "b-lora"])
     def test_every_static_policy_is_written(self, pair: tuple[Path, Path], policy: str) -> None:
         made, metadata = written(*pair, "--policy", policy)

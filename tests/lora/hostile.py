@@ -11,6 +11,7 @@ import pytest
 from klora.errors import KloraError, LoraFileError
 from klora.lora import disk
 from klora.lora.file import LoraFile
+from klora.text import printable
 
 NAME = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 PREFIX = "lora_unet_" + NAME.replace(".", "_")
@@ -43,7 +44,9 @@ def refused(path: Path | str, kind: type[LoraFileError] = LoraFileError) -> Lora
     assert str(error).isprintable()
     assert len(str(error)) < 1500
     assert error.__cause__ is None
-    assert Path(error.file).name in str(error)
+    assert error.file == printable(str(path))
+    assert str(error).startswith(error.file)
+    assert error.reason
     assert error.cure in str(error)
     return error
 

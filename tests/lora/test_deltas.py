@@ -76,6 +76,7 @@ def test_matrix_is_the_formula_in_every_family_and_dtype(tmp_path: Path, family:
         delta = file.modules[name]
         assert delta.shape == (shape if shape[2:] == (3, 3) else shape[:2])
         assert delta.family == family.split("-")[0]
+        assert (delta.file, delta.key) == (str(path), "lora_unet_" + name.replace(".", "_"))
         assert delta.scale == pytest.approx(scale_of(family))
         expected = scale_of(family) * truth(tensors_of(path, name), shape).reshape(delta.shape)
         direction = delta.rows(0, shape[0]).view(delta.shape)
@@ -87,11 +88,11 @@ def test_matrix_is_the_formula_in_every_family_and_dtype(tmp_path: Path, family:
 
 
 def test_the_rank_is_the_files_dim_and_min_64_where_there_is_none(tmp_path: Path, family: str) -> None:
-    path = write_lora(tmp_path / "x.safetensors", {LINEAR: (160, 96)}, family=family, rank=6)
-    delta = LoraFile.open(path).modules[LINEAR]
-    assert delta.rank == (64 if family in ("full", "lokr-full") else 6)
-    assert delta.scale == 1.0
-    assert delta.alpha == delta.rank
+    path = write_lora(tmp_path / "x.safetensors", {LINEAR: (160, 96), CONV: (96, 80, 3, 3)}, family=family, rank=6)
+    for delta in LoraFile.open(path).modules.values():
+        assert delta.rank == (64 if family in ("full", "lokr-full") else 6)
+        assert delta.scale == 1.0
+        assert delta.alpha == delta.rank
 
 
 @given(data=st.data(), family=st.sampled_from(FAMILIES), name=st.sampled_from(list(SHAPES)))
@@ -120,16 +121,50 @@ def test_rows_of_any_part_are_the_rows_of_the_matrix(
     assert buffer[rows.numel() :].isnan().all()
 
 
-def test_rows_of_a_large_lokr_form_no_more_than_is_asked_for(tmp_path: Path) -> None:
-    prefix = "lora_unet_" + LINEAR.replace(".", "_")
+def of_tensors(path: Path, name: str, tensors: dict[str, Tensor]) -> Delta:
+    prefix = "lora_unet_" + name.replace(".", "_")
+    save_file({f"{prefix}.{slot}": tensor for slot, tensor in tensors.items()}, path)
+    return LoraFile.open(path).modules[name]
+
+
+@pytest.mark.parametrize("large", ["lokr_w1", "lokr_w2"])
+def test_rows_of_a_large_lokr_form_no_more_than_is_asked_for(tmp_path: Path, large: str) -> None:
     left, right = torch.randn(2**13, 1), torch.randn(1, 2**13)
-    factors = {"lokr_w1_a": left, "lokr_w1_b": right, "lokr_w2": torch.ones(1, 1)}
-    save_file({f"{prefix}.{slot}": factor for slot, factor in factors.items()}, tmp_path / "x.safetensors")
-    delta = LoraFile.open(tmp_path / "x.safetensors").modules[LINEAR]
+    small = "lokr_w2" if large == "lokr_w1" else "lokr_w1"
+    factors = {f"{large}_a": left, f"{large}_b": right, small: torch.ones(1, 1)}
+    delta = of_tensors(tmp_path / "x.safetensors", LINEAR, factors)
     with torch.profiler.profile(profile_memory=True) as profile:
         rows = delta.rows(5000, 5003)
     torch.testing.assert_close(rows, left[5000:5003] @ right)
     assert max(event.cpu_memory_usage for event in profile.events()) < 2**20
+
+
+@pytest.mark.parametrize("first", ["whole", "pair"])
+@pytest.mark.parametrize("second", ["whole", "pair"])
+def test_lokr_factors_may_have_any_sides(tmp_path: Path, first: str, second: str) -> None:
+    pairs = {"lokr_w1": (torch.randn(2, 3), torch.randn(3, 5)), "lokr_w2": (torch.randn(7, 3), torch.randn(3, 4))}
+    tensors = {}
+    for (slot, (a, b)), form in zip(pairs.items(), (first, second), strict=True):
+        tensors |= {slot: a @ b} if form == "whole" else {f"{slot}_a": a, f"{slot}_b": b}
+    delta = of_tensors(tmp_path / "x.safetensors", LINEAR, tensors)
+    w1, w2 = (a @ b for a, b in pairs.values())
+    assert delta.shape == (14, 20)
+    torch.testing.assert_close(delta.matrix(), torch.kron(w1, w2))
+    factors = delta.kronecker()
+    assert factors is not None
+    torch.testing.assert_close(factors[0], w1)
+
+
+def test_a_kernel_stored_flat_is_the_modules_where_the_columns_allow_it(tmp_path: Path) -> None:
+    w1, w2 = torch.randn(2, 3), torch.randn(4, 5 * 9)
+    delta = of_tensors(tmp_path / "lokr.safetensors", CONV, {"lokr_w1": w1, "lokr_w2": w2})
+    assert delta.shape == (8, 15, 3, 3)
+    torch.testing.assert_close(delta.matrix(), torch.kron(w1[:, :, None, None], w2.view(4, 5, 3, 3)))
+    halves = [torch.randn(2, 8, 2), torch.randn(2, 2, 12)]
+    tensors = {f"hada_w{i + 1}_{part}": half[i] for part, half in zip("ab", halves, strict=True) for i in (0, 1)}
+    delta = of_tensors(tmp_path / "loha.safetensors", CONV, tensors)
+    assert delta.shape == (8, 12)
+    torch.testing.assert_close(delta.matrix(), (halves[0] @ halves[1]).prod(dim=0))
 
 
 @pytest.mark.parametrize("family", ["lokr", "lokr-ab", "lokr-full", "lokr-cp"])
@@ -317,6 +352,20 @@ def test_nan_and_infinity_are_found_with_their_key(tmp_path: Path, family: str, 
                 bad.append(error)
         assert [error.key for error in bad] == [key]
         assert "bad.safetensors" in str(bad[0])
+
+
+def test_nan_in_a_fused_weight_is_found_in_the_slice_that_has_it_under_the_files_key(tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "x.safetensors", FUSED, "flux-kohya")
+    tensors = {key: tensor.clone() for key, tensor in load_file(path).items()}
+    up = next(key for key in tensors if "lora_up" in key)
+    tensors[up][12] = torch.nan  # the first row of k
+    save_file(tensors, path)
+    q, k, v = LoraFile.open(path).modules.values()
+    q.check_finite()
+    v.check_finite()
+    with pytest.raises(LoraValueError) as error:
+        k.check_finite()
+    assert error.value.key == up
 
 
 def test_fp8_nan_is_found_too(tmp_path: Path) -> None:

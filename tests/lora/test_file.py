@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 import time
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from safetensors.torch import save_file
 from klora.errors import LoraFileError, MismatchError, UnsupportedFormatError
 from klora.lora.file import LoraFile, check_model, check_partner, coverage
 from klora.lora.names import sort_key
+from tests.lora.hostile import refused
 from tests.support.lora_files import FLUX_SPELLINGS, UNET_SPELLINGS, fused_prefix, lora_tensors, write_lora
 from tests.support.models import real_shapes
 
@@ -85,6 +87,7 @@ def test_name_path_metadata_and_digest(tmp_path: Path) -> None:
     file = LoraFile.open(str(path))
     assert (file.name, file.path, file.metadata) == ("my cat", path, {"ss_tag": "{}"})
     assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert repr(file) == f"LoraFile({str(path)!r}, {len(UNET)} modules, None)"
 
 
 def test_what_is_not_understood_is_reported_not_dropped(tmp_path: Path) -> None:
@@ -110,12 +113,11 @@ def test_two_prefixes_for_one_module_are_an_error_that_names_both(tmp_path: Path
     path = tmp_path / "x.safetensors"
     for first, second in (("kohya", "peft"), ("ldm", "kohya"), ("peft", "peft-adapter")):
         save_file({**lora_tensors(UNET, first), **lora_tensors(UNET, second)}, path)
-        with pytest.raises(LoraFileError) as error:
-            LoraFile.open(path)
-        said = str(error.value)
-        assert said.startswith(str(path))
-        assert any(fused_prefix(key, first) in said for key in UNET)
-        assert any(fused_prefix(key, second) in said for key in UNET)
+        error = refused(path)
+        named = {fused_prefix(name, spelling) for name in UNET for spelling in (first, second)}
+        assert any(str(error.key).startswith(prefix) for prefix in named)
+        assert any(fused_prefix(name, first) in str(error) for name in UNET)
+        assert any(fused_prefix(name, second) in str(error) for name in UNET)
 
 
 # --- alpha -----------------------------------------------------------------------------------------------------------
@@ -198,8 +200,13 @@ def test_patterns_that_are_quick_to_match_are_taken(tmp_path: Path, patterns: li
     ],
 )
 def test_peft_metadata_that_makes_no_sense_is_a_typed_error(tmp_path: Path, config: object) -> None:
-    with pytest.raises(LoraFileError, match=r"x.safetensors: lora_adapter_metadata: .*; save the file again"):
+    with pytest.raises(LoraFileError, match=r"x.safetensors: lora_adapter_metadata: .*; save the file again") as error:
         scales(tmp_path, config)
+    assert error.value.reason
+
+
+def test_a_number_may_be_the_largest_there_is(tmp_path: Path) -> None:
+    assert scales(tmp_path, {"unet.alpha_pattern": {"nowhere": sys.float_info.max}})[Q] == 1.0
 
 
 def test_peft_metadata_that_is_not_json_is_a_typed_error(tmp_path: Path) -> None:
@@ -345,8 +352,7 @@ def test_a_fused_weight_of_the_wrong_height_is_refused(tmp_path: Path, leaf: str
     path = tmp_path / "x.safetensors"
     factors = {"lora_down.weight": torch.zeros(2, 12), "lora_up.weight": torch.zeros(rows, 2)}
     save_file({f"lora_unet_{leaf}.{key}": tensor for key, tensor in factors.items()}, path)
-    with pytest.raises(LoraFileError, match=rf"lora_unet_{leaf}: is {rows}×12, which cannot be split"):
-        LoraFile.open(path)
+    assert f"lora_unet_{leaf}: is {rows}×12, which cannot be split" in str(refused(path))
 
 
 @pytest.mark.parametrize(

@@ -94,16 +94,25 @@ def test_a_header_of_640_bytes_is_no_pickle(path: Path) -> None:
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"),
         (b"<!DOCTYPE html><html></html>", "web page"),
+        (b"\r\n <html></html>", "web page"),
+        ((100).to_bytes(8, "little") + b'{"a":', "truncated"),
+        (MAX_HEADER.to_bytes(8, "little") + b'{"a":', "truncated"),
         (b"x", "is not a safetensors file"),
         (bytes(7), "is not a safetensors file"),
         (bytes(8), "is not a safetensors file"),
         (bytes(100), "is not a safetensors file"),
         (b"\xff" * 100, "is not a safetensors file"),
+        (b"\x80XX" + bytes(100), "is not a safetensors file"),
     ],
 )
 def test_other_contents_are_named(path: Path, content: bytes, words: str) -> None:
     path.write_bytes(content)
     assert words in str(refused(path))
+
+
+def test_a_gguf_file_is_of_a_kind_that_is_not_read(path: Path) -> None:
+    path.write_bytes(b"GGUF\x03\0\0\0" + bytes(100))
+    assert "GGUF" in str(refused(path, UnsupportedFormatError))
 
 
 # --- the header ------------------------------------------------------------------------------------------------------
@@ -317,6 +326,11 @@ def test_files_that_are_no_lora_match_zero_modules(path: Path) -> None:
         assert next(iter(tensors)) in str(refused(path))
     raw(path, {"__metadata__": {"a": "b"}}, b"")
     assert "zero modules matched" in str(refused(path))
+
+
+def test_the_shortest_key_shows_what_a_file_that_is_no_lora_has(path: Path) -> None:
+    save_file({key: torch.zeros(2) for key in ("a.first.in.the.alphabet", "short", "the.longest.of.them.all")}, path)
+    assert "(such as short)" in str(refused(path))
 
 
 def test_an_odd_key_or_path_stays_on_one_line(tmp_path: Path) -> None:

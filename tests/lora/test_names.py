@@ -248,6 +248,15 @@ def test_a_transformer_block_sorts_q_k_v_out_then_feed_forward() -> None:
     assert leaves == [*(f"attn1.{x}" for x in qkv), *(f"attn2.{x}" for x in qkv), "ff.net.0.proj", "ff.net.2"]
 
 
+def test_what_a_block_of_flux_has_not_sorts_before_what_it_has() -> None:
+    # Models that share FLUX's blocks have more in them.
+    leaves = ("pos_proj", "norm1.linear", "ff.net.2")
+    names = [f"transformer_blocks.{block}.{leaf}" for block in (0, 1) for leaf in leaves]
+    backwards = names[::-1]
+    backwards.sort(key=sort_key)
+    assert backwards == names
+
+
 def test_flux_kinds_follow_the_method() -> None:
     assert (
         kind_of("single_transformer_blocks.0.attn.to_v")

@@ -142,6 +142,20 @@ def test_alike_is_of_one_width(tmp_path: Path) -> None:
     assert alike(one.modules, two.modules) == []
 
 
+def test_alike_is_of_one_kind(tmp_path: Path) -> None:
+    save_file(
+        {
+            "lora_unet_patch_in.lora_down.weight": torch.ones(2, 3, 2, 2),
+            "lora_unet_patch_in.lora_up.weight": torch.ones(4, 2, 1, 1),
+        },
+        tmp_path / "a.safetensors",
+    )
+    one = LoraFile.open(tmp_path / "a.safetensors")
+    two = LoraFile.open(write(tmp_path / "b.safetensors", {"lora_unet_stem_in": (4, 12)}))
+    assert [delta.columns for file in (one, two) for delta in file.modules.values()] == [12, 12]
+    assert alike(one.modules, two.modules) == []
+
+
 def test_a_model_at_hand_names_the_modules_and_their_parts(tmp_path: Path) -> None:
     parts = [f"layers.0.attention.qkv[{i * WIDTH}:{(i + 1) * WIDTH}]" for i in range(3)]
     aliases = {"layers.0.attention.qkv": parts} | {
