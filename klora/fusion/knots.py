@@ -25,7 +25,7 @@ def shared_basis(factors: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, list
     blocks = torch.block_diag(*(down.double() for _, down in factors))
     U, S, V = svd_of_product(ups, blocks)
     least = EPSILON * float(S.max())
-    there = (least < S) & (S > 0)
+    there = least < S
     widths = [down.shape[1] for _, down in factors]
     shares = (V[:, there] * S[there]).t()
     # Rounding leaves no exact zeros, and TIES counts what is not zero.

@@ -102,8 +102,8 @@ def rename_by_hash(params: dict[str, Any], name_for: Callable[[str, str], str | 
         return
 
     def here(name: str) -> str:
-        # The host keeps neither sign in this list.
-        value = hashes.get(name.strip().replace(":", "").replace(",", ""))
+        # The host leaves out commas in this list, and no name in a tag has a colon.
+        value = hashes.get(name.strip().replace(",", ""))
         return (name_for(name.strip(), value) if value else None) or name
 
     for key in ("Prompt", "Hires prompt"):

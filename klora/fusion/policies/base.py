@@ -85,7 +85,7 @@ def global_gamma(modules: Sequence[SharedModule]) -> float | None:
 def trimmed_gamma(modules: Sequence[SharedModule]) -> float | None:
     """γ as in the authors' code: the mean of the modules' L1 ratios without those of 3 × their mean or more."""
     ratios = [module.subject.l1 / module.style.l1 for module in modules if module.style.l1]
-    if not ratios or not any(ratios):
+    if not ratios:
         return None
     mean = math.fsum(ratios) / len(ratios)
     kept = [ratio for ratio in ratios if ratio < 3 * mean]
