@@ -74,16 +74,20 @@ def largest(values: Tensor, density: float) -> float:
     """The magnitude that the fraction `density` of largest values reaches: the k-th largest |v|, k = density·n ≥ 1."""
     flat = values.flatten().abs()
     keep = max(1, round(density * flat.numel()))
-    # A selection among all is slow. A sample gives two values between which it all but surely lies, and few others do.
-    sample = flat[:: max(1, flat.numel() // SAMPLE)].sort(descending=True).values
-    place, margin = round(keep / flat.numel() * len(sample)), 4 * math.isqrt(len(sample))
-    high = sample[max(0, place - margin)]
-    low = sample[min(len(sample) - 1, place + margin)]
+    # A selection among all is slow.
+    low, high = _around(flat, keep)
     between = flat[(flat >= low) & (flat <= high)]
     rank = keep - int((flat > high).sum())
     if 1 <= rank <= len(between):
         return float(between.kthvalue(len(between) - rank + 1).values)
     return float(flat.kthvalue(flat.numel() - keep + 1).values)
+
+
+def _around(values: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """Two of `values` (1-D) between which the `keep`-th largest all but surely lies, and few others, by a sample."""
+    sample = values[:: max(1, len(values) // SAMPLE)].sort(descending=True).values
+    place, margin = round(keep / len(values) * len(sample)), 4 * math.isqrt(len(sample))
+    return sample[min(len(sample) - 1, place + margin)], sample[max(0, place - margin)]
 
 
 @dataclass(eq=False)
