@@ -147,8 +147,8 @@ def test_rows_of_a_fused_module_are_addressed_alone(tmp_path: Path) -> None:
     module, x = nn.Linear(16, 3 * 24), input_of("linear", torch.float32)
     delta = delta_of(tmp_path, "linear")
     expected = module(x)
-    expected[..., 24:48] += x @ delta.matrix().T
-    layer = BypassLayer(module, [Part((Operand(delta, Site(module, rows=(24, 48))), None), (1.0, 0.0))])
+    expected[..., 24:48] += 0.5 * x @ delta.matrix().T
+    layer = BypassLayer(module, [Part((Operand(delta, Site(module, rows=(24, 48))), None), (0.5, 0.0))])
     layer.attach()
     assert torch.allclose(module(x), expected, atol=1e-5)
     with torch.enable_grad():
@@ -352,3 +352,48 @@ def test_a_dense_delta_for_which_there_is_no_room_acts_all_the_same(tmp_path: Pa
         part.set((0.0, 0.0))
         layer.detach()
         assert shared.free == room
+
+
+@pytest.mark.parametrize("family", ["lora", "loha", "lokr", "dora"])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_weights_follow_the_layer_to_its_device_and_type(tmp_path: Path, family: str, tokens: bool) -> None:
+    module = nn.Linear(16, 24)
+    operand = Operand(delta_of(tmp_path, "linear", family), Site(module))
+    x, y = (torch.zeros(2, width, device="meta", dtype=torch.bfloat16) for width in (16, 24))
+    if tokens:
+        operand.at_tokens(x, y, torch.tensor([1]), 1.0)
+    else:
+        operand.add(x, y, 1.0)
+    ((place, weights),) = operand._chains.items()
+    assert place == (y.device, y.dtype)
+    assert {(weight.device, weight.dtype) for weight in weights} == {place}
+
+
+def test_only_a_dora_looks_at_the_weight_it_changes(tmp_path: Path) -> None:
+    module, x = layer_of("linear", torch.float32), input_of("linear", torch.float32)
+    site = Site(module, weight=lambda: pytest.fail("looked at"))
+    for family in ("loha", "full"):
+        delta = delta_of(tmp_path, "linear", family)
+        y = Operand(delta, site).add(x, torch.zeros(2, 5, 24), 1.0)
+        assert torch.allclose(y, x @ delta.matrix().T, atol=1e-5)
+
+
+def test_all_the_room_that_a_dense_delta_took_is_given_back_once(tmp_path: Path) -> None:
+    room = DenseRoom(6 * 24 * 16)
+    operand = Operand(delta_of(tmp_path, "linear", "loha"), Site(nn.Linear(16, 24)), room=room)
+    for dtype in (torch.float32, torch.bfloat16):
+        operand.chain(torch.device("cpu"), dtype)
+    assert room.free == 0
+    for _ in range(2):
+        operand.release()
+        assert room.free == 6 * 24 * 16
+
+
+@pytest.mark.parametrize("kind", ["conv1x1", "conv3x3"])
+def test_a_convolution_whose_weights_are_trained_is_not_changed_in_place_either(tmp_path: Path, kind: str) -> None:
+    module, x = layer_of(kind, torch.float32), input_of(kind, torch.float32)
+    y = module(x)
+    before = y.detach().clone()
+    changed = Operand(delta_of(tmp_path, kind), Site(module)).add(x, y, 1.0)
+    assert torch.equal(y, before)
+    assert not torch.equal(changed, before)

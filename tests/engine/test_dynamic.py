@@ -240,6 +240,7 @@ def test_a_subsample_is_spread_evenly_and_always_the_same(count: int, limit: int
     assert len(set(taken.tolist())) == len(taken)
     gaps = taken.diff()
     assert not gaps.numel() or int(gaps.max()) - int(gaps.min()) <= 1
+    assert subsample(count, limit, torch.device("meta")).is_meta
 
 
 @given(st.integers(1, 200), seeds)
@@ -299,6 +300,25 @@ def test_a_distance_is_one_number_for_each_token() -> None:
     for distance in DISTANCES.values():
         each = torch.stack([distance(y[i : i + 1], moved[i : i + 1])[0] for i in range(3)])
         assert torch.allclose(distance(y, moved), each)
+
+
+@torch.no_grad()
+def test_where_neither_has_a_strength_nothing_is_added(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = module_of("linear"), input_of("linear", 0)
+    layer, _ = measured(module, delta_of("linear", 1), delta_of("linear", 2), (0.0, 0.0))
+    plain = module(x)
+    monkeypatch.setattr(Operand, "add", lambda *_: pytest.fail("added"))
+    layer.attach()
+    assert torch.equal(module(x), plain)
+    layer.detach()
+
+
+def test_a_choice_needs_two_loras() -> None:
+    module = module_of("linear")
+    x, alone, chooser = input_of("linear", 0), Operand(delta_of("linear", 1), Site(module)), Chooser.of(Settings())
+    for operands in ((alone, None), (None, alone)):
+        with pytest.raises(ValueError, match="two"):
+            MeasuredPart(operands, (1.0, 1.0), chooser=chooser, name="m").apply(x, module(x))
 
 
 def test_every_pass_is_told_from_all_before_it() -> None:

@@ -177,6 +177,14 @@ def test_a_product_of_another_precision_is_another_product(shared: SharedInput) 
     assert shared.product(1, x, torch.float64).dtype == torch.float64
 
 
+def test_the_weights_are_asked_for_where_the_input_is() -> None:
+    asked: list[torch.device] = []
+    down = SimpleNamespace(ranks=[1, 2], stack=lambda device, dtype: asked.append(device) or DOWN.to(device, dtype))
+    x = torch.ones(1, WIDTH, device="meta")
+    assert SharedInput(cast(JoinedDown, down)).product(1, x, x.dtype).is_meta
+    assert asked == [x.device]
+
+
 def test_it_pays_where_the_lora_acts_in_two_modules_and_lasts_until_both_have_their_part(shared: SharedInput) -> None:
     x = torch.ones(1, WIDTH)
     shared.product(1, x, x.dtype)

@@ -62,6 +62,16 @@ def test_copies_of_another_type_count_and_those_of_the_same_do_not(pairs: list[P
     assert weights.nbytes() == before * 3 / 2
 
 
+def test_joined_weights_are_made_once_and_lie_where_they_are_asked_for(pairs: list[Pair]) -> None:
+    weights, meta = PairWeights(), torch.device("meta")
+    deltas = tuple(file.modules[NAME] for file in (pairs[0].subject, pairs[0].style))
+    down = weights.joined(deltas)
+    assert weights.joined(deltas) is down
+    assert down.stack(meta, torch.float16).shape == (8, 16)
+    parts = [part for delta in deltas for part in weights.of(delta).chain(meta, torch.float16)]
+    assert [(part.shape, part.device) for part in parts] == 2 * [((4, 16), meta), ((24, 4), meta)]
+
+
 def test_nothing_outlives_the_pair_once_it_is_dropped(pairs: list[Pair]) -> None:
     kept = KeptWeights()
     weights = use(kept, pairs[0])

@@ -42,6 +42,15 @@ def test_removing_leaves_no_trace_of_a_method_of_the_class() -> None:
     wrappers.remove()
 
 
+def test_what_somebody_else_has_taken_off_meanwhile_is_left() -> None:
+    wrappers, sampler = Wrappers(), Sampler()
+    wrappers.wrap(sampler, "step", twice)
+    del sampler.step
+    wrappers.remove()
+    assert sampler.step(1) == 2
+    assert not wrappers
+
+
 def test_a_method_that_was_the_instance_s_own_is_put_back() -> None:
     wrappers, sampler = Wrappers(), Sampler()
     own = sampler.step = lambda x: 10 * x  # type: ignore[method-assign, assignment]

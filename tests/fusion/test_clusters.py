@@ -63,7 +63,7 @@ def test_what_is_merged_takes_the_place_of_the_first() -> None:
 def test_two_loras_of_zeros_are_zero() -> None:
     zero = delta_of([[0]], [[1]])
     merged = merge_units([zero, zero], [1.0, 1.0], 0)
-    assert (merged.rank, merged.up.shape, merged.down.shape) == (1, (OUT, 1), (1, IN))
+    assert (merged.rank, merged.scale, merged.up.shape, merged.down.shape) == (1, 1.0, (OUT, 1), (1, IN))
     assert not merged.matrix().any()
 
 

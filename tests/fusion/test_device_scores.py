@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from klora.errors import LoraValueError
 from klora.fusion import device_scores
-from klora.fusion.device_scores import full_precision, is_low_rank, score_low_rank, scores_on
+from klora.fusion.device_scores import _factors, full_precision, is_low_rank, score_low_rank, scores_on
 from klora.fusion.scores import score_deltas, standard_ks
 from klora.lora.deltas import Delta
 from klora.lora.deltas.computed import FactorDelta
@@ -92,6 +92,23 @@ def test_nan_is_told_by_file_and_key(tmp_path: Path) -> None:
     delta.up[0, 0] = float("inf")
     with pytest.raises(LoraValueError, match=r"x\.safetensors: 0: "):
         score_low_rank({"m": (delta, {4})}, CPU)
+
+
+def test_a_norm_that_is_no_number_any_more_is_refused_though_the_sum_is_one() -> None:
+    delta = delta_of(8, 8, 1, 1.0, 0)
+    delta.up[:], delta.down[:] = 1.5e19, 1.5e19
+    assert delta.matrix().double().sum().isfinite()
+    with pytest.raises(LoraValueError, match=r"x\.safetensors: 0: "):
+        score_low_rank({"m": (delta, {4})}, CPU)
+
+
+def test_all_is_computed_on_the_device_asked_for_whatever_the_default_is() -> None:
+    delta, meta = delta_of(8, 8, 2, 1.0, 0), torch.device("meta")
+    assert {factor.device for factor in _factors([delta], meta)} == {meta}
+    expected = score_low_rank({"m": (delta, {4, 6})}, CPU)
+    with meta:
+        found = score_low_rank({"m": (delta, {4, 6})}, CPU)
+    assert found == expected
 
 
 def test_only_gpus_score_and_only_what_is_one_product(tmp_path: Path) -> None:

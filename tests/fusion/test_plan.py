@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from klora.errors import SettingsError
 from klora.fusion.plan import FileModule, FusionPlan, balance_for_share, make_plan
-from klora.fusion.policies import POLICIES, resolve
-from klora.fusion.policies.base import SharedModule, global_gamma, trimmed_gamma
+from klora.fusion.policies import POLICIES, make_policy, resolve
+from klora.fusion.policies.base import ScaledPolicy, SharedModule, global_gamma, trimmed_gamma
+from klora.fusion.scale import Scale
 from klora.fusion.scores import ModuleScore
 from klora.settings import Settings
 
@@ -87,6 +88,32 @@ def test_a_selection_is_what_is_decided_at_each_step(
     for module in plan.modules:
         step_by_step = "".join(plan.decide(module.name, i / steps).letter for i in range(steps))
         assert plan.selection(module.name) == step_by_step
+
+
+def test_a_selection_of_many_steps_takes_few_decisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, asked, decide = plan_of([(2, 1), (1, 2), (1, 1)], steps=1000), [], ScaledPolicy.decide
+    monkeypatch.setattr(ScaledPolicy, "decide", lambda *args: asked.append(args) or decide(*args))
+    assert all(set(plan.selection(f"m{i}")) <= set("cs") for i in range(3))
+    assert len(asked) < 3 * 30
+
+
+@pytest.mark.parametrize("scale", ["s", "s*"])
+@pytest.mark.parametrize("policy", ["k-lora", "est"])
+def test_a_policy_compares_with_the_scale_that_is_set(policy: str, scale: str) -> None:
+    settings = resolve(Settings.parse({"policy": policy, "scale": scale, "alpha": 2, "beta": 0.25}), None)
+    beta = 0.25 if policy == "k-lora" else 1 - settings.discrepancy
+    assert make_policy(settings).scale == Scale(scale, 2.0, beta)
+
+
+@pytest.mark.parametrize("settings", [{"alpha": 1.0}, {"beta": 1.0}, {}])
+def test_settings_are_resolved_before_a_policy_is_made(settings: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="resolved"):
+        POLICIES["k-lora"](Settings(**settings))
+
+
+@pytest.mark.parametrize(("variant", "letter"), [("paper", "c"), ("official", "s")])
+def test_a_tie_of_ratio_and_scale_goes_to_the_side_of_the_variant(variant: str, letter: str) -> None:
+    assert plan_of([(1, 1)], variant=variant, scale="s", alpha=0, beta=1, steps=2).selection("m0") == 2 * letter
 
 
 @given(sums)

@@ -55,6 +55,13 @@ def test_switch_steps_are_those_seen_step_by_step(
     assert len(seen) <= {"one": 0, "s": 1, "s*": 2}[kind]
 
 
+@pytest.mark.parametrize(("rho", "n", "expected"), [(0.5, 4, (1, 2)), (1.0, 2, (1,)), (0.1, 4, ())])
+def test_a_drop_of_the_scale_right_after_the_first_step_is_seen(rho: float, n: int, expected: tuple[int, ...]) -> None:
+    # S* at four steps: 1.3, 0.175, 0.55, 0.925; at two: 1.3, 0.55.
+    scale = Scale("s*", 1.5, 1.3)
+    assert switch_steps(lambda tau: subject_wins(rho, scale(tau)), scale, n) == expected
+
+
 @given(st.floats(0, 10), st.floats(0.01, 4), st.floats(0, 4), st.integers(1, 100), st.floats(-2, 2))
 def test_with_s_the_switch_is_where_the_closed_form_says(
     rho: float, alpha: float, beta: float, n: int, balance: float

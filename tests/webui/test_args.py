@@ -359,8 +359,9 @@ def test_a_misspelt_argument_is_answered_with_the_nearest_one() -> None:
         read_values({"subject": "dog", "style": "ink", "balence": 1})
     with pytest.raises(SettingsError, match="known: enabled, subject, style"):
         read_values({"subject": "dog", "style": "ink", "zzzzzz": 1})
-    with pytest.raises(SettingsError, match="3: unknown setting"):
+    with pytest.raises(SettingsError, match="3: unknown setting") as error:
         read_args([{3: 1, "subject": "dog"}])
+    assert error.value.field == "3"
 
 
 def test_a_policy_that_a_webui_cannot_run_is_refused() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -11,17 +13,30 @@ from hypothesis import strategies as st
 
 from klora.errors import MismatchError
 from klora.fusion.cut import cut
-from klora.fusion.entries import elected_mean, largest
+from klora.fusion.entries import Drawn, EntryMerge, Largest, _around, cut_merge, elected_mean, largest
 from klora.fusion.knots import shared_basis, tie
 from klora.fusion.policies import POLICIES, make_policy, resolve
 from klora.fusion.policies.base import BOTH, Moment
 from klora.lora.deltas.computed import FactorDelta
 from klora.settings import Settings
-from tests.fusion.policies.test_static import CONV, LIKE, NAME, close, combined, delta_of, file_delta, ranks, seeds
+from tests.fusion.policies.test_static import (
+    CONV,
+    LIKE,
+    NAME,
+    TALL,
+    close,
+    combined,
+    delta_of,
+    file_delta,
+    ranks,
+    seeds,
+)
 from tests.support.lora_files import FAMILIES
 
 MERGES = ("ties", "dare", "magnitude-prune", "knots")
 LONG = FactorDelta("f.safetensors", "k", 1, 1.0, 1.0, (150, 9), torch.zeros(150, 1), torch.zeros(1, 9))
+
+ALL = Largest((0.0, 0.0))
 
 
 def of_matrix(W: torch.Tensor) -> FactorDelta:
@@ -61,6 +76,15 @@ def test_the_quantile_of_many_entries_is_exact(shape: tuple[int, ...], density: 
     for values in (random(1, *shape), random(2, *shape).flatten().sort().values, random(3, *shape).round()):
         ordered = values.abs().flatten().sort(descending=True).values
         assert largest(values, density) == ordered[max(1, round(density * values.numel())) - 1]
+
+
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.999])
+def test_the_quantile_of_many_entries_is_sought_among_few(density: float) -> None:
+    magnitudes = random(4, 400_000).abs()
+    keep = round(density * len(magnitudes))
+    low, high = _around(magnitudes, keep)
+    assert low <= largest(magnitudes, density) <= high
+    assert ((magnitudes >= low) & (magnitudes <= high)).float().mean() < 0.05
 
 
 @given(seeds, st.floats(0.05, 1), st.floats(-2, 2), st.floats(-2, 2))
@@ -114,6 +138,18 @@ def test_dare_drops_or_rescales_and_its_seed_tells_what(seed: int, draw: int, de
     assert not torch.equal(made, policy.combine("another module", subject, zero)[0].matrix())
 
 
+def test_every_side_and_every_group_of_rows_has_draws_of_its_own_the_same_in_every_release() -> None:
+    ones, kept = torch.ones(64, 40), Drawn("0:module", 0.5)
+    draws = {(side, group): kept.thin(side, group, ones) / 2 for side in (0, 1) for group in (0, 1, 2)}
+    alike = [float((a == b).float().mean()) for i, a in draws.items() for j, b in draws.items() if i < j]
+    # Of 2,560 entries half agree by chance, a standard deviation being 1 %.
+    assert max(abs(share - 0.5) for share in alike) < 0.06
+    assert draws[0, 0][0, :16].tolist() == [0, 1, 1, 1, 1, 1, 0, 1, 0, 1, 0, 0, 1, 0, 0, 1]
+    one, none = of_matrix(torch.ones(150, 9)), of_matrix(torch.zeros(150, 9))
+    rows = combined("dare", one, none, density=0.5, merge_rank=0)[0].matrix()
+    assert not torch.equal(rows[:64], rows[64:128])
+
+
 def test_dare_with_ties_elects_among_what_stays() -> None:
     delta = delta_of(3, 1)
     made = combined("dare", delta, delta, density=1, dare_merge="ties", merge_rank=0)[0]
@@ -138,10 +174,12 @@ def test_ties_and_knots_of_a_lora_with_itself_are_that_lora(rank: int, seed: int
         made, other = combined(policy, delta, delta, density=1, **both)
         assert other is None
         assert close(made.matrix(), strength * delta.matrix())
+    # Of KnOTS: what both have is in the basis once.
+    assert made.rank == rank
 
 
 @pytest.mark.parametrize("family", ["full", "loha"])
-@pytest.mark.parametrize("name", [NAME, CONV])
+@pytest.mark.parametrize("name", [NAME, CONV, TALL])
 @pytest.mark.parametrize("strength", [1.5, -2.0])
 def test_knots_of_a_file_without_two_factors_with_itself_is_that_file(
     tmp_path: Path, family: str, name: str, strength: float
@@ -149,6 +187,38 @@ def test_knots_of_a_file_without_two_factors_with_itself_is_that_file(
     delta = file_delta(tmp_path, family, name)
     made = combined("knots", delta, delta, density=1, subject_strength=strength, style_strength=strength)[0]
     assert close(made.matrix(), strength * delta.matrix())
+
+
+def test_two_factors_are_never_multiplied_out_for_knots_and_for_a_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, style = delta_of(2, 1, 0.5), delta_of(3, 2, 4.0)
+    total = subject.matrix() + style.matrix()
+    monkeypatch.setattr(FactorDelta, "_fill", lambda *_: pytest.fail("formed"))
+    made, cuts = tie((subject, style), (1.0, 1.0), 1.0), [cut(delta, 9) for delta in (subject, style)]
+    monkeypatch.undo()
+    assert made.rank == 5
+    assert close(sum(part.delta.matrix() for part in cuts), total)
+
+
+@pytest.mark.parametrize("policy", [*MERGES, "lego"])
+@pytest.mark.parametrize("merge_rank", [None, 3])
+def test_a_merge_takes_the_place_of_the_subject(policy: str, merge_rank: int | None) -> None:
+    subject, style = delta_of(2, 1), dataclasses.replace(delta_of(4, 2), file="style.safetensors", key="other")
+    made = combined(policy, subject, style, merge_rank=merge_rank)[0]
+    assert (made.file, made.key, made.shape) == (subject.file, subject.key, subject.shape)
+
+
+def test_a_merge_that_is_not_cut_has_the_subjects_rank_and_no_scale_of_its_own() -> None:
+    subject, style = delta_of(2, 1, 0.5), dataclasses.replace(delta_of(4, 2), file="style.safetensors", key="other")
+    made = combined("dare", subject, style, merge_rank=0)[0]
+    assert (made.file, made.key, made.rank, made.alpha, made.scale) == (subject.file, subject.key, 2, 1.0, 1.0)
+
+
+def test_every_delta_of_a_merge_has_a_strength() -> None:
+    pair, one = (delta_of(1, 1), delta_of(1, 2)), cast(tuple[float, float], (1.0,))
+    with pytest.raises(ValueError, match="zip"):
+        tie(pair, one, 0.5)
+    with pytest.raises(ValueError, match="zip"):
+        cut_merge(pair, one, ALL, elect=False, rank=None)
 
 
 def test_knots_of_nothing_is_nothing() -> None:
@@ -221,6 +291,21 @@ def test_a_cut_is_the_nearest_of_its_rank_and_tells_what_was_lost(rank: int, see
     assert made.energy == pytest.approx(float(W.double().square().sum()), rel=1e-5)
     assert made.lost_share == pytest.approx(float(S[rank:].square().sum() / S.square().sum()), abs=1e-5)
     assert float((W - made.delta.matrix()).square().sum()) == pytest.approx(made.lost, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "rank", "exactly"), [((100, 120), 10, 1e-9), ((256, 300), 10, 1e-9), ((300, 320), 140, 1e-5)]
+)
+def test_a_cut_is_the_nearest_where_the_weight_is_small_or_the_rank_large(
+    shape: tuple[int, int], rank: int, exactly: float
+) -> None:
+    W = random(5, *shape)
+    source = FactorDelta("f", "k", 1, 1.0, 1.0, shape, torch.zeros(shape[0], 1), torch.zeros(1, shape[1]))
+    whole = EntryMerge(
+        "f", "k", 1, 1.0, 1.0, shape, (FactorDelta.like(source, torch.eye(shape[0]), W, 1.0),), (1.0,), ALL, False
+    )
+    best = float(torch.linalg.svdvals(W.double())[rank:].square().sum())
+    assert cut(whole, rank).lost == pytest.approx(best, rel=exactly)
 
 
 def test_a_large_cut_is_all_but_the_nearest(tmp_path: Path) -> None:

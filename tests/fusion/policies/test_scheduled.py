@@ -122,6 +122,7 @@ def test_est_compares_squared_norms() -> None:
     assert plan.gamma == 1.0
     assert plan.by_name["a"].rho == 2.25
     assert plan_of(file_module("a", 3.0, 2.0), policy="est", gamma_power=2).gamma == 2.25
+    assert plan_of(file_module("a", 3.0, 0.0), policy="est", gamma_power=2).gamma is None
 
 
 @given(sizes, st.floats(-1, 1), st.floats(0, 3), st.integers(1, 12))

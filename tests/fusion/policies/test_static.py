@@ -22,6 +22,8 @@ from tests.support.lora_files import FAMILIES, write_lora
 
 NAME = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
 CONV = "down_blocks.0.resnets.0.conv1"
+TALL = "down_blocks.0.attentions.0.transformer_blocks.0.ff.net.0.proj"
+SHAPES = {NAME: (12, 16), CONV: (12, 16, 3, 3), TALL: (20, 7)}
 LIKE = FactorDelta("f.safetensors", "k", 1, 1.0, 1.0, (12, 16), torch.zeros(12, 1), torch.zeros(1, 16))
 seeds = st.integers(0, 2**31)
 ranks = st.integers(1, 6)
@@ -38,8 +40,8 @@ def combined(policy: str, subject: Delta, style: Delta, **settings: object) -> t
 
 
 def file_delta(folder: Path, family: str, name: str = NAME, seed: int = 0, **options: object) -> Delta:
-    shape = (12, 16, 3, 3) if name == CONV else (12, 16)
-    path = write_lora(folder / f"{family}{seed}.safetensors", {name: shape}, family=family, seed=seed, **options)
+    path = folder / f"{family}{seed}.safetensors"
+    write_lora(path, {name: SHAPES[name]}, family=family, seed=seed, **options)
     return LoraFile.open(path).modules[name]
 
 
@@ -66,6 +68,8 @@ def test_a_basis_has_no_more_vectors_than_the_rank() -> None:
     A = torch.randn(2, 10, generator=torch.Generator().manual_seed(0))
     assert orthonormal(torch.cat([A, A, A.sum(0, keepdim=True)])).shape == (10, 2)
     assert orthonormal(torch.zeros(3, 10)).shape == (10, 0)
+    for size in (1e-6, 1e6):
+        assert orthonormal(size * torch.cat([A, A])).shape == (10, 2)
 
 
 @given(ranks, ranks, seeds, st.floats(0, 10), st.floats(0.1, 4))
