@@ -12,7 +12,7 @@ _T5_FF = [f"DenseReluDense.{leaf}" for leaf in ("wi", "wi_0", "wi_1", "wo")]
 _T5 = flat_table([*(f"SelfAttention.{leaf}" for leaf in "qkvo"), *_T5_FF])
 
 _PREFIX = re.compile(
-    r"(?:lora_te([123]?)|text_encoder(_[23])?|text_encoders_(clip_l|clip_g|t5xxl)(?:_transformer)?)_(?:text_model_)?(.+)"
+    r"(?:lora_te([123]?)|text_encoder(?:_([23]))?|text_encoders_(clip_l|clip_g|t5xxl)(?:_transformer)?)_(?:text_model_)?(.+)"
 )
 _ANY = re.compile(r"(?:lora_te[0-9]?|text_encoders?(?:_[0-9])?)_")
 _CLIP_LAYER = re.compile(rf"encoder_layers_{NUMBER}_(.+)")
@@ -25,17 +25,18 @@ def find(flat: str) -> str | None:
     if match is None:
         return None
     kohya, diffusers, comfy, rest = match.groups()
-    number = kohya or (diffusers or "").strip("_") or {"clip_g": "2", "t5xxl": "2"}.get(comfy or "", "1")
+    encoder = kohya or diffusers or comfy
+    second = encoder in ("2", "clip_g")
     if layer := _CLIP_LAYER.fullmatch(rest):
         leaf = _CLIP.get(layer[2])
-        path = leaf and number != "3" and f"text_model.encoder.layers.{layer[1]}.{leaf}"
+        path = leaf and encoder not in ("3", "t5xxl") and f"text_model.encoder.layers.{layer[1]}.{leaf}"
     elif layer := _T5_LAYER.fullmatch(rest):
         # It is the first, second or third, and kohya numbers it 3 in all models.
-        leaf, number = _T5.get(layer[3]), "2"
+        leaf, second = _T5.get(layer[3]), True
         path = leaf and f"encoder.block.{layer[1]}.layer.{layer[2]}.{leaf}"
     else:
-        path = "text_projection" if (rest, number) == ("text_projection", "2") else None
-    root = "text_encoder_2" if number == "2" else "text_encoder"
+        path = "text_projection" if second and rest == "text_projection" else None
+    root = "text_encoder_2" if second else "text_encoder"
     return f"{root}.{path}" if path else None
 
 
