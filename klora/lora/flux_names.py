@@ -110,7 +110,7 @@ def ldm_path(name: str) -> tuple[str, str | None] | None:
     return (_TOP_LDM[name], None) if name in _TOP_LDM else None
 
 
-def order(name: str) -> tuple[int, int]:
-    """(block, place in it) of a name inside the blocks, in the order in which the network runs them; else (0, 0)."""
+def order(name: str) -> tuple[int, ...]:
+    """(block, place in it) of a name inside the blocks, in the order in which the network runs them; else nothing."""
     match = _NAME.fullmatch(name)
-    return (int(match[2]), _ORDER.get(match[3], 0)) if match else (0, 0)
+    return (int(match[2]), _ORDER.get(match[3], 0)) if match else ()

@@ -138,15 +138,15 @@ def _resolve_flat(flat: str) -> tuple[Target, ...]:
     if name := unet_names.find(flat):
         return (Target(name),)
     if found := flux_names.find(flat):
-        return tuple(Target(name, part, fused=len(found) > 1) for name, part in found)
+        return tuple(Target(name, part, fused=len(found) != 1) for name, part in found)
     text = text_names.find(flat)
     return (Target(text, text_encoder=True),) if text else ()
 
 
 def slice_of(name: str) -> str | None:
     """Which part ("q", "k", "v", "mlp") of a weight that LDM stores fused the canonical module is; None if whole."""
-    names = ldm_name(name) if is_flux(name) else None
-    return names[1] if names else None
+    found = ldm_name(name)
+    return found[1] if found else None
 
 
 _ATTENTION = re.compile(r"(?:^|[._])(?:attn[0-9]?|attention|SelfAttention)[._]\w")
@@ -218,16 +218,14 @@ _TOP_ORDER = (
 )
 
 
-def sort_key(name: str) -> tuple[int, int, int, int, int, int, str]:
+def sort_key(name: str) -> tuple[int, tuple[int, ...], str]:
     """Sorts names in the order in which the network runs them; unknown names go last, numbers in them as numbers."""
     first = name.split(".")[0]
     top = _TOP_ORDER.index(first) if first in _TOP_ORDER else len(_TOP_ORDER)
     if place := unet_names.place_of(name.replace(".", "_")):
-        return (top, *unet_names.order(place), name)
+        return (top, unet_names.order(place), name)
     if is_flux(name):
-        return (top, *flux_names.order(name), 0, 0, 0, name)
+        return (top, flux_names.order(name), name)
     if top == len(_TOP_ORDER):
-        return (top, 0, 0, 0, 0, 0, re.sub(r"[0-9]+", lambda number: number[0].zfill(_DIGITS), name))
-    numbers = [int(number) for number in re.findall(r"\.([0-9]{1,3})\.", name)]
-    layer, part = [*numbers, 0, 0][:2]
-    return (top, layer, part, 0, 0, 0, name)
+        return (top, (), re.sub(r"[0-9]+", lambda number: number[0].zfill(_DIGITS), name))
+    return (top, tuple(int(number) for number in re.findall(r"\.([0-9]{1,3})\.", name)), name)

@@ -188,15 +188,16 @@ def _ldm_sampler(place: Place) -> tuple[str, ...]:
     return ()
 
 
-_ORDER = {leaf: place for place, leaf in enumerate([*_RESNET.values(), "proj_in", *_TRANSFORMER.values()])}
+_LEAVES = [*_RESNET.values(), "proj_in", *_TRANSFORMER.values(), "proj_out", "conv"]
+_ORDER = {leaf: place for place, leaf in enumerate(_LEAVES)}
+_BEFORE_ALL, _AFTER_ALL = -1, 1000
 
 
-def order(place: Place) -> tuple[int, int, int, int, int]:
+def order(place: Place) -> tuple[int, int, int, int]:
     """Sorts places of one side in the order in which the network runs them.
 
-    A resnet runs before the attention of its number; the samplers come last.
+    A resnet runs before the attention of its number, whose leaves come after its own; the samplers come last.
     """
-    samplers = place.what in ("downsamplers", "upsamplers")
-    number, beside = (99, 0) if samplers else (place.number, int(place.what == "attentions"))
-    layer = 99 if place.leaf == "proj_out" else -1 if place.layer is None else place.layer
-    return (place.level, number, beside, layer, _ORDER.get(place.leaf, 0))
+    number = _AFTER_ALL if place.leaf == "conv" else place.number
+    layer = _BEFORE_ALL if place.layer is None else place.layer
+    return (place.level, number, _AFTER_ALL if place.leaf == "proj_out" else layer, _ORDER[place.leaf])
