@@ -118,7 +118,7 @@ class LoraFile:
         except ValueError as error:
             reason = f"does not fit the model: {error}"
             raise LoraFileError(self._tensors.file, reason, "the file is damaged or made for another model") from None
-        return self._named(lambda prefix, delta: self._in_model(found.get(prefix, ()), prefix, delta), index.text_name)
+        return self._named(lambda prefix, delta: self._in_model(found.get(prefix), prefix, delta), index.text_name)
 
     def bare(self) -> LoraFile:
         """The same file with its modules under their own bare names, as where no table fits."""
@@ -136,7 +136,7 @@ class LoraFile:
         same_text = self.text_encoder.keys() == other.text_encoder.keys()
         return same_text and self.modules.keys() == other.modules.keys()
 
-    def _in_model(self, found: tuple[Place, ...], prefix: str, delta: Delta) -> tuple[Place, ...]:
+    def _in_model(self, found: tuple[Place, ...] | None, prefix: str, delta: Delta) -> tuple[Place, ...]:
         if not found:
             return self._by_rule(prefix, delta) if self.table else _bare_place(prefix, delta)
         height = found[-1].rows[1] if found[-1].rows else delta.shape[0]

@@ -59,13 +59,13 @@ def architecture_of(
     context. Names of FLUX's double blocks in diffusers alone might be those of another model too.
     """
     if table == "flux":
-        says = metadata.get("modelspec.architecture", "flux-1").lower()
+        says = metadata.get("modelspec.architecture")
         telling = (
             any(name.startswith("single_transformer_blocks.") for name in modules)
             or any("double_blocks" in prefix for prefix in deltas)
             or any(delta.shape[1] == _FLUX_WIDTH for delta in deltas.values())
         )
-        return "FLUX" if telling and says.startswith("flux-1") else None
+        return "FLUX" if telling and (says is None or says.lower().startswith("flux-1")) else None
     if table is None:
         return None
     for name, delta in modules.items():
