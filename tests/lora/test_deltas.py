@@ -14,6 +14,7 @@ from torch import Tensor
 from klora.errors import LoraValueError, MismatchError, UnsupportedFormatError
 from klora.lora.deltas import Delta
 from klora.lora.deltas.base import all_finite
+from klora.lora.deltas.computed import FactorDelta, ProjectedDelta, low_rank
 from klora.lora.file import LoraFile
 from tests.support.lora_files import FAMILIES, write_lora
 
@@ -150,6 +151,7 @@ def test_lokr_factors_may_have_any_sides(tmp_path: Path, first: str, second: str
     w1, w2 = (a @ b for a, b in pairs.values())
     assert delta.shape == (14, 20)
     torch.testing.assert_close(delta.matrix(), torch.kron(w1, w2))
+    assert delta.rank == (14 if first == second == "whole" else 3)
     factors = delta.kronecker()
     assert factors is not None
     torch.testing.assert_close(factors[0], w1)
@@ -188,6 +190,42 @@ def test_impossible_rows_are_an_index_error(tmp_path: Path) -> None:
             delta.rows(start, stop)
         with pytest.raises(IndexError):
             delta.part(start, stop)
+    with pytest.raises(IndexError):
+        delta.part(4, 4)
+    assert delta.rows(4, 4).shape == (0, 8)
+    assert delta.rows(8, 8).shape == (0, 8)
+
+
+@pytest.mark.parametrize("kernel", [(3, 1), (1, 3)])
+def test_a_kernel_of_one_row_or_column_stays_a_kernel(tmp_path: Path, kernel: tuple[int, int]) -> None:
+    up, down = torch.randn(8, 2, 1, 1), torch.randn(2, 4, *kernel)
+    delta = of_tensors(tmp_path / "x.safetensors", CONV, {"lora_up.weight": up, "lora_down.weight": down})
+    assert delta.shape == (8, 4, *kernel)
+    torch.testing.assert_close(delta.matrix(), torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down))
+
+
+def test_what_a_policy_makes_is_read_by_rows_and_parts_like_what_files_hold(tmp_path: Path) -> None:
+    source = LoraFile.open(write_lora(tmp_path / "x.safetensors", SHAPES, alpha=ALPHA)).modules[CONV]
+    up, down = torch.randn(24, 3), torch.randn(3, 8, 3, 3)
+    made = FactorDelta.like(source, up, down.flatten(1), -0.5)
+    assert (made.file, made.key, made.rank, made.alpha, made.scale) == (source.file, source.key, 3, -1.5, -0.5)
+    assert all(map(torch.equal, low_rank(made) or (), (up, down.flatten(1))))
+    torch.testing.assert_close(made.matrix(), -0.5 * torch.einsum("or,rikl->oikl", up, down))
+    common = (source.file, source.key, source.rank, source.alpha, source.scale, source.shape)
+    projected = ProjectedDelta(*common, source=source, basis=torch.eye(72)[:, :5], fraction=0.25)
+    kept = torch.cat([torch.full((5,), 0.75), torch.ones(67)])
+    torch.testing.assert_close(projected.matrix().flatten(1), source.matrix().flatten(1) * kept)
+    for delta in (made, projected):
+        whole, buffer = delta.rows(0, 24), torch.full((24 * 72,), torch.nan)
+        torch.testing.assert_close(delta.rows(5, 9, out=buffer), whole[5:9])
+        part = delta.part(7, 19)
+        assert part.shape == (12, 8, 3, 3)
+        torch.testing.assert_close(part.rows(2, 5), whole[9:12])
+
+
+def test_the_whole_of_a_delta_is_itself(tmp_path: Path, family: str) -> None:
+    for delta in LoraFile.open(write_lora(tmp_path / "x.safetensors", SHAPES, family=family)).modules.values():
+        assert delta.part(0, delta.shape[0]) is delta
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -329,6 +367,14 @@ def test_dora_may_have_any_low_rank_direction(tmp_path: Path) -> None:
     assert (delta.family, delta.rank, delta.factors()) == ("dora", RANK, None)
     base = torch.randn(24, 16)
     torch.testing.assert_close((base + delta.matrix(base)).norm(dim=1), torch.ones(24))
+
+
+def test_a_magnitude_beside_a_full_difference_is_left(tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "x.safetensors", {LINEAR: (24, 16)}, family="full")
+    key = "lora_unet_" + LINEAR.replace(".", "_") + ".dora_scale"
+    save_file({**load_file(path), key: torch.ones(24, 1)}, path)
+    file = LoraFile.open(path)
+    assert (file.modules[LINEAR].family, file.unmatched) == ("full", [key])
 
 
 # --- values ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from klora.engine.bypass import Operand, Site
 from klora.errors import LoraFileError
 from klora.fusion.scores import score_delta
 from klora.lora import disk
+from klora.lora.container import TensorFile
 from klora.lora.deltas.computed import ProjectedDelta
 from klora.lora.file import LoraFile
 from tests.support.lora_files import FAMILIES, write_lora
@@ -59,11 +61,21 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_file_that_changed_after_opening_is_told_as_such(path: Path, change: str) -> None:
-    file = LoraFile.open(path)
+    file, tensors = LoraFile.open(path), TensorFile(path)
+    delta = file.modules[NAME]
     CHANGES[change](path)
-    for read in (file.modules[NAME].tensors, file.modules[NAME].matrix, lambda: file.sha256, lambda: file.model_hash):
-        with pytest.raises(LoraFileError, match=r"cat\.safetensors: (changed while it was in use|does not exist); \w+"):
+    for read in (
+        delta.tensors,
+        delta.matrix,
+        lambda: file.sha256,
+        lambda: file.model_hash,
+        lambda: tensors.numbers([]),
+    ):
+        with pytest.raises(
+            LoraFileError, match=r"cat\.safetensors: (changed while it was in use|does not exist); \w+"
+        ) as error:
             read()
+        assert error.value.cure
 
 
 @pytest.mark.parametrize("change", ["empty", "truncate", "overwrite"])
@@ -174,8 +186,29 @@ def test_a_file_that_is_written_all_the_time_is_never_read_half_and_half(tmp_pat
 def test_a_file_whose_date_never_settles_is_being_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(time, "sleep", lambda _: os.utime(path))
     os.utime(path)
-    with pytest.raises(LoraFileError, match="is being written; try again"):
+    with pytest.raises(LoraFileError, match=r"cat\.safetensors: is being written; try again"):
         disk.identity(path)
+
+
+TICK = disk.CLOCK_TICK_NS
+
+
+@pytest.mark.parametrize(("age", "waits"), [(-1, []), (0, [0.02]), (TICK - 5_000_000, [0.005]), (TICK, [])])
+def test_a_file_is_left_alone_until_a_later_change_must_show_in_its_times(
+    path: Path, monkeypatch: pytest.MonkeyPatch, age: int, waits: list[float]
+) -> None:
+    status, slept = path.stat(), []
+    now = max(status.st_mtime_ns, status.st_ctime_ns) + age
+    monkeypatch.setattr(time, "time_ns", lambda: now + sum(round(seconds * 1e9) for seconds in slept))
+    monkeypatch.setattr(time, "sleep", slept.append)
+    disk.identity(path)
+    assert slept == waits
+
+
+def test_the_digest_of_the_tensors_is_of_what_follows_the_header(path: Path) -> None:
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    assert LoraFile.open(path).model_hash == hashlib.sha256(content[start:]).hexdigest()
 
 
 PROGRAM = """

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from klora.errors import LoraFileError, MismatchError, UnsupportedFormatError
+from klora.errors import LoraFileError, LoraValueError, MismatchError, UnsupportedFormatError
 from klora.lora.file import LoraFile, check_model, check_partner, coverage
 from klora.lora.names import sort_key
 from tests.lora.hostile import refused
@@ -101,6 +101,8 @@ def test_what_is_not_understood_is_reported_not_dropped(tmp_path: Path) -> None:
         "lora_unet_mid_block_resnets_1_conv1.diff": torch.zeros(16),
         "lora_unet_mid_block_resnets_1_conv2.alpha": torch.tensor(4.0),
         f"{prefix}.lokr_w1": torch.zeros(2, 2),
+        "lora_te_text_model_encoder_layers_0_other.lora_down.weight": torch.zeros(2, 8),
+        "lora_te_text_model_encoder_layers_0_other.lora_up.weight": torch.zeros(8, 2),
     }
     path = tmp_path / "x.safetensors"
     save_file({**lora_tensors(UNET), **extra}, path)
@@ -285,6 +287,24 @@ def test_the_architecture_is_read_from_widths_and_names(
     assert file.architecture == architecture
 
 
+@pytest.mark.parametrize(
+    ("leaf", "shape", "architecture"),
+    [
+        ("0.attn2.to_v", (320, 768), "SD1"),
+        ("0.attn2.to_v", (320, 700), None),
+        ("1.attn1.to_q", (640, 640), "SDXL"),
+        ("1.attn1.to_q", (1280, 1280), "SDXL"),
+        ("1.attn1.to_q", (320, 320), None),
+        ("0.attn1.to_q", (640, 640), None),
+    ],
+)
+def test_one_module_may_tell_the_architecture(
+    tmp_path: Path, leaf: str, shape: tuple[int, int], architecture: str | None
+) -> None:
+    name = f"mid_block.attentions.0.transformer_blocks.{leaf}"
+    assert LoraFile.open(write_lora(tmp_path / "x.safetensors", {name: shape}, rank=1)).architecture == architecture
+
+
 def test_a_tiny_models_file_has_no_known_architecture(tmp_path: Path) -> None:
     assert LoraFile.open(write_lora(tmp_path / "x.safetensors", UNET)).architecture is None
 
@@ -319,6 +339,32 @@ def test_partners_of_unknown_architecture_are_compared_by_shape(tmp_path: Path) 
     check_partner(one, LoraFile.open(write_lora(tmp_path / "three.safetensors", UNET, "ldm", family="loha", rank=2)))
 
 
+def test_a_file_of_a_text_encoder_alone_goes_with_any_partner_and_model(tmp_path: Path) -> None:
+    text = LoraFile.open(write_lora(tmp_path / "text.safetensors", TEXT))
+    flux = LoraFile.open(write_lora(tmp_path / "flux.safetensors", FLUX, "peft"))
+    check_partner(text, flux)
+    check_partner(flux, text)
+    check_model(text, real_shapes("flux"), "FLUX.1")
+
+
+def test_text_encoders_are_covered_in_the_order_of_their_layers(tmp_path: Path) -> None:
+    names = [f"text_encoder.text_model.encoder.layers.{layer}.mlp.fc1" for layer in (2, 10)]
+    one = LoraFile.open(write_lora(tmp_path / "one.safetensors", {**UNET, names[1]: (16, 16)}))
+    two = LoraFile.open(write_lora(tmp_path / "two.safetensors", {**UNET, names[0]: (16, 16)}))
+    assert coverage(one, two).text_encoder == names
+
+
+@pytest.mark.parametrize("name", [Q, next(iter(TEXT))])
+def test_a_whole_file_is_looked_at_for_nan(tmp_path: Path, name: str) -> None:
+    tensors = lora_tensors({**UNET, **TEXT})
+    key = next(key for key in tensors if key.startswith(fused_prefix(name, "kohya")) and "lora_up" in key)
+    tensors[key][0] = torch.nan
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(LoraValueError) as error:
+        LoraFile.open(tmp_path / "x.safetensors").check_finite()
+    assert error.value.key == key
+
+
 def test_coverage_sorts_modules_into_contested_and_single(tmp_path: Path) -> None:
     names = list(UNET)
     one = LoraFile.open(write_lora(tmp_path / "one.safetensors", {n: UNET[n] for n in names[:5]} | TEXT))
@@ -338,7 +384,7 @@ def test_a_file_is_checked_against_a_model(tmp_path: Path) -> None:
     check_model(file, real_shapes("sd15"), "SD 1.5")
     with pytest.raises(MismatchError, match=r"cat.safetensors is for SD1: .* 640×768, in SDXL base it is 640×2048;"):
         check_model(file, real_shapes("sdxl"), "SDXL base")
-    with pytest.raises(MismatchError, match=r"cat.safetensors is for SD1: zero modules matched in FLUX.1"):
+    with pytest.raises(MismatchError, match=r"cat.safetensors is for SD1: zero .* FLUX.1, which has no down_blocks"):
         check_model(file, real_shapes("flux"), "FLUX.1")
     point = LoraFile.open(write_lora(tmp_path / "p.safetensors", {"down_blocks.1.attentions.0.proj_in": (640, 640)}))
     check_model(point, {"down_blocks.1.attentions.0.proj_in": (640, 640, 1, 1)}, "SD 1.5")

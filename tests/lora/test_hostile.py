@@ -95,7 +95,8 @@ def test_a_header_of_640_bytes_is_no_pickle(path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "Git LFS pointer"),
         (b"<!DOCTYPE html><html></html>", "web page"),
         (b"\r\n <html></html>", "web page"),
-        ((100).to_bytes(8, "little") + b'{"a":', "truncated"),
+        ((1000).to_bytes(8, "little") + b'{"a":', "its header of 1000 bytes is not all there (13)"),
+        ((10).to_bytes(8, "little") + b'{"a":', "truncated"),
         (MAX_HEADER.to_bytes(8, "little") + b'{"a":', "truncated"),
         (b"x", "is not a safetensors file"),
         (bytes(7), "is not a safetensors file"),
@@ -137,6 +138,57 @@ def test_a_header_that_is_too_large_is_not_read(path: Path) -> None:
     assert "more than a LoRA can have" in str(refused(path))
     assert tracemalloc.get_traced_memory()[1] < 2**20
     tracemalloc.stop()
+
+
+def test_a_header_may_be_as_large_as_the_limit(path: Path) -> None:
+    assert LoraFile.open(raw(path, json.dumps(header()).encode().ljust(MAX_HEADER))).modules
+
+
+def test_a_header_may_have_as_many_parts_as_the_limit_and_no_more(path: Path) -> None:
+    def with_parts(count: int) -> dict[str, Any]:
+        text = json.dumps(header({"more": [1]}))
+        return header({"more": [1] * (count + 1 - sum(text.count(part) for part in ",[{"))})
+
+    assert LoraFile.open(raw(path, with_parts(125_000))).modules
+    assert "far too many parts" in str(refused(raw(path, with_parts(125_001))))
+
+
+def test_a_header_may_have_as_many_quotes_as_the_limit_and_no_more(path: Path) -> None:
+    def with_quotes(count: int) -> dict[str, Any]:
+        more = {} if count % 4 else {"more": 0}
+        missing = count - json.dumps(header(more, __metadata__={})).count('"')
+        return header(more, __metadata__={str(i): "" for i in range(missing // 4)})
+
+    for count, fits in ((250_000, True), (250_002, False)):
+        table = with_quotes(count)
+        assert json.dumps(table).count('"') == count
+        raw(path, table)
+        assert bool(LoraFile.open(path).modules) if fits else "far too many parts" in str(refused(path))
+
+
+@pytest.mark.parametrize(("digits", "fits"), [(15, True), (16, False)])
+def test_numbers_in_a_header_have_fifteen_digits_at_most(path: Path, digits: int, fits: bool) -> None:
+    raw(path, header({"more": 10 ** (digits - 1)}))
+    assert bool(LoraFile.open(path).modules) if fits else "cannot be read" in str(refused(path))
+
+
+def test_texts_of_a_header_may_be_of_any_alphabet_but_must_be_whole(path: Path) -> None:
+    assert LoraFile.open(raw(path, header(__metadata__={"タグ": "猫"}))).metadata == {"タグ": "猫"}
+    assert "cannot be read" in str(refused(raw(path, header(__metadata__={"tag": "\udfff"}))))
+    assert "cannot be read" in str(refused(raw(path, header(__metadata__={"\udfff": "tag"}))))
+
+
+def test_the_header_may_list_tensors_in_any_order(path: Path) -> None:
+    table = header({"data_offsets": [64, 128]}, {"data_offsets": [0, 64]})
+    assert LoraFile.open(raw(path, table)).modules
+    nothing = {"dtype": "F32", "shape": [0], "data_offsets": [64, 64]}
+    assert LoraFile.open(raw(path, {"zero": nothing, **header(), "a": nothing})).unmatched == ["zero", "a"]
+
+
+@pytest.mark.parametrize(("dimensions", "fits"), [(8, True), (9, False)])
+def test_a_tensor_has_eight_dimensions_at_most(path: Path, dimensions: int, fits: bool) -> None:
+    raw(path, header(other={"dtype": "U8", "shape": [1] * dimensions, "data_offsets": [128, 129]}), bytes(129))
+    assert LoraFile.open(path).unmatched == ["other"] if fits else "for a shape" in str(refused(path))
 
 
 @pytest.mark.parametrize(
@@ -192,6 +244,7 @@ def test_a_bad_entry_names_its_key(path: Path, down: dict[str, Any], words: str)
     error = refused(raw(path, header(down)))
     assert words in str(error)
     assert DOWN in str(error)
+    assert error.key in (DOWN, UP)
 
 
 def test_overlaps_gaps_and_loose_bytes_are_refused(path: Path) -> None:
@@ -209,9 +262,12 @@ def test_metadata_must_be_texts(path: Path, value: object) -> None:
         assert "__metadata__" in str(refused(raw(path, table)))
 
 
-def test_a_header_of_very_many_tensors_is_refused(path: Path) -> None:
-    text = ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(12_001))
-    assert "12001 tensors, more than a LoRA can have" in str(refused(raw(path, f"{{{text}}}".encode(), b"")))
+@pytest.mark.parametrize(
+    ("count", "words"), [(12_000, "zero modules matched"), (12_001, "12001 tensors, more than a LoRA can have")]
+)
+def test_a_header_of_very_many_tensors_is_refused(path: Path, count: int, words: str) -> None:
+    text = ",".join(f'"{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(count))
+    assert words in str(refused(raw(path, f"{{{text}}}".encode(), b"")))
 
 
 def test_many_commas_in_a_text_are_no_parts(path: Path) -> None:
@@ -275,6 +331,34 @@ def test_missing_up_missing_down_and_rank_0_name_the_key(path: Path) -> None:
     assert "rank or width is 0" in str(refused(path))
 
 
+@pytest.mark.parametrize("core", [(3, 2, 3, 3), (2, 3, 3, 3), (3, 3, 3, 3)])
+def test_a_core_has_the_rank_on_both_sides(path: Path, core: tuple[int, ...]) -> None:
+    tensors = lora_tensors({"mid_block.resnets.0.conv1": (8, 4, 3, 3)}, family="lora-cp", rank=2)
+    mid = next(key for key in tensors if "lora_mid" in key)
+    save_file({**tensors, mid: torch.zeros(core)}, path)
+    assert mid in str(refused(path))
+
+
+def test_a_core_goes_with_no_other_kernel(path: Path) -> None:
+    tensors = lora_tensors({"mid_block.resnets.0.conv1": (8, 4, 3, 3)}, rank=2)
+    prefix = next(iter(tensors)).split(".")[0]
+    save_file({**tensors, f"{prefix}.lora_mid.weight": torch.zeros(2, 2, 3, 3)}, path)
+    assert f"{prefix}.lora_mid.weight" in str(refused(path))
+
+
+@pytest.mark.parametrize("kernel", [(3, 1), (1, 3)])
+def test_the_kernel_is_not_in_up(path: Path, kernel: tuple[int, int]) -> None:
+    save_file({UP: torch.zeros(8, 2, *kernel), DOWN: torch.zeros(2, 8, 1, 1)}, path)
+    assert UP in str(refused(path))
+
+
+def test_a_peft_magnitude_is_of_the_outputs(path: Path) -> None:
+    prefix = f"base_model.model.{NAME}"
+    tensors = {f"{prefix}.lora_A.weight": torch.zeros(2, 6), f"{prefix}.lora_B.weight": torch.zeros(8, 2)}
+    save_file({**tensors, f"{prefix}.lora_magnitude_vector": torch.ones(6)}, path)
+    assert f"{prefix}.lora_magnitude_vector" in str(refused(path))
+
+
 def test_alpha_must_be_one_finite_number(path: Path) -> None:
     tensors, key = lora_tensors({NAME: (8, 8)}), f"{PREFIX}.alpha"
     for alpha in (torch.ones(2), torch.tensor(True), torch.zeros(0)):
@@ -294,6 +378,8 @@ def test_an_alpha_beyond_all_reason_is_refused_where_it_counts(path: Path, alpha
     for family in ("lora", "loha", "lokr"):
         save_file({**lora_tensors({NAME: (8, 8)}, family=family), f"{PREFIX}.alpha": stored}, path)
         assert f"{PREFIX}: has an alpha of" in str(refused(path, LoraValueError))
+    save_file({**lora_tensors({NAME: (8, 8)}, rank=4), f"{PREFIX}.alpha": torch.tensor(4 * 4096.0)}, path)
+    assert LoraFile.open(path).modules[NAME].scale == 4096
     # LyCORIS ignores it where both factors are whole.
     save_file({**lora_tensors({NAME: (8, 8)}, family="lokr-full"), f"{PREFIX}.alpha": stored}, path)
     assert LoraFile.open(path).modules[NAME].scale == 1.0
@@ -305,6 +391,12 @@ def test_small_tensors_with_an_enormous_product_are_refused(
 ) -> None:
     save_file({UP: torch.zeros(up), DOWN: torch.zeros(down)}, path)
     assert f"{PREFIX}: makes a weight of {up[0]}×{down[1]}, larger than any layer" in str(refused(path))
+
+
+@pytest.mark.parametrize(("up", "down"), [((2**16, 1), (1, 1)), ((1, 1), (1, 2**16)), ((2**14, 1), (1, 2**13))])
+def test_as_large_as_the_largest_layer_is_read(path: Path, up: tuple[int, int], down: tuple[int, int]) -> None:
+    save_file({UP: torch.zeros(up), DOWN: torch.zeros(down)}, path)
+    assert LoraFile.open(path).modules[NAME].shape == (up[0], down[1])
 
 
 def test_the_sides_of_a_kernel_count_towards_its_columns(path: Path) -> None:

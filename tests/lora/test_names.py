@@ -20,6 +20,7 @@ from klora.lora.names import (
     slice_of,
     slice_rows,
     sort_key,
+    spellings,
 )
 from tests.support.lora_files import FLUX_SPELLINGS, UNET_SPELLINGS, fused_prefix
 from tests.support.models import real_shapes
@@ -178,6 +179,11 @@ def test_fused_flux_weights_give_their_slices_in_the_order_of_their_rows() -> No
         (f"text_encoder.{CLIP}.3.self_attn.to_out_lora", f"text_encoder.{CLIP}.3.self_attn.out_proj"),
         ("lora_te3_encoder_block_5_layer_0_SelfAttention_q", f"{T5}.5.layer.0.SelfAttention.q"),
         (f"{T5}.5.layer.1.DenseReluDense.wi_0", f"{T5}.5.layer.1.DenseReluDense.wi_0"),
+        (f"text_encoders.clip_l.transformer.{CLIP}.3.mlp.fc1", f"text_encoder.{CLIP}.3.mlp.fc1"),
+        (f"text_encoders.clip_g.transformer.{CLIP}.3.mlp.fc1", f"text_encoder_2.{CLIP}.3.mlp.fc1"),
+        ("text_encoders.clip_g.transformer.text_projection", "text_encoder_2.text_projection"),
+        ("text_encoders.t5xxl.transformer.encoder.block.5.layer.0.SelfAttention.q", f"{T5}.5.layer.0.SelfAttention.q"),
+        ("text_encoder_3.encoder.block.5.layer.0.SelfAttention.q", f"{T5}.5.layer.0.SelfAttention.q"),
     ],
 )
 def test_text_encoder_names(prefix: str, name: str) -> None:
@@ -202,6 +208,14 @@ def test_text_encoder_names(prefix: str, name: str) -> None:
         "blocks_0_img_mod_lin",
         "double_blocks.0.attn.to_q",
         "transformer_blocks.0.img_attn.qkv",
+        "lora_te_text_projection",
+        "lora_te3_text_projection",
+        f"lora_te3_{CLIP}.0.mlp.fc1",
+        f"text_encoders.t5xxl.transformer.{CLIP}.0.mlp.fc1",
+        f"text_encoder.{CLIP}.0.mlp.fc3",
+        f"{T5}.5.layer.1.DenseReluDense.w",
+        "lora_unet_down_blocks_0_resnets_0_transformer_blocks_0_conv1",
+        "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_proj_in",
         "input_blocks.0.1.proj_in",
         "input_blocks.0.0.op",
         "input_blocks.1.0.proj_in",
@@ -227,6 +241,25 @@ def test_any_text_can_be_asked_for(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("prefix", "name"),
+    [
+        ("transformer.transformer_blocks.0.attn.to_out", "transformer_blocks.0.attn.to_out.0"),
+        (
+            "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_out",
+            f"mid_block.attentions.0.{LAYER}.attn2.to_out.0",
+        ),
+    ],
+)
+def test_the_output_of_attention_may_leave_its_number_out(prefix: str, name: str) -> None:
+    assert [target.name for target in resolve(prefix) or ()] == [name]
+
+
+def test_a_very_long_name_has_no_spelling() -> None:
+    assert list(spellings("x" * 300)) == ["x" * 300]
+    assert list(spellings("x" * 301)) == []
+
+
+@pytest.mark.parametrize(
     ("model", "starts"),
     [
         ("sd15", ["time_embedding", "conv_in", "down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0"]),
@@ -241,6 +274,40 @@ def test_names_sort_in_network_order(model: str, starts: list[str]) -> None:
     assert first == sorted(first)
 
 
+def in_order(names: list[str]) -> bool:
+    backwards = names[::-1]
+    backwards.sort(key=sort_key)
+    return backwards == names
+
+
+def test_a_level_sorts_by_number_resnets_before_attention_samplers_last() -> None:
+    resnet = ["conv1", "time_emb_proj", "conv2", "conv_shortcut"]
+    block = [f"{at}.to_{leaf}" for at in ("attn1", "attn2") for leaf in ("q", "k", "v", "out.0")]
+    block += ["ff.net.0.proj", "ff.net.2"]
+    attention = ["proj_in", *(f"transformer_blocks.{i}.{leaf}" for i in (0, 1, 2, 10) for leaf in block), "proj_out"]
+    names = [
+        f"down_blocks.{level}.{what}.{number}.{leaf}"
+        for level in (1, 2)
+        for number in (0, 1)
+        for what, leaves in (("resnets", resnet), ("attentions", attention))
+        for leaf in leaves
+    ]
+    names.insert(len(names) // 2, "down_blocks.1.downsamplers.0.conv")
+    assert in_order(names)
+
+
+def test_text_encoders_sort_by_layer_and_part() -> None:
+    assert in_order(
+        [
+            f"text_encoder.{CLIP}.2.mlp.fc1",
+            f"text_encoder.{CLIP}.10.mlp.fc1",
+            f"{T5}.2.layer.0.SelfAttention.q",
+            f"{T5}.2.layer.1.DenseReluDense.wo",
+            f"{T5}.10.layer.0.SelfAttention.q",
+        ]
+    )
+
+
 def test_a_transformer_block_sorts_q_k_v_out_then_feed_forward() -> None:
     block = "mid_block.attentions.0.transformer_blocks.0"
     leaves = [n.removeprefix(f"{block}.") for n in sorted(real_shapes("sd15"), key=sort_key) if n.startswith(block)]
@@ -252,9 +319,7 @@ def test_what_a_block_of_flux_has_not_sorts_before_what_it_has() -> None:
     # Models that share FLUX's blocks have more in them.
     leaves = ("pos_proj", "norm1.linear", "ff.net.2")
     names = [f"transformer_blocks.{block}.{leaf}" for block in (0, 1) for leaf in leaves]
-    backwards = names[::-1]
-    backwards.sort(key=sort_key)
-    assert backwards == names
+    assert in_order(names)
 
 
 def test_flux_kinds_follow_the_method() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from klora.cache import ScoreCache
 from klora.errors import LoraFileError, MismatchError, UnsupportedFormatError
 from klora.lora.file import LoraFile
 from klora.lora.likeness import alike
-from klora.lora.model_index import ModelIndex, finest_slices, slice_name
+from klora.lora.model_index import ModelIndex, Place, finest_slices, slice_name
 from klora.lora.names import block_of, kind_of, sort_key
 from klora.pair import Pair
 from klora.report.overlap import overlap_of
@@ -66,6 +67,36 @@ def test_a_file_that_says_it_is_of_another_model_is_not_flux(tmp_path: Path) -> 
     says = {"modelspec.architecture": "chroma/lora"}
     assert LoraFile.open(write(tmp_path / "flux.safetensors", names)).architecture == "FLUX"
     assert LoraFile.open(write(tmp_path / "chroma.safetensors", names, **says)).architecture is None
+    says = {"modelspec.architecture": "FLUX-1-dev/lora"}
+    assert LoraFile.open(write(tmp_path / "dev.safetensors", names, **says)).architecture == "FLUX"
+
+
+@pytest.mark.parametrize(
+    ("prefix", "shape"),
+    [
+        ("transformer.single_transformer_blocks.0.attn.to_q", (WIDTH, WIDTH)),
+        ("double_blocks.0.img_attn.proj", (WIDTH, WIDTH)),
+        ("transformer.transformer_blocks.0.attn.to_q", (3072, 3072)),
+    ],
+)
+def test_single_blocks_original_names_or_the_width_alone_tell_flux(
+    tmp_path: Path, prefix: str, shape: tuple[int, int]
+) -> None:
+    file = LoraFile.open(write(tmp_path / "x.safetensors", {prefix: shape}, kohya=False))
+    assert (file.table, file.architecture) == ("flux", "FLUX")
+
+
+def test_the_one_weight_of_flux_that_is_left_out_does_not_make_another_model(tmp_path: Path) -> None:
+    names = square("lora_unet_single_blocks_0_linear2", "lora_unet_final_layer_adaLN_modulation_1")
+    file = LoraFile.open(write(tmp_path / "x.safetensors", names))
+    assert (list(file.modules), file.architecture) == (["single_transformer_blocks.0.proj_out"], "FLUX")
+    assert {key.split(".")[0] for key in file.unmatched} == {"lora_unet_final_layer_adaLN_modulation_1"}
+
+
+def test_names_of_flux_and_of_a_unet_in_one_file_are_of_neither(tmp_path: Path) -> None:
+    names = square("lora_unet_single_blocks_0_linear2", "lora_unet_mid_block_attentions_0_proj_in")
+    file = LoraFile.open(write(tmp_path / "x.safetensors", names))
+    assert (file.table, file.architecture) == (None, None)
 
 
 def test_two_spellings_of_an_unknown_model_meet_under_bare_names(tmp_path: Path) -> None:
@@ -182,6 +213,85 @@ def test_a_model_at_hand_names_the_modules_and_their_parts(tmp_path: Path) -> No
         LoraFile.open(write(tmp_path / "c.safetensors", too_high)).for_model(model)
 
 
+def test_what_a_model_calls_otherwise_is_found_by_both_names() -> None:
+    for ours, theirs in (
+        ("blocks.0.attn1.to_q", "blocks.0.self_attn.q"),
+        ("condition_embedder.time_proj", "time_projection.1"),
+        ("transformer_blocks.31.attn2.to_out.0", "blocks.31.cross_attn.output_proj"),
+        ("patch_embed.proj", "x_embedder.proj.1"),
+    ):
+        for name, other in ((ours, theirs), (theirs, ours)):
+            index = ModelIndex(square(name, "elsewhere"))
+            for prefix in (f"diffusion_model.{other}", f"lora_unet_{other.replace('.', '_')}", name):
+                assert index.find(prefix, (WIDTH, WIDTH)) == (Place(name),)
+            assert index.find(f"{other}.more", (WIDTH, WIDTH)) is None
+
+
+def test_a_rule_finds_what_the_model_has_and_only_all_parts_of_a_fused_weight() -> None:
+    parts = [f"transformer_blocks.0.attn.to_{part}" for part in "qkv"]
+    fused, shape = "lora_unet_double_blocks_0_img_attn_qkv", (3 * WIDTH, WIDTH)
+    places = tuple(Place(part, (i * WIDTH, (i + 1) * WIDTH)) for i, part in enumerate(parts))
+    assert ModelIndex(square(*parts)).find(fused, shape) == places
+    assert ModelIndex(square(*parts[:2])).find(fused, shape) is None
+    assert ModelIndex(square(*parts)).find("lora_unet_double_blocks_0_img_attn_proj", (WIDTH, WIDTH)) is None
+    with pytest.raises(ValueError, match="fused weight"):
+        ModelIndex(square(*parts)).find(fused, (WIDTH, WIDTH))
+
+
+def test_a_fused_weight_that_does_not_split_into_the_models_parts_is_an_error_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.safetensors", square("lora_unet_double_blocks_0_img_attn_qkv", "lora_unet_other"))
+    with pytest.raises(LoraFileError, match="does not fit the model") as error:
+        LoraFile.open(path).for_model(ModelIndex(square(*(f"transformer_blocks.0.attn.to_{part}" for part in "qkv"))))
+    assert (error.value.file, bool(error.value.cure)) == (str(path), True)
+
+
+def test_only_what_a_model_does_not_name_is_translated() -> None:
+    asked = []
+
+    def translate(file: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[Place, ...]]:
+        asked.append(dict(file))
+        return dict.fromkeys(file, (Place("b.0"),))
+
+    index = ModelIndex(square("a.0", "b.0"), translate=translate)
+    known, strange = square("lora_unet_a_0"), square("lora_unet_strange")
+    assert index.locate(known) == {"lora_unet_a_0": (Place("a.0"),)}
+    assert asked == []
+    both = {**known, **strange}
+    assert index.locate(both) == {"lora_unet_a_0": (Place("a.0"),), "lora_unet_strange": (Place("b.0"),)}
+    assert asked == [both]
+    assert ModelIndex(square("a.0")).locate(both) == {"lora_unet_a_0": (Place("a.0"),)}
+
+
+def test_a_hosts_alias_may_tell_the_kind_of_one_weight_but_not_of_several() -> None:
+    aliases = {"x.0.attn.to_q": ["x.0.linear1[0:4]"], "x.0.attn.fused": ["x.0.a", "x.0.b"], "x.0.ff": ["x.0.c"]}
+    index = ModelIndex(square("x.0.linear1[0:4]", "x.0.a", "x.0.b", "x.0.c"), aliases, "FLUX")
+    names = ("x.0.linear1[0:4]", "x.0.a", "x.0.c")
+    assert [index.kind_of(name, (4, 4)) for name in names] == ["attention", "linear", "linear"]
+    assert index.kind_of("x.0.c", (4, 4, 3, 3)) == "conv"
+    assert index.architecture == "FLUX"
+
+
+def test_a_t5_goes_by_the_models_own_count_of_its_text_encoders(tmp_path: Path) -> None:
+    t5, clip = "encoder.block.0.layer.0.SelfAttention.q", "text_model.encoder.layers.0.mlp.fc1"
+    names = square("lora_unet_x", f"lora_te3_{t5.replace('.', '_')}", f"lora_te1_{clip.replace('.', '_')}")
+    file = LoraFile.open(write(tmp_path / "x.safetensors", names))
+    assert list(file.text_encoder) == [f"text_encoder.{clip}", f"text_encoder_2.{t5}"]
+    encoders = [f"text_encoder.{clip}", f"text_encoder_2.{clip}", f"text_encoder_3.{t5}"]
+    bound = file.for_model(ModelIndex(square("x"), text_encoder=encoders))
+    assert list(bound.text_encoder) == [f"text_encoder.{clip}", f"text_encoder_3.{t5}"]
+    assert bound.modules.keys() == file.modules.keys()
+    assert list(file.text_encoder) == [f"text_encoder.{clip}", f"text_encoder_2.{t5}"]
+
+
+def test_names_of_a_model_are_told_apart_from_those_of_the_file(tmp_path: Path) -> None:
+    file = LoraFile.open(write(tmp_path / "x.safetensors", square("lora_unet_x_0")))
+    assert file.naming == ""
+    bound = file.for_model(ModelIndex(square("x.0")))
+    assert bound.naming
+    assert bound.naming != file.for_model(ModelIndex(square("x.0"), {"x_0": ["x.0"]})).bare().naming == ""
+    assert file.naming == ""
+
+
 def test_scores_under_the_names_of_a_model_do_not_disturb_those_of_the_file(
     tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
@@ -231,6 +341,7 @@ def test_the_kind_of_a_module_is_told_by_its_name(name: str, kind: str) -> None:
 
 def test_a_kernel_makes_a_convolution_whatever_its_name() -> None:
     assert kind_of("patch_embedding", (8, 4, 2, 2)) == "conv"
+    assert kind_of("audio_embedding", (8, 4, 3)) == "conv"
     assert kind_of("patch_embedding", (8, 4)) == "linear"
 
 
@@ -265,7 +376,8 @@ def test_files_that_number_their_layers_are_named_for_what_they_are(tmp_path: Pa
 
 def test_layers_of_a_checkpoint_that_are_called_up_and_down_are_no_lora(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
-    save_file({"blocks.0.mlp.up.weight": torch.ones(8, 4), "blocks.0.mlp.down.weight": torch.ones(4, 8)}, path)
+    layers = {"blocks.0.mlp.up.weight": torch.ones(8, 4), "blocks.0.mlp.down.weight": torch.ones(4, 8)}
+    save_file({**layers, "blocks.0.mlp.alpha": torch.tensor(1.0)}, path)
     with pytest.raises(LoraFileError, match="zero modules matched"):
         LoraFile.open(path)
 
