@@ -397,3 +397,31 @@ def test_a_convolution_whose_weights_are_trained_is_not_changed_in_place_either(
     changed = Operand(delta_of(tmp_path, kind), Site(module)).add(x, y, 1.0)
     assert torch.equal(y, before)
     assert not torch.equal(changed, before)
+
+
+@torch.no_grad()
+def test_an_output_that_is_not_contiguous_is_added_to_in_place_too(tmp_path: Path) -> None:
+    x, delta = input_of("linear", torch.float32), delta_of(tmp_path, "linear")
+    y = torch.zeros(24, 5, 2).permute(2, 1, 0)
+    assert Operand(delta, Site(nn.Linear(16, 24))).add(x, y, 0.5) is y
+    assert torch.allclose(y, 0.5 * x @ delta.matrix().T, atol=1e-5)
+
+
+@torch.no_grad()
+def test_factors_are_ready_before_they_act_and_a_dense_delta_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, x = layer_of("linear", torch.float32), input_of("linear", torch.float32)
+    prepared, prepare = [], Part._prepare
+    monkeypatch.setattr(Part, "_prepare", lambda part, *place: prepared.append(place) or prepare(part, *place))
+    acting = delta_of(tmp_path, "linear")
+    for seed, (family, ready) in enumerate((("lora", 1), ("lokr", 1), ("loha", 0)), 1):
+        layer, part = hooked(module, acting, delta_of(tmp_path, "linear", family, seed=seed))
+        part.set((1.0, 0.0))
+        layer.attach()
+        for _ in range(2):
+            module(x)
+        layer.detach()
+        assert [len(operand._chains) for operand in part.operands if operand] == [1, ready]
+    # Once for each layer, not for each forward.
+    assert prepared == 3 * [(x.device, x.dtype)]

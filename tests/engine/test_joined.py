@@ -226,3 +226,51 @@ def test_what_is_decided_while_sampling_is_not_joined(
     with session_of(pair, model, policy="dynamic"):
         model(*inputs())
     assert not products
+
+
+@torch.no_grad()
+def test_where_it_does_not_pay_nothing_is_joined(pair: Pair, products: list[int]) -> None:
+    model = Attentions()
+    with session_of(pair, model, policy="direct") as session:
+        model(*inputs())
+        assert not any(shared.down._stacks for shared in session._shared)
+    assert not products
+
+
+@pytest.mark.parametrize("family", ["loha", "lokr", "full"])
+@torch.no_grad()
+def test_what_is_not_down_and_up_is_not_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, products: list[int], family: str
+) -> None:
+    monkeypatch.setattr(joined, "JOINING_DEVICES", {"cpu"})
+    model = Attentions()
+    shapes = {name: site.shape for name, site in model.sites().items()}
+    files = [write_lora(tmp_path / f"{kind}.safetensors", shapes, family=kind, rank=2) for kind in (family, "lora")]
+    pair = Pair.open(*files, ScoreCache(tmp_path / "cache"))
+    with session_of(pair, model, policy="direct") as session:
+        model(*inputs())
+        assert [shared.down.ranks for shared in session._shared] == [[2, 2, 2], [2, 2]]
+    assert products == [6, 4]
+
+
+@torch.no_grad()
+def test_convolutions_and_modules_of_other_widths_and_one_alone_are_not_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, products: list[int]
+) -> None:
+    monkeypatch.setattr(joined, "JOINING_DEVICES", {"cpu"})
+    wide = {f"{SELF}.{leaf}": nn.Linear(width, WIDTH) for leaf, width in (("to_q", WIDTH), ("to_k", CONTEXT))}
+    convs = {f"{CROSS}.{leaf}": nn.Conv2d(WIDTH, WIDTH, 1) for leaf in ("to_k", "to_v")}
+    sites = {name: Site(layer) for name, layer in {**wide, **convs}.items()}
+    shapes = {name: site.shape for name, site in sites.items()}
+    files = [
+        write_lora(tmp_path / "both.safetensors", shapes, rank=2),
+        write_lora(tmp_path / "one.safetensors", {f"{SELF}.to_q": (WIDTH, WIDTH)}, rank=2),
+    ]
+    pair = Pair.open(*files, ScoreCache(tmp_path / "cache"))
+    with Session(pair, pair.plan(Settings.parse({"policy": "direct"})), sites) as session:
+        for name, layer in wide.items():
+            layer(torch.zeros(2, shapes[name][1]))
+        for conv in convs.values():
+            conv(torch.zeros(1, WIDTH, 2, 2))
+        assert not session._shared
+    assert not products

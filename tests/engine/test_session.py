@@ -18,7 +18,7 @@ from klora.engine.dynamic import Rows
 from klora.engine.progress import SamplingPass
 from klora.engine.session import Session, selection_of
 from klora.errors import LoraValueError, MismatchError, SettingsError
-from klora.fusion.policies.base import BOTH, SUBJECT, Active
+from klora.fusion.policies.base import BOTH, SUBJECT, Active, Moment
 from klora.fusion.policies.np_lora import NpLora
 from klora.lora.container import TensorFile
 from klora.pair import Pair
@@ -155,12 +155,14 @@ def test_a_level_needs_a_pass_first(pair: Pair) -> None:
 
 
 def test_a_pass_has_its_own_number_of_steps_and_begins_anew(pair: Pair) -> None:
-    session = session_of(pair, model(TO_Q))
+    session = session_of(pair, model(TO_Q), balance=0.75)
     session.start_pass([3.0, 2.0, 1.0])
     assert session.plan.steps == 3
     assert session.moment.tau == 0.0
+    with pytest.raises(RuntimeError, match="set_tau"):
+        session.set_active(BOTH)
     session.at_level(1.0)
-    assert (session.moment.tau, session.moment.step) == (2 / 3, 2)
+    assert session.moment == Moment(2 / 3, 3, 0.75)
     session.start_pass([2.0, 1.0])
     assert (session.plan.steps, session.moment.tau) == (2, 0.0)
 
@@ -288,9 +290,13 @@ def test_only_a_policy_that_measures_watches_the_denoiser(pair: Pair) -> None:
     for policy, conditional, hooks in (("k-lora", True, 0), ("dynamic", False, 0), ("dynamic", True, 1)):
         plan = pair.plan(Settings(policy=policy))
         rows = (lambda args, kwargs: None) if conditional else None
-        with Session(pair, plan, {TO_Q: Site(layers[TO_Q])}, None, "m", denoiser, rows):
-            assert len(denoiser._forward_pre_hooks) == hooks
-        assert not denoiser._forward_pre_hooks
+        session = Session(pair, plan, {TO_Q: Site(layers[TO_Q])}, None, "m", denoiser, rows)
+        for _ in range(2):
+            with session:
+                assert len(denoiser._forward_pre_hooks) == hooks
+            assert not denoiser._forward_pre_hooks
+        assert not session.decisions
+        assert session.observed is session.plan
 
 
 def test_what_tells_the_conditional_rows_sees_the_arguments_of_the_call(pair: Pair) -> None:
@@ -335,3 +341,18 @@ def test_what_a_policy_combines_acts_in_contested_modules_alone_and_with_its_str
         assert acts(layers[FF], (subject[FF].matrix(), 2.0))
     with session_of(pair, layers, **settings, scope="linear", other_layers="both", variant="paper"):
         assert acts(layers[TO_Q], (merged.matrix(), 1.0))
+
+
+@torch.no_grad()
+def test_dense_differences_of_a_session_share_one_room(tmp_path: Path) -> None:
+    layers, names = model(TO_Q, FF), dict.fromkeys((TO_Q, FF), (SIZE, SIZE))
+    files = [write_lora(tmp_path / f"{i}.safetensors", names, family="loha", seed=i) for i in (1, 2)]
+    pair = Pair.open(*files, ScoreCache(tmp_path / "cache"))
+    for room, kept in ((0, 0), (3 * 4 * SIZE * SIZE, 3)):
+        session = session_of(pair, layers, policy="direct")
+        session._room.free = room
+        with session:
+            for layer in layers.values():
+                layer(torch.zeros(1, SIZE))
+            operands = [operand for part in session._parts.values() for operand in part.operands if operand]
+            assert sum(len(operand._chains) for operand in operands) == kept

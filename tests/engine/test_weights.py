@@ -11,6 +11,7 @@ import torch
 
 from klora.cache import ScoreCache
 from klora.engine.weights import KeptWeights, PairWeights, Weights
+from klora.lora.file import LoraFile
 from klora.pair import Pair
 from klora.settings import Settings
 from tests.support.lora_files import write_lora
@@ -60,6 +61,13 @@ def test_copies_of_another_type_count_and_those_of_the_same_do_not(pairs: list[P
     assert weights.nbytes() == before
     weights.chain(CPU, torch.bfloat16)
     assert weights.nbytes() == before * 3 / 2
+
+
+@pytest.mark.parametrize("family", ["lora", "loha", "lokr", "full"])
+def test_the_weights_of_every_family_take_what_its_tensors_take(tmp_path: Path, family: str) -> None:
+    file = LoraFile.open(write_lora(tmp_path / "a.safetensors", {NAME: (24, 16)}, family=family))
+    delta = file.modules[NAME]
+    assert Weights(delta).nbytes() == sum(tensor.nbytes for tensor in delta.tensors())
 
 
 def test_joined_weights_are_made_once_and_lie_where_they_are_asked_for(pairs: list[Pair]) -> None:
