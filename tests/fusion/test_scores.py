@@ -6,6 +6,8 @@ import contextlib
 import dataclasses
 import itertools
 import math
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -287,3 +289,41 @@ def test_a_file_is_scored_at_the_standard_and_the_wanted_k(tmp_path: Path) -> No
     assert isinstance(score, ModuleScore)
     assert score.sums[72] == pytest.approx(brute_force(matrix, 72), rel=1e-6)
     assert {*standard_ks(4)} <= score.sums.keys()
+
+
+@pytest.mark.parametrize("kind", ["normal", "low rank"])
+def test_few_more_than_the_largest_are_gathered(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    gathered, above = [], scores._above
+    monkeypatch.setattr(scores, "_above", lambda *args: gathered.append(above(*args)) or gathered[-1])
+    score_delta(Matrix(make(kind, 1280, 1280, seed=3)), [16_384])
+    assert 16_384 <= sum(values.size for values in gathered) < 2 * 16_384
+
+
+@pytest.mark.parametrize("larger", range(4))
+def test_where_fewer_than_k_are_larger_than_all_the_others_equal_ones_count(larger: int) -> None:
+    values = torch.full((40, 100), 0.5)
+    values.view(-1)[37 : 37 + 900 * larger : 900] = -8.0
+    for k in range(1, 6):
+        assert score_delta(Matrix(values), [k]).sums[k] == 8.0 * min(k, larger) + 0.5 * max(0, k - larger)
+
+
+def test_how_far_it_is_is_told_after_each_module() -> None:
+    told: list[tuple[int, int]] = []
+    wanted = {str(seed): (Matrix(make("normal", 20, 30, seed)), {5}) for seed in range(3)}
+    score_deltas(wanted, lambda done, of: told.append((done, of)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_no_more_threads_than_asked_for_compute_with_one_thread_each() -> None:
+    seen: set[tuple[int, int]] = set()
+
+    def look() -> None:
+        seen.add((threading.get_ident(), torch.get_num_threads()))
+        time.sleep(0.01)
+
+    with scores._single_threaded_pool(2) as pool:
+        for looked in [pool.submit(look) for _ in range(8)]:
+            looked.result()
+    assert len(seen) <= 2
+    assert {threads for _, threads in seen} == {1}
