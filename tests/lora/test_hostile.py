@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from klora.errors import LoraValueError, UnsupportedFormatError
+from klora.errors import LoraFileError, LoraValueError, UnsupportedFormatError
 from klora.lora.file import LoraFile
 from klora.lora.header import MAX_HEADER
 from tests.lora.hostile import DOWN, NAME, PREFIX, SHAPES, UP, error_of, header, path, raw, refused, without_waiting
@@ -319,6 +319,9 @@ def test_every_wrong_shape_is_an_error_naming_a_key_of_the_module(path: Path, fa
             save_file({**tensors, key: torch.zeros(shape)}, path)
             if (error := error_of(path)) is not None:
                 assert key.split(".")[0] in str(error)
+                assert isinstance(error, LoraFileError)
+                assert error.reason
+                assert error.cure
 
 
 def test_missing_up_missing_down_and_rank_0_name_the_key(path: Path) -> None:

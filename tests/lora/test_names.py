@@ -132,6 +132,15 @@ def test_what_no_unet_has_has_no_ldm_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "name", ["transformer_blocks.0.pos_proj", "single_transformer_blocks.0.ff.net.2", "norm_out.linear"]
+)
+def test_what_the_original_flux_has_not_has_no_ldm_name(name: str) -> None:
+    assert is_flux(name)
+    assert ldm_names(name) == ()
+    assert slice_of(name) is None
+
+
+@pytest.mark.parametrize(
     ("part", "rows", "width", "found"),
     [("q", 3, 1, (0, 1)), ("v", 3, 1, (2, 3)), ("mlp", 4, 1, (3, 4)), ("v", 2, 1, None), ("mlp", 3, 1, None)],
 )

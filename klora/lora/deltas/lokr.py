@@ -52,7 +52,7 @@ class LokrDelta(Delta):
     def kronecker(self) -> tuple[Tensor, ...] | None:
         """The factors in the file's dtype, w1 of two in fp32; None for kernels, cores and slices of a fused weight."""
         whole = self.w1.shape[0] * self.w2.shape[0] == self.shape[0]
-        if len(self.shape) > 2 or self.t2 is not None or not whole:
+        if len(self.shape) != 2 or self.t2 is not None or not whole:
             return None
         w1 = self.w1.native() if self.w1_right is None else self.w1.fp32() @ self.w1_right.fp32()
         w2 = self.w2.native().flatten(1)
