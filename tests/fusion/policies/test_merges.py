@@ -193,7 +193,7 @@ def test_two_factors_are_never_multiplied_out_for_knots_and_for_a_cut(monkeypatc
     subject, style = delta_of(2, 1, 0.5), delta_of(3, 2, 4.0)
     total = subject.matrix() + style.matrix()
     monkeypatch.setattr(FactorDelta, "_fill", lambda *_: pytest.fail("formed"))
-    made, cuts = tie((subject, style), (1.0, 1.0), 1.0), [cut(delta, 9) for delta in (subject, style)]
+    made, cuts = combined("knots", subject, style, density=1)[0], [cut(delta, 9) for delta in (subject, style)]
     monkeypatch.undo()
     assert made.rank == 5
     assert close(sum(part.delta.matrix() for part in cuts), total)
