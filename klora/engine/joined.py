@@ -73,7 +73,6 @@ class SharedInput:
     def forget(self) -> None:
         """Let go of the input and its product."""
         self._x, self._product = None, ()
-        self._taken = set()
 
 
 def shared_inputs(names: Sequence[str]) -> list[list[str]]:

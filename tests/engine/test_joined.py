@@ -95,6 +95,7 @@ def test_modules_of_one_input_are_told_by_their_names() -> None:
         [f"{single}.attn.to_q", f"{single}.attn.to_k", f"{single}.attn.to_v", f"{single}.proj_mlp"],
     ]
     assert input_of(f"{CROSS}.to_q") is None
+    assert not shared_inputs([f"{SELF}.to_q", f"{CROSS}.to_q", f"{CROSS}.to_k"])
 
 
 @pytest.mark.parametrize("inference", [False, True])
