@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -181,6 +182,21 @@ def test_a_file_that_is_written_all_the_time_is_never_read_half_and_half(tmp_pat
     writer.join()
     assert outcomes <= {0, 1, "changed while it was in use", "is being written"}
     assert outcomes & {0, 1}
+
+
+class Slow(io.BytesIO):
+    """Gives three bytes at a time, as a network drive may."""
+
+    def readinto(self, room: memoryview) -> int:  # type: ignore[override]
+        return super().readinto(room[:3])
+
+
+def test_what_comes_in_pieces_is_read_to_its_end_or_told_to_be_short() -> None:
+    room = bytearray(8)
+    disk.read_into(Slow(b"0123456789"), 2, memoryview(room))
+    assert room == b"23456789"
+    with pytest.raises(EOFError):
+        disk.read_into(Slow(b"0123456789"), 3, memoryview(room))
 
 
 def test_a_file_whose_date_never_settles_is_being_written(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,6 +141,16 @@ def test_alpha_comes_from_peft_metadata(tmp_path: Path) -> None:
     assert found["text_encoder_2.text_model.encoder.layers.1.mlp.fc1"] == 1.0
 
 
+def test_alpha_without_a_component_is_that_of_all(tmp_path: Path) -> None:
+    assert set(scales(tmp_path, {"r": 4, "lora_alpha": 8}).values()) == {2.0}
+
+
+def test_the_alpha_of_a_transformer_is_that_of_the_diffusion_model(tmp_path: Path) -> None:
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8})}
+    file = LoraFile.open(write_lora(tmp_path / "x.safetensors", FLUX, "peft", rank=4, metadata=metadata))
+    assert {delta.scale for delta in file.modules.values()} == {2.0}
+
+
 def test_alpha_patterns_match_the_end_of_a_name_and_the_first_wins(tmp_path: Path) -> None:
     patterns = {"attn1.to_q": 2, r"^mid_block\..*conv1": 12, "to_q": 100, "o_k": 100}
     found = scales(tmp_path, {"unet.lora_alpha": 4, "unet.alpha_pattern": patterns})
