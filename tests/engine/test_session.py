@@ -329,9 +329,12 @@ def test_modules_of_the_model_that_no_file_has_are_left_alone(pair: Pair) -> Non
         assert not acts(encoder[TEXT])
 
 
-def test_what_a_policy_combines_acts_in_contested_modules_alone_and_with_its_strengths_once(pair: Pair) -> None:
+@pytest.mark.parametrize("policy", ["lego", "dare"])
+def test_what_a_policy_combines_acts_in_contested_modules_alone_and_with_its_strengths_once(
+    pair: Pair, policy: str
+) -> None:
     layers = model(TO_Q, FF)
-    settings = {"policy": "lego", "subject_strength": 2.0, "style_strength": 0.5}
+    settings = {"policy": policy, "subject_strength": 2.0, "style_strength": 0.5}
     subject, style = pair.subject.modules, pair.style.modules
     with session_of(pair, layers, **settings) as session:
         merged, nothing = session.plan.policy.combine(TO_Q, subject[TO_Q], style[TO_Q])
@@ -341,6 +344,13 @@ def test_what_a_policy_combines_acts_in_contested_modules_alone_and_with_its_str
         assert acts(layers[FF], (subject[FF].matrix(), 2.0))
     with session_of(pair, layers, **settings, scope="linear", other_layers="both", variant="paper"):
         assert acts(layers[TO_Q], (merged.matrix(), 1.0))
+
+
+def test_what_is_outside_the_scope_is_not_combined(tmp_path: Path) -> None:
+    files = [write_lora(tmp_path / f"{i}.safetensors", {FF: (SIZE, SIZE)}, seed=i) for i in (1, 2)]
+    pair, layers = Pair.open(*files, ScoreCache(tmp_path / "cache")), model(FF)
+    with session_of(pair, layers, policy="lego", style_strength=0.5, scope="attention", other_layers="both"):
+        assert acts(layers[FF], (pair.subject.modules[FF].matrix(), 1.0), (pair.style.modules[FF].matrix(), 0.5))
 
 
 @torch.no_grad()
