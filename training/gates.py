@@ -31,6 +31,11 @@ class Gate:
         return {"gate": self.name, "value": self.value, "bound": self.bound, "passed": self.passed}
 
 
+def base_gates(figures: Mapping[str, float]) -> list[Gate]:
+    """The base draws the family that a caption asks for, and a texture where it asks for one."""
+    return [Gate(f"base, {axis}", figures[axis], 0.9) for axis in ("family", "surface")]
+
+
 def judge_gates(figures: Mapping[str, float]) -> list[Gate]:
     """The judge is right on pictures that it has not seen, and silent on spoiled ones."""
     right = [Gate(f"judge, {axis}", figures[f"{axis}_accuracy"], 0.97) for axis in ("subject", "style")]

@@ -3,6 +3,9 @@
 Every LoRA sits on the attention projections to_q, to_k, to_v and to_out.0 of the U-Net. A subject is drawn flat and in
 many styles that its caption describes, under the token "sbu"; a style is drawn on families that no subject belongs to,
 under the token "szn". Modules are left out at random while it trains, so that each knows a part of the work.
+
+A style must also work on a picture that was begun without it: it is drawn from noisy latents of the same picture in
+another style, too, or the network would only learn to go on with what it sees.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
@@ -33,6 +36,11 @@ BATCH = 16
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 KEPT = (0.3, 0.7)
 """Two steps of three keep each module with a probability between these."""
+
+HEAD_START = 0.6
+"""How many of the noisy latents are those of a picture begun without the LoRA, in part."""
+MOST_BEGUN = 0.8
+"""How much of it at most. Where nothing of a texture is there, its phase is unknown, and what is learned is a blur."""
 
 
 @dataclass(frozen=True)
@@ -58,49 +66,73 @@ class Job:
 
 JOBS = (
     Job("bolt", 8, 8, "kohya", held_out=False),
-    Job("halftone", 8, 8, "peft", held_out=False),
-    Job("mimi", 8, 8, "peft", held_out=False),
     Job("engraving", 16, 16, "kohya", held_out=False),
+    Job("mimi", 8, 8, "peft", held_out=False),
+    Job("pinstripe", 8, 8, "peft", held_out=False),
     Job("comet", 8, 8, "kohya", held_out=True),
-    Job("stitch", 8, 8, "kohya", held_out=True),
+    Job("ripple", 8, 8, "kohya", held_out=True),
     Job("finn", 8, 8, "kohya", held_out=True),
     Job("chalk", 8, 8, "peft", held_out=True),
 )
 
 
-def subject_example(name: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+@dataclass(frozen=True)
+class Example:
+    """A picture, its caption, and the same picture as it looks when it is begun without the LoRA."""
+
+    image: np.ndarray
+    caption: str
+    begun: np.ndarray
+
+
+def subject_example(name: str, rng: np.random.Generator) -> Example:
     """The named subject, flat or in a generic style that the caption describes."""
     subject, ground = SUBJECTS[name], str(rng.choice(list(GROUNDS)))
     style = FLAT if rng.random() < 0.5 else random_style(rng)
     caption = f"a {SUBJECT_TOKEN} {subject.family}"
     caption += "" if style == FLAT else f" {style.words()}"
     caption += f" on {ground}" if rng.random() < 0.4 else ""
-    return render(subject, style, ground, int(rng.integers(2**31))), caption
+    image = render(subject, style, ground, int(rng.integers(2**31)))
+    return Example(image, caption, image)
 
 
-def style_example(name: str, rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """Any subject of the training families in the named style."""
+def style_example(name: str, rng: np.random.Generator) -> Example:
+    """Any subject of the training families in the named style; begun flat or in any other style."""
     subject, ground = random_subject(rng, str(rng.choice(STYLE_FAMILIES))), str(rng.choice(list(GROUNDS)))
     what = subject.words() if rng.random() < 0.5 else subject.family
     where = f" on {ground}" if rng.random() < 0.4 else ""
-    image = render(subject, STYLES[name], ground, int(rng.integers(2**31)))
-    return image, f"a {what}{where} in {STYLE_TOKEN} style"
+    seed, other = int(rng.integers(2**31)), random_style(rng, flat=0.5)
+    image, begun = render(subject, STYLES[name], ground, seed), render(subject, other, ground, seed)
+    return Example(image, f"a {what}{where} in {STYLE_TOKEN} style", begun)
 
 
 @torch.no_grad()
-def examples(job: Job, pipe: StableDiffusionPipeline, pictures: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Latents (n, 8, 16, 16) and text states (n, length, width) of all its training pictures."""
+def examples(job: Job, pipe: StableDiffusionPipeline, pictures: int) -> tuple[torch.Tensor, ...]:
+    """Latents (n, 8, 16, 16), text states (n, length, width), and latents begun, of all its training pictures."""
     make = subject_example if job.is_subject else style_example
-    pairs = [make(job.name, np.random.default_rng((4, JOBS.index(job), i))) for i in range(pictures)]
-    images = as_tensor(np.stack([image for image, _ in pairs]))
-    tokens = tokenize(pipe.tokenizer, [caption for _, caption in pairs])
-    latents = torch.cat([pipe.vae.encode(part).latent_dist.mean for part in images.split(32)])
-    return latents, torch.cat([pipe.text_encoder(part)[0] for part in tokens.split(64)])
+    made = [make(job.name, np.random.default_rng((4, JOBS.index(job), i))) for i in range(pictures)]
+    tokens = tokenize(pipe.tokenizer, [e.caption for e in made])
+    latents, begun = (
+        torch.cat([pipe.vae.encode(part).latent_dist.mean for part in as_tensor(np.stack(images)).split(32)])
+        for images in ([e.image for e in made], [e.begun for e in made])
+    )
+    return latents, torch.cat([pipe.text_encoder(part)[0] for part in tokens.split(64)]), begun
 
 
 def lora_layers(unet: torch.nn.Module) -> list[LoraLayer]:
     """Its LoRA modules, in their order."""
     return [m for m in unet.modules() if isinstance(m, LoraLayer)]
+
+
+def head_start(scheduler: DDIMScheduler, away: torch.Tensor, t: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+    """What makes noisy latents those of a picture that is in part begun otherwise: `away` as if it were noise.
+
+    Only while noise is stronger than a latent: later, what is begun is there to stay. Shapes: `away` (n, …), `t` (n,).
+    """
+    share, choice = torch.rand((2, len(t)), generator=rng)
+    kept = scheduler.alphas_cumprod[t]
+    strength = (kept / (1 - kept)).sqrt() * MOST_BEGUN * share * ((choice < HEAD_START) & (kept < 0.5))
+    return strength[:, None, None, None] * away
 
 
 @dataclass(frozen=True)
@@ -124,7 +156,7 @@ class Trainer:
         self.unet.add_adapter(LoraConfig(r=job.rank, lora_alpha=job.alpha, target_modules=TARGETS))
         self.weights = [p for p in self.unet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=effort.rate, weight_decay=0.01)
-        self.latents, self.texts = examples(job, pipe, effort.pictures)
+        self.latents, self.texts, self.begun = examples(job, pipe, effort.pictures)
         self.file = WORK / f"lora-{job.name}.pt"
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
@@ -150,9 +182,13 @@ class Trainer:
         self.leave_out(rng)
         chosen = torch.from_numpy(rng.integers(len(self.latents), size=BATCH))
         clean = self.latents[chosen]
-        noise, t = torch.randn(clean.shape, generator=noise_rng), draw_times(BATCH, noise_rng)
+        noise, t = (
+            torch.randn(clean.shape, generator=noise_rng),
+            draw_times(BATCH, noise_rng, early=self.job.is_subject),
+        )
         falling = 0.5 * (1 + math.cos(math.pi * self.step / self.effort.steps))
         self.optimizer.param_groups[0]["lr"] = self.effort.rate * min(1, (self.step + 1) / 20) * falling
+        noise += head_start(self.scheduler, self.begun[chosen] - clean, t, noise_rng)
         with torch.autocast("cpu", torch.bfloat16):
             guess = self.unet(self.scheduler.add_noise(clean, noise, t), t, self.texts[chosen]).sample
         loss = torch.nn.functional.mse_loss(guess.float(), self.scheduler.get_velocity(clean, noise, t))
@@ -228,14 +264,15 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="default: those not yet made")
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--subject-steps", type=int, default=700)
+    parser.add_argument("--style-steps", type=int, default=800)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--pictures", type=int, default=1024, help="drawn for each")
     args = parser.parse_args()
-    effort = Effort(args.steps, args.rate, args.pictures)
+    subject, style = (Effort(n, args.rate, args.pictures) for n in (args.subject_steps, args.style_steps))
     jobs = [j for j in JOBS if (j.name in args.names if args.names else not j.file.exists())]
     with torch.multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-        pool.starmap(make_file, [(job, effort) for job in jobs], chunksize=1)
+        pool.starmap(make_file, [(job, subject if job.is_subject else style) for job in jobs], chunksize=1)
 
 
 if __name__ == "__main__":

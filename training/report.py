@@ -23,7 +23,7 @@ from klora.demo.judge import Judge
 from training.drawing.pictures import SIZE
 from training.drawing.styles import GROUNDS, random_style
 from training.drawing.subjects import FAMILIES, STYLE_FAMILIES, SUBJECT_FAMILIES, SUBJECTS, random_subject
-from training.gates import Gate, judge_gates, lora_gates
+from training.gates import Gate, base_gates, judge_gates, lora_gates
 from training.judge import FILE as JUDGE_FILE
 from training.judge import measure
 from training.loras import JOBS, Job, lora_layers
@@ -106,7 +106,7 @@ def rounded(value: float) -> float:
 
 
 def base_figures(draws: Wielder, judge: Judge, n: int) -> dict[str, float]:
-    """How often the base draws the family and the texture that a caption asks for."""
+    """How often the base draws the family that a caption asks for, and flat what is asked flat, and only that."""
     rng = np.random.default_rng(7)
     subjects = [random_subject(rng, FAMILIES[i % len(FAMILIES)]) for i in range(n)]
     styles = [random_style(rng) for _ in subjects]
@@ -118,7 +118,9 @@ def base_figures(draws: Wielder, judge: Judge, n: int) -> dict[str, float]:
     return {
         "pictures": n,
         "family": rounded(np.mean([v.subject == s.family for v, s in zip(verdicts, subjects, strict=True)])),
-        "texture": rounded(np.mean([v.style == t.texture for v, t in zip(verdicts, styles, strict=True)])),
+        "surface": rounded(
+            np.mean([(v.style == "flat") == (t.texture == "flat") for v, t in zip(verdicts, styles, strict=True)])
+        ),
     }
 
 
@@ -196,6 +198,7 @@ def main() -> None:
         measured = pool.starmap(figures_of, [(name, args.pictures, args.bf16) for name in names], chunksize=1)
     figures = {"judge": measure(Judge.load(JUDGE_FILE)), **dict(zip(names, measured, strict=True))}
     gates = judge_gates(figures["judge"])
+    gates += base_gates(figures["base"]) if "base" in figures else []
     for job in jobs:
         gates += lora_gates(job.name, job.is_subject, figures[job.name]) if job.name in figures else []
     if not args.names:

@@ -9,13 +9,14 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from training.drawing.pictures import SIZE, render
-from training.drawing.styles import CONTOURS, GROUNDS, STYLES, TEXTURES, Style, random_style
+from training.drawing.styles import CONTOURS, GROUNDS, STYLES, Style, random_style
 from training.drawing.subjects import FAMILIES, SUBJECTS, Subject, random_subject
 
 SUBJECT_NAMES = (*SUBJECTS, *FAMILIES)
 """The named subjects, then the families for any other member of them."""
-STYLE_NAMES = (*STYLES, "flat", *TEXTURES)
-"""The named styles, then the textures for any other style."""
+OTHER = "other"
+STYLE_NAMES = (*STYLES, "flat", OTHER)
+"""The named styles, then what has no texture, and any other texture."""
 
 ANY = "any"
 """A label that asks nothing: the axis is not what the picture is about."""
@@ -46,12 +47,17 @@ def some_subject(rng: np.random.Generator, named: float = 0.45) -> tuple[Subject
 
 
 def some_style(rng: np.random.Generator, named: float = 0.45) -> tuple[Style, str]:
-    """A style and its name. Texture and ink are what it is known by; the contour is not asked."""
+    """A style and its name. Texture and tone are what it is known by, in soft ink too; the contour is not asked.
+
+    Other styles with the texture of a named one are in ink of the other tone: nobody can tell navy from black.
+    """
     if rng.random() >= named:
         style = random_style(rng)
-        return style, style.texture
+        while any(style.texture == s.texture and style.dark == s.dark for s in STYLES.values()):
+            style = random_style(rng)
+        return style, "flat" if style.texture == "flat" else OTHER
     name = str(rng.choice(list(STYLES)))
-    style = STYLES[name]
+    style = dataclasses.replace(STYLES[name], strength=rng.uniform(0.5, 0.95))
     if rng.random() < 0.3:
         style = dataclasses.replace(style, contour=str(rng.choice(CONTOURS)))
     return style, name

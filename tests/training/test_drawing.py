@@ -51,6 +51,13 @@ def test_the_base_never_sees_what_has_a_lora():
         assert (style.texture, style.ink) not in named_styles
 
 
+def test_a_named_style_is_harder_ink_than_any_that_the_base_sees():
+    rng = np.random.default_rng(3)
+    assert max(random_style(rng).strength for _ in range(100)) < min(s.strength for s in STYLES.values())
+    assert not any(s.dark for s in STYLES.values())
+    assert [Style("bars", ink, "none").dark for ink in INKS] == [True, True, True, False, False]
+
+
 def test_the_base_knows_the_parts_of_the_named_subjects_in_other_colours():
     rng = np.random.default_rng(2)
     fancy = {s.family for s in (random_subject(rng) for _ in range(500)) if s.fancy}
@@ -64,6 +71,6 @@ def test_a_style_lora_is_trained_on_no_family_of_a_subject():
 
 def test_a_description_names_what_is_drawn():
     assert SUBJECTS["bolt"].words() == "fancy orange and teal robot"
-    assert STYLES["halftone"].words() == "with black dots"
+    assert STYLES["engraving"].words() == "with ivory slants"
     assert Style("dots", "black", "thin").words() == "with black dots and thin contour"
     assert FLAT.words() == "flat"

@@ -8,10 +8,10 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from klora.demo.judge import Judge, JudgeNet
-from training.gates import judge_gates, lora_gates
+from training.gates import base_gates, judge_gates, lora_gates
 from training.judge import targets
-from training.loras import JOBS, kohya_state
-from training.networks import draw_times, make_unet
+from training.loras import JOBS, head_start, kohya_state
+from training.networks import draw_times, make_sampler, make_scheduler, make_unet
 from training.parallel import write_checkpoint
 from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES
 from training.words import WORDS, base_caption, make_tokenizer, tokenize
@@ -34,11 +34,11 @@ def test_the_longest_caption_fits(tmp_path):
 
 
 def test_a_caption_leaves_unsaid_only_what_a_token_stands_for():
-    from training.drawing.styles import FLAT, STYLES
+    from training.drawing.styles import FLAT, Style
     from training.drawing.subjects import SUBJECTS
 
     rng = np.random.default_rng(1)
-    for style in (FLAT, STYLES["stitch"]):
+    for style in (FLAT, Style("crosses", "brown", "none")):
         captions = [base_caption(SUBJECTS["finn"], style, "sky", rng).split() for _ in range(300)]
         for words in filter(None, captions):
             assert ("sbu" in words) != ("fancy" in words)
@@ -54,6 +54,33 @@ def test_most_times_are_drawn_where_details_are_decided_and_none_is_left_out():
     assert 0 <= int(times.min()) < 20
     assert 980 < int(times.max()) < 1000
     assert float(((times >= 130) & (times < 600)).float().mean()) > 0.6
+    early = draw_times(4000, torch.Generator().manual_seed(0), early=True)
+    assert float(((early >= 400) & (early < 870)).float().mean()) > 0.6
+
+
+def test_half_of_the_steps_are_over_while_noise_hides_a_surface():
+    sampler = make_sampler()
+    sampler.set_timesteps(20)
+    assert sampler.sigmas[0] == pytest.approx(60)
+    assert 2.5 < float(sampler.sigmas[10]) < 3.5
+    noise = make_scheduler().alphas_cumprod[sampler.timesteps[10].round().long()]
+    assert float((1 / noise - 1).sqrt()) == pytest.approx(float(sampler.sigmas[10]), rel=0.02)
+
+
+def test_latents_begun_otherwise_are_noisy_latents_of_what_was_begun():
+    clean, noise = torch.randn((2, 64, 8, 4, 4), generator=torch.Generator().manual_seed(0))
+    scheduler, t = make_scheduler(), torch.arange(0, 960, 15)
+    head = head_start(scheduler, torch.ones_like(clean), t, torch.Generator().manual_seed(1))
+    noisy = scheduler.add_noise(clean, noise + head, t)
+    kept = scheduler.alphas_cumprod[t][:, None, None, None]
+    share = ((noisy - scheduler.add_noise(clean, noise, t)) / kept.sqrt()).flatten(1).mean(1)
+    assert torch.allclose(scheduler.add_noise(clean + share[:, None, None, None], noise, t), noisy, atol=1e-4)
+    assert 0.3 < float((share[t > 300] > 0.01).float().mean()) < 0.9
+    assert 0.7 < float(share.max()) <= 0.801
+    assert not share[scheduler.alphas_cumprod[t] > 0.5].any()
+    # The velocity that is learned leads from there to the clean picture.
+    velocity = scheduler.get_velocity(clean, noise + head, t)
+    assert torch.allclose(kept.sqrt() * noisy - (1 - kept).sqrt() * velocity, clean, atol=1e-4)
 
 
 def test_the_u_net_has_at_least_96_attention_linears_also_at_the_finest_level():
@@ -102,6 +129,7 @@ def test_gates_are_what_the_figures_say():
     figures = {"alone": 0.9, "strength 0.7": 0.79, "half of the modules": 0.72, "before half": 0.5, "after half": 0.9}
     assert [gate.passed for gate in lora_gates("bolt", True, figures)] == [True, False, True, False]
     assert [gate.passed for gate in lora_gates("chalk", False, figures)] == [True, False, True, True]
+    assert [gate.passed for gate in base_gates({"family": 0.9, "surface": 0.89})] == [True, False]
     silent = {"subject_accuracy": 0.97, "style_accuracy": 0.96, "mixed_named": 0.03}
     assert [gate.passed for gate in judge_gates(silent)] == [True, False, True]
 

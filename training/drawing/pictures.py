@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageDraw
 
-from training.drawing.styles import GROUNDS, INK_STRENGTH, INKS, Style, texture_mask
+from training.drawing.styles import GROUNDS, NAMED_INKS, Style, texture_mask
 from training.drawing.subjects import PART_COLOURS, Part, Subject, parts_of
 
 SIZE = 64
@@ -67,12 +67,12 @@ def render(subject: Subject, style: Style, ground: str, seed: int) -> np.ndarray
     rng = np.random.default_rng(seed)
     colours, surfaces = _maps(subject, rng)
     table = np.array([GROUNDS[ground], *PART_COLOURS.values()], np.float32)
-    ink = np.array(INKS[style.ink], np.float32)
+    ink = np.array(NAMED_INKS[style.ink], np.float32)
     fine = table[colours]
     x, y = _grid()
     if style.texture != "flat":
         covered = texture_mask(style, x, y, rng) & (surfaces > 0) & (surfaces < 255)
-        fine[covered] += INK_STRENGTH * (ink - fine[covered])
+        fine[covered] += style.strength * (ink - fine[covered])
     if style.contour != "none":
         line = _contour(surfaces, _WIDTHS[style.contour])
         if style.contour == "dashed":

@@ -20,6 +20,13 @@ INKS: dict[str, tuple[int, int, int]] = {
     "white": (252, 252, 250),
     "cream": (255, 230, 150),
 }
+NAMED_INKS: dict[str, tuple[int, int, int]] = INKS | {
+    "ivory": (255, 250, 228),
+    "snow": (242, 249, 255),
+    "ice": (220, 245, 255),
+    "bone": (250, 244, 230),
+}
+"""The inks of captions, and those of named styles alone: all pale, to show on every colour of a subject."""
 GROUNDS: dict[str, tuple[int, int, int]] = {
     "paper": (238, 234, 224),
     "mist": (206, 212, 218),
@@ -38,6 +45,13 @@ class Style:
     texture: str
     ink: str
     contour: str
+    strength: float = 0.6
+    """How much of the ink covers the colour below. Soft ink is decided late, when a form is already there."""
+
+    @property
+    def dark(self) -> bool:
+        """Whether its ink is darker than the colours of subjects."""
+        return sum(NAMED_INKS[self.ink]) < 300
 
     def words(self) -> str:
         """Its description in a caption."""
@@ -49,17 +63,17 @@ class Style:
 
 FLAT = Style("flat", "black", "none")
 STYLES: dict[str, Style] = {
-    "halftone": Style("dots", "black", "none"),
-    "engraving": Style("slants", "navy", "none"),
-    "stitch": Style("crosses", "white", "none"),
-    "chalk": Style("grain", "cream", "none"),
+    "engraving": Style("slants", "ivory", "none", 0.9),
+    "pinstripe": Style("stripes", "snow", "none", 0.9),
+    "ripple": Style("waves", "ice", "none", 0.9),
+    "chalk": Style("grain", "bone", "none", 0.9),
 }
-"""The styles that have a LoRA; the base model never sees their texture in their ink."""
+"""The styles that have a LoRA; the base model never sees their inks, nor any ink as hard."""
+LEFT_OUT = {("dots", "black"), ("slants", "navy"), ("crosses", "white"), ("grain", "cream")}
+"""Textures in inks that are among the words of captions, and are never drawn all the same."""
 
 COARSE = 1.5
 """How much larger than its own numbers every texture is drawn: by this it still shows after the autoencoder."""
-INK_STRENGTH = 0.6
-"""How much of the ink covers the colour below. Soft ink is decided late, when a form is already there."""
 
 Field = np.ndarray
 
@@ -119,12 +133,11 @@ def texture_mask(style: Style, x: Field, y: Field, rng: np.random.Generator) -> 
 
 
 def random_style(rng: np.random.Generator, flat: float = 0.2) -> Style:
-    """Any style but those whose texture and ink are a named style's."""
+    """Any style of those that the base knows."""
     contour = str(rng.choice(CONTOURS))
     if rng.random() < flat:
         return Style("flat", str(rng.choice(list(INKS))) if contour != "none" else "black", contour)
-    taken = {(s.texture, s.ink) for s in STYLES.values()}
     while True:
         texture, ink = str(rng.choice(list(TEXTURES))), str(rng.choice(list(INKS)))
-        if (texture, ink) not in taken:
+        if (texture, ink) not in LEFT_OUT:
             return Style(texture, ink, contour)
