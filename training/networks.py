@@ -111,6 +111,7 @@ def make_sampler() -> EulerDiscreteScheduler:
         prediction_type=noise.prediction_type,
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
+        steps_offset=1,
         use_karras_sigmas=True,
         sigma_min=0.03,
         sigma_max=60.0,

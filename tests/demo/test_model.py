@@ -125,8 +125,8 @@ def test_the_judge_refuses_noise_and_takes_any_size(judge):
     rng = np.random.default_rng(0)
     verdicts = judge(rng.integers(0, 256, (50, 64, 64, 3), dtype=np.uint8))
     assert np.mean([v.subject is None and v.style is None for v in verdicts]) >= 0.95
-    small = Image.fromarray(render(SUBJECTS["bolt"], STYLES["halftone"], "sky", 5))
+    small = Image.fromarray(render(SUBJECTS["bolt"], STYLES["engraving"], "sky", 5))
     (verdict,) = judge([small.resize((256, 256), Image.Resampling.NEAREST)])
-    assert (verdict.subject, verdict.style) == ("bolt", "halftone")
+    assert (verdict.subject, verdict.style) == ("bolt", "engraving")
     assert sum(verdict.subjects.values()) == pytest.approx(1, abs=1e-4)
     assert set(verdict.styles) == set(judge.styles)
