@@ -112,10 +112,12 @@ def examples(job: Job, pipe: StableDiffusionPipeline, pictures: int) -> tuple[to
     make = subject_example if job.is_subject else style_example
     made = [make(job.name, np.random.default_rng((4, JOBS.index(job), i))) for i in range(pictures)]
     tokens = tokenize(pipe.tokenizer, [e.caption for e in made])
-    latents, begun = (
-        torch.cat([pipe.vae.encode(part).latent_dist.mean for part in as_tensor(np.stack(images)).split(32)])
-        for images in ([e.image for e in made], [e.begun for e in made])
-    )
+
+    def encode(images: list[np.ndarray]) -> torch.Tensor:
+        return torch.cat([pipe.vae.encode(part).latent_dist.mean for part in as_tensor(np.stack(images)).split(32)])
+
+    latents = encode([e.image for e in made])
+    begun = latents if job.is_subject else encode([e.begun for e in made])  # a subject's pictures are begun as they are
     return latents, torch.cat([pipe.text_encoder(part)[0] for part in tokens.split(64)]), begun
 
 
@@ -182,10 +184,8 @@ class Trainer:
         self.leave_out(rng)
         chosen = torch.from_numpy(rng.integers(len(self.latents), size=BATCH))
         clean = self.latents[chosen]
-        noise, t = (
-            torch.randn(clean.shape, generator=noise_rng),
-            draw_times(BATCH, noise_rng, early=self.job.is_subject),
-        )
+        noise = torch.randn(clean.shape, generator=noise_rng)
+        t = draw_times(BATCH, noise_rng, early=self.job.is_subject)
         falling = 0.5 * (1 + math.cos(math.pi * self.step / self.effort.steps))
         self.optimizer.param_groups[0]["lr"] = self.effort.rate * min(1, (self.step + 1) / 20) * falling
         noise += head_start(self.scheduler, self.begun[chosen] - clean, t, noise_rng)
