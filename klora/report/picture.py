@@ -104,7 +104,7 @@ class _Drawing:
         self._canvas = FigureCanvasAgg(self.figure)
 
     def image(self) -> Images.Image:
-        """Give the finished picture."""
+        """The finished picture."""
         from PIL import Image
 
         self._canvas.draw()

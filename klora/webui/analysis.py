@@ -58,7 +58,7 @@ def _in_loaded_model(pair: Pair) -> tuple[Pair, list[str]]:
 
 
 def analyse(request: FusionRequest, view: View) -> tuple[str, str]:
-    """Give what the pair would do over that many steps, and the rule with its numbers, as HTML."""
+    """What the pair would do over that many steps, and the rule with its numbers, as HTML."""
     from klora.report.overlap import overlap_of
 
     settings = dataclasses.replace(request.settings, steps=view.steps)

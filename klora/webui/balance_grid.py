@@ -62,7 +62,7 @@ class BalanceGrid:
 
 
 def _plot(tab: str) -> dict[str, Any]:
-    """Give what the plot's controls must say, by their ids."""
+    """What the plot's controls must say, by their ids."""
     values = {
         "x_type": PREFIX + setting_options()["balance"].label,
         "x_values": ", ".join(f"{balance:g}" for balance in BALANCES),

@@ -70,7 +70,7 @@ def hint_of(name: str, option: Option) -> str | None:
 
 
 def slider_reach(name: str, option: Option) -> Reach | None:
-    """Give what a setting's slider reaches; None for a setting without one."""
+    """What a setting's slider reaches; None for a setting without one."""
     if name in _REACHES:
         return _REACHES[name]
     if option.low is None or option.high is None or option.optional or option.free or option.choices:
@@ -114,7 +114,7 @@ class ControlMaker:
 
 
 def changed_defaults(read: Callable[[str], Any], names: Sequence[str]) -> dict[str, Any]:
-    """Give the defaults that `read` finds for settings, without those that are impossible."""
+    """The defaults that `read` finds for settings, without those that are impossible."""
     found = {}
     for name, option in setting_options().items():
         if name in names:

@@ -227,7 +227,7 @@ def _connect_analysis(
 
 
 def answer(analyse: Analyse, values: Mapping[str, Any], view: View) -> tuple[str, str]:
-    """Give what a pair would do and by which rule, as HTML; or what is wrong, and no rule."""
+    """What a pair would do and by which rule, as HTML; or what is wrong, and no rule."""
     try:
         return analyse(read_values(values), view)
     except KloraError as error:
