@@ -225,6 +225,28 @@ def test_autocast_works(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_an_output_that_autocast_leaves_in_full_precision_stays_so(tmp_path: Path) -> None:
+    x, y = input_of("linear", torch.float32), torch.zeros(2, 5, 24)
+    delta = delta_of(tmp_path, "linear")
+    operand = Operand(delta, Site(nn.Linear(16, 24)))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert operand.add(x, y, 0.5) is y
+    assert torch.allclose(y, 0.5 * x @ delta.matrix().T, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family"), [("linear", "lora"), ("linear", "lokr"), ("linear", "full"), ("conv3x3", "lora")]
+)
+@torch.no_grad()
+def test_an_input_may_be_of_another_type_than_the_output(tmp_path: Path, kind: str, family: str) -> None:
+    module, x = layer_of(kind, torch.float32), input_of(kind, torch.float32)
+    operand, plain = Operand(delta_of(tmp_path, kind, family), Site(module)), module(x)
+    changed = operand.add(x.double(), plain.clone(), 0.5)
+    assert changed.dtype == torch.float32
+    assert torch.allclose(changed, operand.add(x, plain.clone(), 0.5), atol=1e-6)
+
+
+@torch.no_grad()
 def test_tiling_holds_for_the_delta_too(tmp_path: Path) -> None:
     module, x = layer_of("conv3x3", torch.float32), input_of("conv3x3", torch.float32)
     module.padding_mode = "circular"
@@ -296,12 +318,15 @@ def test_a_convolution_that_autograd_watches_is_not_changed_in_place(tmp_path: P
     assert torch.allclose(gradient, expected, atol=1e-5)
 
 
-def test_a_convolution_is_added_to_in_place_where_nobody_watches(tmp_path: Path) -> None:
-    module, x = layer_of("conv3x3", torch.float32), input_of("conv3x3", torch.float32)
-    operand = Operand(delta_of(tmp_path, "conv3x3"), Site(module))
+@pytest.mark.parametrize("kind", ["linear", "conv3x3"])
+def test_an_output_is_added_to_in_place_where_nobody_watches(tmp_path: Path, kind: str) -> None:
+    module, x = layer_of(kind, torch.float32), input_of(kind, torch.float32)
+    operand = Operand(delta_of(tmp_path, kind), Site(module))
     with torch.no_grad():
         y = module(x)
         assert operand.add(x, y, 1.0) is y
+    # Gradients are on, and nothing asks for any.
+    assert operand.add(x, y, 1.0) is y
 
 
 def test_the_shape_of_a_weight_is_told_by_the_module() -> None:

@@ -52,6 +52,7 @@ def test_no_more_than_fits_is_kept_but_the_latest_always(pairs: list[Pair]) -> N
         for pair in pairs:
             assert use(kept, pair).nbytes() == BYTES
         assert len(kept) == count
+        assert kept.of(pair) is kept.of(pair)
 
 
 def test_copies_of_another_type_count_and_those_of_the_same_do_not(pairs: list[Pair]) -> None:
