@@ -155,6 +155,12 @@ def test_gamma_is_the_ratio_of_global_sums_and_officially_a_trimmed_mean() -> No
     assert trimmed_gamma(shared) == pytest.approx(8 / 5)
 
 
+@pytest.mark.parametrize(("variant", "gamma"), [("paper", 18), ("official", 8 / 5)])
+def test_gamma_is_that_of_the_variant(variant: str, gamma: float) -> None:
+    pairs = [(1, 1), (2, 1), (3, 1), (100, 1), (1, 1), (1, 1)]
+    assert plan_of(pairs, variant=variant).gamma == pytest.approx(gamma)
+
+
 def test_a_ratio_of_exactly_three_times_the_mean_is_trimmed() -> None:
     shared = [SharedModule(f"m{i}", score(1, l1=c), score(1, l1=1), K) for i, c in enumerate([1, 1, 1, 9])]
     assert trimmed_gamma(shared) == 1.0
@@ -195,16 +201,41 @@ def test_a_module_where_only_one_side_is_zero_goes_to_the_other() -> None:
     assert plan.by_name["m2"].rho is None
 
 
-@pytest.mark.parametrize(("pairs", "letter"), [([(1, 0), (2, 0)], "c"), ([(0, 1), (0, 2)], "s"), ([(0, 0)], "-")])
+@pytest.mark.parametrize(
+    ("pairs", "letter", "zero"),
+    [
+        ([(1, 0), (2, 0)], "c", ["style"]),
+        ([(0, 1), (0, 2)], "s", ["subject"]),
+        ([(0, 0)], "-", ["subject", "style"]),
+    ],
+)
 @pytest.mark.parametrize("policy", ["k-lora", "no-gamma", "top-k", "fixed"])
 @pytest.mark.parametrize("variant", ["paper", "official"])
-def test_a_side_that_is_zero_everywhere_leaves_gamma_undefined_with_a_warning(
-    pairs: list, letter: str, policy: str, variant: str
+def test_a_side_that_is_zero_everywhere_leaves_gamma_undefined_with_a_warning_that_names_it(
+    pairs: list, letter: str, zero: list[str], policy: str, variant: str
 ) -> None:
     plan = plan_of(pairs, policy=policy, variant=variant, steps=3)
     assert plan.gamma is None
     assert set("".join(plan.selections.values())) == {letter}
-    assert len(plan.warnings) == 1
+    (warning,) = plan.warnings
+    assert [side for side in ("subject", "style") if side in warning] == zero
+
+
+def test_a_policy_is_told_which_modules_each_file_has() -> None:
+    mine, yours = "up_blocks.0.attentions.0.to_q", "up_blocks.0.attentions.1.to_q"
+    for pairs, warnings in (({mine: (1, None), yours: (None, 1)}, 0), ({mine: (None, 1), yours: (1, None)}, 2)):
+        modules = [file_module(name, *pair) for name, pair in {**pairs, "mid_block.to_q": (1, 1)}.items()]
+        assert len(make_plan(modules, resolve(Settings(policy="b-lora"), "SDXL")).warnings) == warnings
+
+
+def test_a_module_keeps_its_slice_and_what_either_file_calls_it() -> None:
+    fused = dataclasses.replace(file_module("a", 1, 2), slice="q", style_name="another")
+    plan = make_plan([fused, file_module("b", 1, None), file_module("c", None, 1)], Settings().resolve(None))
+    assert [(module.name, module.slice, module.subject_name, module.style_name) for module in plan.modules] == [
+        ("a", "q", "lora_a", "another"),
+        ("b", None, "lora_b", None),
+        ("c", None, None, "lora_c"),
+    ]
 
 
 def test_nothing_contested_is_a_warning() -> None:
