@@ -56,7 +56,7 @@ class PlanModule:
     subject_sum: float | None = None
     style_sum: float | None = None
     rho: float | None = None
-    fixed: Active | None = None
+    fixed: Active = NEITHER
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class FusionPlan:
     def _decide(self, module: PlanModule, tau: float) -> Active:
         moment = Moment(tau, self.steps, self.balance)
         if module.rho is None:
-            return self.policy.decide_other(module.name, module.fixed or NEITHER, moment)
+            return self.policy.decide_other(module.name, module.fixed, moment)
         return self.policy.decide(module.name, module.rho, moment)
 
     def selection(self, name: str) -> str:
@@ -198,7 +198,7 @@ def _plan_module(
     s_c, s_s = policy.importance(shared.subject, shared.k), policy.importance(shared.style, shared.k)
     planned = dataclasses.replace(planned, k=shared.k, subject_sum=s_c, style_sum=s_s)
     if not s_c and not s_s:
-        return dataclasses.replace(planned, fixed=NEITHER)
+        return planned
     if gamma is None:
         return dataclasses.replace(planned, fixed=SUBJECT if s_c else STYLE)
     return dataclasses.replace(planned, rho=s_c / (gamma * s_s) if s_s else math.inf)
