@@ -184,7 +184,7 @@ def _shared(module: FileModule, settings: Settings) -> SharedModule | None:
     subject, style = module.subject, module.style
     if not module.in_scope or subject is None or style is None:
         return None
-    return SharedModule(module.name, subject, style, wanted_k(settings, subject.rank, style.rank, subject.shape))
+    return SharedModule(subject, style, wanted_k(settings, subject.rank, style.rank, subject.shape))
 
 
 def _plan_module(

@@ -43,8 +43,8 @@ def plan_of(sums: list[tuple[float, float]], architecture: str | None = "SDXL", 
 
 def test_a_trimmed_gamma_of_nothing_is_unknown() -> None:
     assert trimmed_gamma([]) is None
-    assert trimmed_gamma([SharedModule("m", score(1, l1=1), score(0, l1=0), K)]) is None
-    assert trimmed_gamma([SharedModule("m", score(0, l1=0), score(1, l1=1), K)]) is None
+    assert trimmed_gamma([SharedModule(score(1, l1=1), score(0, l1=0), K)]) is None
+    assert trimmed_gamma([SharedModule(score(0, l1=0), score(1, l1=1), K)]) is None
 
 
 positive = st.floats(0.01, 100)
@@ -147,8 +147,7 @@ def test_every_policy_gives_one_known_letter_per_step(pairs: list, scale: str, v
 
 def test_gamma_is_the_ratio_of_global_sums_and_officially_a_trimmed_mean() -> None:
     shared = [
-        SharedModule(f"m{i}", score(1, l1=c), score(1, l1=s), K)
-        for i, (c, s) in enumerate([(1, 1), (2, 1), (3, 1), (100, 1), (1, 1), (1, 1)])
+        SharedModule(score(1, l1=c), score(1, l1=s), K) for c, s in [(1, 1), (2, 1), (3, 1), (100, 1), (1, 1), (1, 1)]
     ]
     assert global_gamma(shared) == pytest.approx(108 / 6)
     # The mean is 18; 100 is at least 3 × 18 and dropped; the mean of the others is 8/5.
@@ -162,7 +161,7 @@ def test_gamma_is_that_of_the_variant(variant: str, gamma: float) -> None:
 
 
 def test_a_ratio_of_exactly_three_times_the_mean_is_trimmed() -> None:
-    shared = [SharedModule(f"m{i}", score(1, l1=c), score(1, l1=1), K) for i, c in enumerate([1, 1, 1, 9])]
+    shared = [SharedModule(score(1, l1=c), score(1, l1=1), K) for c in [1, 1, 1, 9]]
     assert trimmed_gamma(shared) == 1.0
 
 

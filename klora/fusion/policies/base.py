@@ -47,7 +47,6 @@ NEITHER = Active(0.0, 0.0)
 class SharedModule:
     """One module that both files touch, with its scores; `k` is how many of the largest entries are compared."""
 
-    name: str
     subject: ModuleScore
     style: ModuleScore
     k: int
