@@ -209,13 +209,15 @@ def test_there_are_not_two_of_a_weight_and_the_next_session_makes_none(
     KEPT.clear()
     storages = []
     for _ in range(2):
-        with session_of(pair, model, policy="direct"):
+        with session_of(pair, model, policy="direct") as session:
             model(x, context)
-        chains = [weights.chain(x.device, x.dtype) for weights in KEPT.of(pair)._weights.values()]
-        storages.append({down.untyped_storage().data_ptr() for down, _ in chains})
+        operands = [operand for part in session._parts.values() for operand in part.operands if operand]
+        for holders in (KEPT.of(pair)._weights.values(), operands):
+            chains = [holder.chain(x.device, x.dtype) for holder in holders]
+            storages.append({down.untyped_storage().data_ptr() for down, _ in chains})
     # Of either LoRA: one storage for q, k and v, one for k and v, one for the q of the cross-attention.
     assert len(storages[0]) == 6
-    assert storages[1] == storages[0]
+    assert all(later == storages[0] for later in storages)
 
 
 @torch.no_grad()
