@@ -42,9 +42,9 @@ class LoraFile:
         self.name = tensors.path.stem
         self.identity = tensors.identity
         self.metadata = tensors.metadata
-        self.modules: dict[str, Delta] = {}
-        self.text_encoder: dict[str, Delta] = {}
-        self.unmatched: list[str] = []
+        self.modules: dict[str, Delta]
+        self.text_encoder: dict[str, Delta]
+        self.unmatched: list[str]
         self.kernels: set[str] = set()
         """Keys of deltas stored as a convolution's, a 1×1 one's too, whose `shape` is as that of a linear layer."""
         self.finite = False
@@ -53,7 +53,7 @@ class LoraFile:
         self._unread: list[str] = []
         self._keys: dict[str, dict[str, str]] = self._group_keys()
         self._deltas: dict[str, Delta] = {}
-        self._targets: dict[str, tuple[Target, ...]] = {}
+        self._targets: dict[str, tuple[Target, ...]] = {prefix: resolve(prefix) or () for prefix in self._keys}
         self._load()
         self.table: Table | None = table_of(self._targets, self._deltas)
         self._assign(self._by_rule if self.table else _bare_place)
@@ -155,7 +155,6 @@ class LoraFile:
         return tuple(Place(target.name, span) for target, span in zip(targets, rows, strict=True))
 
     def _load(self) -> None:
-        self._targets = {prefix: resolve(prefix) or () for prefix in self._keys}
         read = {prefix: slots for prefix, slots in self._keys.items() if self._is_read(prefix, slots)}
         alphas = self._alphas(slots["alpha"] for slots in read.values() if "alpha" in slots)
         configs = peft_alpha.read(self.metadata, self._tensors.file)
