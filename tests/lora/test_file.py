@@ -227,6 +227,13 @@ def test_peft_metadata_that_is_not_json_is_a_typed_error(tmp_path: Path) -> None
             scales(tmp_path, None, text=text)
 
 
+def test_peft_metadata_may_be_as_long_as_the_limit_and_no_longer(tmp_path: Path) -> None:
+    text = json.dumps({"unet.lora_alpha": 8})
+    assert scales(tmp_path, None, text=text.ljust(2**20))[Q] == 2.0
+    with pytest.raises(LoraFileError, match="lora_adapter_metadata"):
+        scales(tmp_path, None, text=text.ljust(2**20 + 1))
+
+
 def test_a_file_saved_by_diffusers_loads_with_its_alpha(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from diffusers import StableDiffusionPipeline, UNet2DConditionModel
@@ -300,8 +307,10 @@ def test_the_architecture_is_read_from_widths_and_names(
 @pytest.mark.parametrize(
     ("leaf", "shape", "architecture"),
     [
+        ("0.attn2.to_k", (320, 768), "SD1"),
         ("0.attn2.to_v", (320, 768), "SD1"),
         ("0.attn2.to_v", (320, 700), None),
+        ("1.ff.net.2", (640, 2560), "SDXL"),
         ("1.attn1.to_q", (640, 640), "SDXL"),
         ("1.attn1.to_q", (1280, 1280), "SDXL"),
         ("1.attn1.to_q", (320, 320), None),

@@ -213,6 +213,18 @@ def test_a_model_at_hand_names_the_modules_and_their_parts(tmp_path: Path) -> No
         LoraFile.open(write(tmp_path / "c.safetensors", too_high)).for_model(model)
 
 
+def test_the_parts_of_a_fused_weight_have_as_many_rows_as_the_model_says(tmp_path: Path) -> None:
+    shapes = {"x.0.q": (8, WIDTH), "x.0.k": (4, WIDTH), "x.0.out": (5, WIDTH)}
+    model = ModelIndex(shapes, {"x.0.qk": ["x.0.q", "x.0.k"]})
+    prefixes = {"lora_unet_x_0_qk": (12, WIDTH), "lora_unet_x_0_out": (5, WIDTH)}
+    file = LoraFile.open(write(tmp_path / "x.safetensors", prefixes))
+    fused, out = file.modules["x_0_qk"].matrix(), file.modules["x_0_out"].matrix()
+    found = file.for_model(model).modules
+    assert found.keys() == {"x.0.q", "x.0.k", "x.0.out"}
+    for name, rows in (("x.0.q", fused[:8]), ("x.0.k", fused[8:]), ("x.0.out", out)):
+        assert torch.equal(found[name].matrix(), rows)
+
+
 def test_what_a_model_calls_otherwise_is_found_by_both_names() -> None:
     for ours, theirs in (
         ("blocks.0.attn1.to_q", "blocks.0.self_attn.q"),
@@ -232,8 +244,11 @@ def test_a_rule_finds_what_the_model_has_and_only_all_parts_of_a_fused_weight() 
     fused, shape = "lora_unet_double_blocks_0_img_attn_qkv", (3 * WIDTH, WIDTH)
     places = tuple(Place(part, (i * WIDTH, (i + 1) * WIDTH)) for i, part in enumerate(parts))
     assert ModelIndex(square(*parts)).find(fused, shape) == places
+    assert ModelIndex(square(*parts)).find(fused, (*shape, 3, 3)) == places
     assert ModelIndex(square(*parts[:2])).find(fused, shape) is None
     assert ModelIndex(square(*parts)).find("lora_unet_double_blocks_0_img_attn_proj", (WIDTH, WIDTH)) is None
+    whole = "transformer_blocks.0.attn.to_out.0"
+    assert ModelIndex(square(whole)).find("lora_unet_double_blocks_0_img_attn_proj", (WIDTH, WIDTH)) == (Place(whole),)
     with pytest.raises(ValueError, match="fused weight"):
         ModelIndex(square(*parts)).find(fused, (WIDTH, WIDTH))
 
@@ -281,6 +296,13 @@ def test_a_t5_goes_by_the_models_own_count_of_its_text_encoders(tmp_path: Path) 
     assert list(bound.text_encoder) == [f"text_encoder.{clip}", f"text_encoder_3.{t5}"]
     assert bound.modules.keys() == file.modules.keys()
     assert list(file.text_encoder) == [f"text_encoder.{clip}", f"text_encoder_2.{t5}"]
+
+
+def test_a_module_of_the_diffusion_model_keeps_its_name_though_a_t5_has_one_of_that_path(tmp_path: Path) -> None:
+    t5 = "encoder.block.0.layer.0.SelfAttention.q"
+    file = LoraFile.open(write(tmp_path / "x.safetensors", square(f"lora_unet_x_{t5.replace('.', '_')}")))
+    bound = file.for_model(ModelIndex(square(f"x.{t5}"), text_encoder=[f"text_encoder_3.{t5}"]))
+    assert (list(bound.modules), list(bound.text_encoder)) == ([f"x.{t5}"], [])
 
 
 def test_names_of_a_model_are_told_apart_from_those_of_the_file(tmp_path: Path) -> None:
