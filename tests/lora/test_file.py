@@ -82,6 +82,14 @@ def test_a_real_size_sdxl_file_opens_quickly_and_completely(tmp_path: Path) -> N
     assert min(times) < 0.5, times
 
 
+def test_a_convolution_of_one_pixel_is_told_from_a_linear_layer_though_both_have_one_shape(tmp_path: Path) -> None:
+    point = "down_blocks.1.attentions.0.proj_in"
+    shapes = {f"{BLOCK}.attn1.to_q": (16, 16), point: (16, 16, 1, 1)}
+    file = LoraFile.open(write_lora(tmp_path / "x.safetensors", shapes))
+    assert {delta.shape for delta in file.modules.values()} == {(16, 16)}
+    assert file.kernels == {file.modules[point].key}
+
+
 def test_name_path_metadata_and_digest(tmp_path: Path) -> None:
     path = write_lora(tmp_path / "my cat.safetensors", UNET, metadata={"ss_tag": "{}"})
     file = LoraFile.open(str(path))

@@ -141,6 +141,24 @@ def test_what_the_original_flux_has_not_has_no_ldm_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("transformer_blocks.0.attn.to_q", "q"),
+        ("transformer_blocks.0.attn.add_v_proj", "v"),
+        ("transformer_blocks.0.attn.to_out.0", None),
+        ("transformer_blocks.0.ff.net.0.proj", None),
+        ("single_transformer_blocks.0.attn.to_k", "k"),
+        ("single_transformer_blocks.0.proj_mlp", "mlp"),
+        ("single_transformer_blocks.0.proj_out", None),
+        ("x_embedder", None),
+        ("mid_block.attentions.0.proj_in", None),
+    ],
+)
+def test_only_what_the_original_flux_stores_fused_is_a_slice(name: str, part: str | None) -> None:
+    assert slice_of(name) == part
+
+
+@pytest.mark.parametrize(
     ("part", "rows", "width", "found"),
     [("q", 3, 1, (0, 1)), ("v", 3, 1, (2, 3)), ("mlp", 4, 1, (3, 4)), ("v", 2, 1, None), ("mlp", 3, 1, None)],
 )

@@ -19,6 +19,7 @@ from klora.pair import Pair
 from klora.report.overlap import overlap_of
 from klora.report.summary import notices, summarise
 from klora.settings import Settings
+from tests.support.lora_files import FAMILIES, write_lora
 
 WIDTH = 12
 
@@ -402,6 +403,12 @@ def test_layers_of_a_checkpoint_that_are_called_up_and_down_are_no_lora(tmp_path
     save_file({**layers, "blocks.0.mlp.alpha": torch.tensor(1.0)}, path)
     with pytest.raises(LoraFileError, match="zero modules matched"):
         LoraFile.open(path)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_read_of_a_model_that_is_not_known(tmp_path: Path, family: str) -> None:
+    file = LoraFile.open(write_lora(tmp_path / "x.safetensors", {"blocks.0.mlp": (8, 8)}, family=family))
+    assert (list(file.modules), file.unmatched, file.table) == (["blocks_0_mlp"], [], None)
 
 
 def test_a_file_of_a_text_encoder_alone_leaves_its_partner_its_names(tmp_path: Path) -> None:
