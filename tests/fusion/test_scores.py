@@ -181,11 +181,31 @@ def test_a_power_of_two_as_alpha_scales_scores_exactly(tmp_path: Path) -> None:
     assert large.sums == {k: 4 * s for k, s in small.sums.items()}
 
 
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("kind", ["normal", "low rank"])
+def test_sums_of_a_large_module_are_right_to_a_hundred_millionth(
+    kind: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    values = make(kind, 1280, 256, seed)
+    score = score_delta(Matrix(values), [64])
+    assert score.l1 == pytest.approx(float(values.double().abs().sum()), rel=1e-8)
+    assert score.fro2 == pytest.approx(float(values.double().square().sum()), rel=1e-8)
+
+
 def test_ordinary_modules_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     delta = Matrix(make("low rank", 1280, 1280, seed=3))
     score_delta(delta, KS)
     assert delta.read == 1280
+
+
+@pytest.mark.parametrize(("kind", "k"), [("ascending", 100), ("mostly zero", 1200)])
+def test_rows_that_rise_and_entries_that_are_few_are_read_once(kind: str, k: int) -> None:
+    values = make(kind, 80, 100, seed=0)
+    delta = Matrix(values)
+    assert score_delta(delta, [k]).sums[k] == pytest.approx(brute_force(values, k), rel=1e-12)
+    assert delta.read == 80
 
 
 def test_a_first_block_unlike_the_rest_is_read_again_and_scored_exactly() -> None:
@@ -211,6 +231,11 @@ def test_k_beyond_the_module_is_everything() -> None:
     score = score_delta(Matrix(make("normal", 4, 5, seed=0)), [3, 20, 1024])
     assert score.sums[20] == score.sums[1024] == score.top_k(10**9) == score.l1
     assert score.top_k(4) is None
+
+
+def test_a_module_of_one_entry_is_scored() -> None:
+    score = score_delta(Matrix(torch.tensor([[-3.0]])), [1, 4])
+    assert (score.l1, score.fro2, score.sums) == (3.0, 9.0, {1: 3.0, 4: 3.0})
 
 
 def test_runs_threads_and_used_buffers_change_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +298,14 @@ def test_a_product_beyond_fp32_is_an_error_too() -> None:
         score_delta(delta, KS)
 
 
+def test_a_product_whose_squares_are_beyond_fp32_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    with pytest.raises(LoraValueError, match="too large") as error:
+        score_delta(Matrix(torch.full((1280, 300), 1e30)), [5])
+    assert (error.value.file, error.value.key) == (Matrix.file, Matrix.key)
+    assert error.value.cure
+
+
 def test_k_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="at least 1"):
         score_delta(Matrix(torch.ones(2, 2)), [0])
@@ -300,6 +333,13 @@ def test_few_more_than_the_largest_are_gathered(kind: str, monkeypatch: pytest.M
     assert 16_384 <= sum(values.size for values in gathered) < 2 * 16_384
 
 
+def test_for_the_sum_of_all_entries_hardly_any_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered, above = [], scores._above
+    monkeypatch.setattr(scores, "_above", lambda *args: gathered.append(above(*args)) or gathered[-1])
+    score_delta(Matrix(make("normal", 60, 100, seed=3)), [6000, 9000])
+    assert sum(values.size for values in gathered) < 600
+
+
 @pytest.mark.parametrize("larger", range(4))
 def test_where_fewer_than_k_are_larger_than_all_the_others_equal_ones_count(larger: int) -> None:
     values = torch.full((40, 100), 0.5)
@@ -313,6 +353,28 @@ def test_how_far_it_is_is_told_after_each_module() -> None:
     wanted = {str(seed): (Matrix(make("normal", 20, 30, seed)), {5}) for seed in range(3)}
     score_deltas(wanted, lambda done, of: told.append((done, of)))
     assert told == [(1, 3), (2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(("torchs", "most"), [(2, 4), (3, 2)])
+def test_modules_are_scored_on_no_more_threads_than_torch_has_and_memory_allows(
+    torchs: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scores, "MAX_WORKERS", most)
+    seen: set[int] = set()
+
+    class Slow(Matrix):
+        def rows(self, start: int, stop: int, out: torch.Tensor | None = None) -> torch.Tensor:
+            seen.add(threading.get_ident())
+            time.sleep(0.01)
+            return super().rows(start, stop, out)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(torchs)
+    try:
+        score_deltas({str(seed): (Slow(make("normal", 20, 30, seed)), {5}) for seed in range(12)})
+    finally:
+        torch.set_num_threads(threads)
+    assert len(seen) <= 2
 
 
 def test_no_more_threads_than_asked_for_compute_with_one_thread_each() -> None:
