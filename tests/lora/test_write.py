@@ -58,6 +58,11 @@ def test_kohyas_keys_number_the_text_encoders_where_a_model_has_several(names: l
     assert prefixes(*names, flux=True) == kohya
 
 
+def test_names_that_a_model_shares_with_flux_stay_its_own() -> None:
+    tensors = file_tensors({"transformer_blocks.0.ff.net.2": delta()}, "kohya", (), torch.float32)
+    assert {key.partition(".")[0] for key in tensors} == {"lora_unet_transformer_blocks_0_ff_net_2"}
+
+
 def test_diffusers_keys_are_paths_in_the_pipeline() -> None:
     names = [UNET, "transformer_blocks.0.ff.net.2", f"text_encoder.{CLIP}", T5]
     assert prefixes(*names, spelling="diffusers") == {
