@@ -342,6 +342,17 @@ def test_a_core_has_the_rank_on_both_sides(path: Path, core: tuple[int, ...]) ->
     assert mid in str(refused(path))
 
 
+@pytest.mark.parametrize("core", [(3, 2, 3, 3), (2, 3, 3, 3), (2, 2, 3, 1)])
+@pytest.mark.parametrize("slot", ["hada_t1", "hada_t2"])
+def test_each_core_of_a_loha_has_its_halfs_rank_and_the_others_kernel(
+    path: Path, slot: str, core: tuple[int, ...]
+) -> None:
+    tensors = lora_tensors({"mid_block.resnets.0.conv1": (8, 4, 3, 3)}, family="loha-cp", rank=2)
+    prefix = next(iter(tensors)).split(".")[0]
+    save_file({**tensors, f"{prefix}.{slot}": torch.zeros(core)}, path)
+    assert prefix in str(refused(path))
+
+
 def test_a_core_goes_with_no_other_kernel(path: Path) -> None:
     tensors = lora_tensors({"mid_block.resnets.0.conv1": (8, 4, 3, 3)}, rank=2)
     prefix = next(iter(tensors)).split(".")[0]
