@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -261,3 +262,14 @@ def test_the_safetensors_package_maps_files_and_so_dies_where_this_does_not(tmp_
 def test_an_identity_is_all_that_a_system_tells_of_a_change(path: Path) -> None:
     status = path.stat()
     assert disk.identity(path) == (status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def test_a_digest_never_holds_the_whole_file(tmp_path: Path) -> None:
+    large = tmp_path / "large.safetensors"
+    large.write_bytes(bytes(2**24))
+    tracemalloc.start()
+    digest = disk.sha256(large)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert digest == hashlib.sha256(bytes(2**24)).hexdigest()
+    assert peak < 2**23
