@@ -8,6 +8,7 @@ import itertools
 import math
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -50,6 +51,17 @@ class Matrix:
     def check_finite(self) -> None:
         if not torch.isfinite(self.values).all():
             raise LoraValueError(self.file, "holds NaN", "use another file", self.key)
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """As many threads as that for torch, and then as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def brute_force(values: torch.Tensor, k: int) -> float:
@@ -243,25 +255,17 @@ def test_runs_threads_and_used_buffers_change_no_bit(monkeypatch: pytest.MonkeyP
     delta, workspace = Matrix(make("low rank", 700, 900, seed=3)), Workspace()
     first = score_delta(delta, KS, workspace)
     score_delta(Matrix(make("wide range", 1280, 900, seed=9)), KS, workspace)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with torch_threads(1):
         assert score_delta(delta, KS, workspace) == first
-        torch.set_num_threads(3)
+    with torch_threads(3):
         assert score_delta(delta, KS) == first
-    finally:
-        torch.set_num_threads(threads)
 
 
 def test_many_modules_are_scored_as_each_alone_and_torch_keeps_its_threads() -> None:
     deltas = {str(seed): Matrix(make("low rank", 40, 70, seed)) for seed in range(20)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
+    with torch_threads(3):
         many = score_deltas({name: (delta, {5, 50}) for name, delta in deltas.items()})
         here, later = torch.get_num_threads(), ThreadPoolExecutor(1).submit(torch.get_num_threads).result()
-    finally:
-        torch.set_num_threads(threads)
     assert list(many.items()) == [(name, score_delta(delta, [5, 50])) for name, delta in deltas.items()]
     assert (here, later) == (3, 3)
 
@@ -368,12 +372,8 @@ def test_modules_are_scored_on_no_more_threads_than_torch_has_and_memory_allows(
             time.sleep(0.01)
             return super().rows(start, stop, out)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(torchs)
-    try:
+    with torch_threads(torchs):
         score_deltas({str(seed): (Slow(make("normal", 20, 30, seed)), {5}) for seed in range(12)})
-    finally:
-        torch.set_num_threads(threads)
     assert len(seen) <= 2
 
 
