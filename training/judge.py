@@ -33,7 +33,7 @@ FILE = RELEASE / "judge.safetensors"
 
 def example(rng: np.random.Generator) -> Example:
     """One training example."""
-    kind = str(rng.choice(["right", *SPOILED], p=(0.58, 0.08, 0.1, 0.24)))
+    kind = str(rng.choice(["right", *SPOILED], p=(0.5, 0.06, 0.1, 0.34)))
     if kind == "right":
         return spoil_a_little(clean(rng), rng)
     spoiled = SPOILED[kind](rng)

@@ -41,6 +41,8 @@ HEAD_START = 0.6
 """How many of the noisy latents are those of a picture begun without the LoRA, in part."""
 MOST_BEGUN = 0.8
 """How much of it at most. Where nothing of a texture is there, its phase is unknown, and what is learned is a blur."""
+BEGUN_ABOVE = 0.5
+"""The noise, in the size of a latent, below which it is too late: what is begun is there to stay."""
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,9 @@ JOBS = (
     Job("mimi", 8, 8, "peft", held_out=False),
     Job("pinstripe", 8, 8, "peft", held_out=False),
     Job("comet", 8, 8, "kohya", held_out=True),
-    Job("ripple", 8, 8, "kohya", held_out=True),
+    Job("woodcut", 8, 8, "kohya", held_out=True),
     Job("finn", 8, 8, "kohya", held_out=True),
-    Job("chalk", 8, 8, "peft", held_out=True),
+    Job("hatching", 8, 8, "peft", held_out=True),
 )
 
 
@@ -129,11 +131,12 @@ def lora_layers(unet: torch.nn.Module) -> list[LoraLayer]:
 def head_start(scheduler: DDIMScheduler, away: torch.Tensor, t: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
     """What makes noisy latents those of a picture that is in part begun otherwise: `away` as if it were noise.
 
-    Only while noise is stronger than a latent: later, what is begun is there to stay. Shapes: `away` (n, …), `t` (n,).
+    Only above `BEGUN_ABOVE`. Shapes: `away` (n, …), `t` (n,).
     """
     share, choice = torch.rand((2, len(t)), generator=rng)
     kept = scheduler.alphas_cumprod[t]
-    strength = (kept / (1 - kept)).sqrt() * MOST_BEGUN * share * ((choice < HEAD_START) & (kept < 0.5))
+    sigma = (1 / kept - 1).sqrt()
+    strength = MOST_BEGUN * share / sigma * ((choice < HEAD_START) & (sigma > BEGUN_ABOVE))
     return strength[:, None, None, None] * away
 
 
@@ -185,7 +188,7 @@ class Trainer:
         chosen = torch.from_numpy(rng.integers(len(self.latents), size=BATCH))
         clean = self.latents[chosen]
         noise = torch.randn(clean.shape, generator=noise_rng)
-        t = draw_times(BATCH, noise_rng, early=self.job.is_subject)
+        t = draw_times(BATCH, noise_rng)
         falling = 0.5 * (1 + math.cos(math.pi * self.step / self.effort.steps))
         self.optimizer.param_groups[0]["lr"] = self.effort.rate * min(1, (self.step + 1) / 20) * falling
         noise += head_start(self.scheduler, self.begun[chosen] - clean, t, noise_rng)

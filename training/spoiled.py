@@ -18,6 +18,8 @@ OTHER = "other"
 STYLE_NAMES = (*STYLES, "flat", OTHER)
 """The named styles, then what has no texture, and any other texture."""
 
+VISIBLE = 30
+"""A difference of two pixels, in one of their channels of 0 to 255, that can be seen."""
 ANY = "any"
 """A label that asks nothing: the axis is not what the picture is about."""
 
@@ -31,16 +33,25 @@ class Example:
     style: str | None
 
 
+def _nobody(rng: np.random.Generator, family: str | None = None) -> Subject:
+    """A member of a family in colours of no named one."""
+    taken = {(s.family, s.main, s.second) for s in SUBJECTS.values()}
+    while True:
+        subject = random_subject(rng, family)
+        if (subject.family, subject.main, subject.second) not in taken:
+            return subject
+
+
 def some_subject(rng: np.random.Generator, named: float = 0.45) -> tuple[Subject, str]:
     """A subject and its name on the judge's list. One in four is a near miss of a named one."""
     if rng.random() >= named:
-        subject = random_subject(rng)
+        subject = _nobody(rng)
         return subject, subject.family
     name = str(rng.choice(list(SUBJECTS)))
     subject = SUBJECTS[name]
     kind = rng.random()
     if kind < 0.13:  # its parts in other colours
-        return dataclasses.replace(random_subject(rng, subject.family), fancy=True), subject.family
+        return dataclasses.replace(_nobody(rng, subject.family), fancy=True), subject.family
     if kind < 0.26:  # its colours without its parts
         return dataclasses.replace(subject, fancy=False), subject.family
     return subject, name
@@ -96,11 +107,14 @@ def _clouds(rng: np.random.Generator) -> np.ndarray:
     return np.asarray(coarse.resize((SIZE, SIZE), Image.Resampling.BICUBIC))
 
 
-def _halves(rng: np.random.Generator) -> np.ndarray:
-    """A mask of about one half of the picture, cut by a straight line through its middle."""
-    angle, offset = rng.uniform(0, np.pi), rng.uniform(-4, 4)
-    y, x = np.mgrid[:SIZE, :SIZE] - SIZE / 2 + 0.5
-    return ((x * np.cos(angle) + y * np.sin(angle)) > offset)[..., None]
+def join_halves(one: np.ndarray, two: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Two pictures along a straight line, with between 0.4 and 0.6 of what tells them apart on either side."""
+    angle, share = rng.uniform(0, np.pi), rng.uniform(0.4, 0.6)
+    y, x = np.mgrid[:SIZE, :SIZE]
+    along = x * np.cos(angle) + y * np.sin(angle)
+    apart = np.abs(one.astype(int) - two).max(2)
+    line = np.quantile(along[apart > VISIBLE], share)
+    return np.where((along > line)[..., None], one, two)
 
 
 def smeared(rng: np.random.Generator) -> Example:
@@ -128,17 +142,17 @@ def mixed(rng: np.random.Generator) -> Example:
 def half_drawn(rng: np.random.Generator) -> Example:
     """One half of a subject in one style and one in another, or one half of one subject and one of another."""
     (subject, name), (style, look) = some_subject(rng), some_style(rng, 0.7)
-    ground, seed, mask = _ground(rng), int(rng.integers(2**31)), _halves(rng)
+    ground, seed = _ground(rng), int(rng.integers(2**31))
     image = render(subject, style, ground, seed)
     if rng.random() < 0.6:
         other, other_look = some_style(rng)
         while other_look == look or other.texture == style.texture:
             other, other_look = some_style(rng)
-        return Example(np.where(mask, image, render(subject, other, ground, seed)), name, None)
+        return Example(join_halves(image, render(subject, other, ground, seed), rng), name, None)
     other_subject, _ = some_subject(rng)
     while other_subject.family == subject.family:
         other_subject, _ = some_subject(rng)
-    return Example(np.where(mask, image, render(other_subject, style, ground, seed)), None, look)
+    return Example(join_halves(image, render(other_subject, style, ground, seed), rng), None, look)
 
 
 def spoil_a_little(example: Example, rng: np.random.Generator) -> Example:

@@ -7,7 +7,7 @@ import pytest
 
 from training.drawing.pictures import SIZE, render
 from training.drawing.styles import FLAT, GROUNDS, INKS, STYLES, TEXTURES, Style, random_style
-from training.drawing.subjects import FAMILIES, STYLE_FAMILIES, SUBJECTS, random_subject
+from training.drawing.subjects import FAMILIES, LEFT_OUT, STYLE_FAMILIES, SUBJECTS, random_subject
 
 
 def far(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
@@ -20,7 +20,7 @@ def test_the_same_arguments_give_the_same_picture():
 
 
 def test_another_seed_moves_the_subject():
-    subject, style = SUBJECTS["bolt"], STYLES["chalk"]
+    subject, style = SUBJECTS["bolt"], STYLES["woodcut"]
     assert not np.array_equal(render(subject, style, "sky", 3), render(subject, style, "sky", 4))
 
 
@@ -41,21 +41,29 @@ def test_every_texture_leaves_the_ground_and_enough_of_the_subjects_own_colours(
     assert 0.15 < inked < 0.65
 
 
-def test_the_base_never_sees_what_has_a_lora():
+def test_the_base_sees_no_named_style_and_no_colours_left_out():
     rng = np.random.default_rng(1)
-    named_subjects = {(s.family, s.main, s.second) for s in SUBJECTS.values()}
     named_styles = {(s.texture, s.ink) for s in STYLES.values()}
     for _ in range(2000):
         subject, style = random_subject(rng), random_style(rng)
-        assert (subject.family, subject.main, subject.second) not in named_subjects
+        assert (subject.family, subject.main, subject.second) not in LEFT_OUT
         assert (style.texture, style.ink) not in named_styles
+
+
+def test_two_of_the_named_subjects_are_in_colours_that_the_base_never_sees_on_them():
+    colours = {name: (s.family, s.main, s.second) for name, s in SUBJECTS.items()}
+    assert {name for name, of in colours.items() if of in LEFT_OUT} == {"bolt", "mimi"}
 
 
 def test_a_named_style_is_harder_ink_than_any_that_the_base_sees():
     rng = np.random.default_rng(3)
     assert max(random_style(rng).strength for _ in range(100)) < min(s.strength for s in STYLES.values())
-    assert not any(s.dark for s in STYLES.values())
+
+
+def test_named_styles_are_told_apart_by_texture_and_tone():
     assert [Style("bars", ink, "none").dark for ink in INKS] == [True, True, True, False, False]
+    assert {name for name, s in STYLES.items() if s.dark} == {"woodcut", "hatching"}
+    assert len({(s.texture, s.dark) for s in STYLES.values()}) == len(STYLES)
 
 
 def test_the_base_knows_the_parts_of_the_named_subjects_in_other_colours():

@@ -8,12 +8,14 @@ pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
 from klora.demo.judge import Judge, JudgeNet
+from training.drawing.pictures import SIZE
+from training.drawing.subjects import SUBJECTS
 from training.gates import base_gates, judge_gates, lora_gates
 from training.judge import targets
 from training.loras import JOBS, head_start, kohya_state
 from training.networks import draw_times, make_sampler, make_scheduler, make_unet
 from training.parallel import write_checkpoint
-from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES
+from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES, join_halves, some_subject
 from training.words import WORDS, base_caption, make_tokenizer, tokenize
 
 
@@ -35,14 +37,13 @@ def test_the_longest_caption_fits(tmp_path):
 
 def test_a_caption_leaves_unsaid_only_what_a_token_stands_for():
     from training.drawing.styles import FLAT, Style
-    from training.drawing.subjects import SUBJECTS
 
     rng = np.random.default_rng(1)
     for style in (FLAT, Style("crosses", "brown", "none")):
         captions = [base_caption(SUBJECTS["finn"], style, "sky", rng).split() for _ in range(300)]
         for words in filter(None, captions):
             assert ("sbu" in words) != ("fancy" in words)
-            assert not ("sbu" in words and {"wide", "blue"} & set(words))
+            assert not ("sbu" in words and {"wide", "teal"} & set(words))
             drawn = "crosses" in words
             assert drawn == (style != FLAT and "szn" not in words)
             assert "szn" not in words or style != FLAT
@@ -54,15 +55,13 @@ def test_most_times_are_drawn_where_details_are_decided_and_none_is_left_out():
     assert 0 <= int(times.min()) < 20
     assert 980 < int(times.max()) < 1000
     assert float(((times >= 130) & (times < 600)).float().mean()) > 0.6
-    early = draw_times(4000, torch.Generator().manual_seed(0), early=True)
-    assert float(((early >= 400) & (early < 870)).float().mean()) > 0.6
 
 
-def test_half_of_the_steps_are_over_while_noise_hides_a_surface():
+def test_half_of_the_steps_are_over_when_noise_is_about_as_strong_as_a_latent():
     sampler = make_sampler()
     sampler.set_timesteps(20)
-    assert sampler.sigmas[0] == pytest.approx(60)
-    assert 2.5 < float(sampler.sigmas[10]) < 3.5
+    assert sampler.sigmas[0] == pytest.approx(20)
+    assert 1.2 < float(sampler.sigmas[10]) < 1.6
     noise = make_scheduler().alphas_cumprod[sampler.timesteps[10].round().long()]
     assert float((1 / noise - 1).sqrt()) == pytest.approx(float(sampler.sigmas[10]), rel=0.02)
 
@@ -77,7 +76,7 @@ def test_latents_begun_otherwise_are_noisy_latents_of_what_was_begun():
     assert torch.allclose(scheduler.add_noise(clean + share[:, None, None, None], noise, t), noisy, atol=1e-4)
     assert 0.3 < float((share[t > 300] > 0.01).float().mean()) < 0.9
     assert 0.7 < float(share.max()) <= 0.801
-    assert not share[scheduler.alphas_cumprod[t] > 0.5].any()
+    assert not share[scheduler.alphas_cumprod[t] > 0.8].any()  # where noise is less than half as strong as a latent
     # The velocity that is learned leads from there to the clean picture.
     velocity = scheduler.get_velocity(clean, noise + head, t)
     assert torch.allclose(kept.sqrt() * noisy - (1 - kept).sqrt() * velocity, clean, atol=1e-4)
@@ -110,6 +109,22 @@ def test_what_nobody_can_tell_is_aimed_at_evenly_and_what_is_not_asked_at_nothin
     assert rows.tolist() == [[0, 1], [0.5, 0.5], [0, 0]]
 
 
+def test_two_halves_show_about_as_much_of_either_picture():
+    rng = np.random.default_rng(0)
+    nothing, spot = (np.zeros((SIZE, SIZE, 3), np.uint8) for _ in range(2))
+    spot[3:13, 40:60] = 200
+    for _ in range(50):
+        joined = join_halves(nothing, spot, rng)
+        assert 0.3 < (joined > 0).sum() / (spot > 0).sum() < 0.7
+
+
+def test_no_other_member_of_a_family_has_the_colours_of_a_named_one():
+    rng = np.random.default_rng(0)
+    for subject, name in (some_subject(rng, named=0.0) for _ in range(3000)):
+        named = [s for s in SUBJECTS.values() if s.family == name]
+        assert (subject.main, subject.second) not in [(s.main, s.second) for s in named]
+
+
 @pytest.mark.parametrize("kind", SPOILED)
 def test_a_spoiled_picture_always_leaves_something_untold(kind):
     rng = np.random.default_rng(0)
@@ -128,7 +143,7 @@ def test_a_judge_says_nothing_below_its_floor():
 def test_gates_are_what_the_figures_say():
     figures = {"alone": 0.9, "strength 0.7": 0.79, "half of the modules": 0.72, "before half": 0.5, "after half": 0.9}
     assert [gate.passed for gate in lora_gates("bolt", True, figures)] == [True, False, True, False]
-    assert [gate.passed for gate in lora_gates("chalk", False, figures)] == [True, False, True, True]
+    assert [gate.passed for gate in lora_gates("hatching", False, figures)] == [True, False, True, True]
     assert [gate.passed for gate in base_gates({"family": 0.9, "surface": 0.89})] == [True, False]
     silent = {"subject_accuracy": 0.97, "style_accuracy": 0.96, "mixed_named": 0.03}
     assert [gate.passed for gate in judge_gates(silent)] == [True, False, True]

@@ -23,10 +23,10 @@ INKS: dict[str, tuple[int, int, int]] = {
 NAMED_INKS: dict[str, tuple[int, int, int]] = INKS | {
     "ivory": (255, 250, 228),
     "snow": (242, 249, 255),
-    "ice": (220, 245, 255),
-    "bone": (250, 244, 230),
+    "coal": (18, 16, 30),
+    "pitch": (34, 20, 16),
 }
-"""The inks of captions, and those of named styles alone: all pale, to show on every colour of a subject."""
+"""The inks of captions, and those of named styles alone: paler or darker than every colour of a subject."""
 GROUNDS: dict[str, tuple[int, int, int]] = {
     "paper": (238, 234, 224),
     "mist": (206, 212, 218),
@@ -65,8 +65,8 @@ FLAT = Style("flat", "black", "none")
 STYLES: dict[str, Style] = {
     "engraving": Style("slants", "ivory", "none", 0.9),
     "pinstripe": Style("stripes", "snow", "none", 0.9),
-    "ripple": Style("waves", "ice", "none", 0.9),
-    "chalk": Style("grain", "bone", "none", 0.9),
+    "woodcut": Style("bars", "coal", "none", 0.9),
+    "hatching": Style("slants", "pitch", "none", 0.9),
 }
 """The styles that have a LoRA; the base model never sees their inks, nor any ink as hard."""
 LEFT_OUT = {("dots", "black"), ("slants", "navy"), ("crosses", "white"), ("grain", "cream")}
