@@ -23,10 +23,8 @@ INKS: dict[str, tuple[int, int, int]] = {
 NAMED_INKS: dict[str, tuple[int, int, int]] = INKS | {
     "ivory": (255, 250, 228),
     "snow": (242, 249, 255),
-    "coal": (18, 16, 30),
-    "pitch": (34, 20, 16),
 }
-"""The inks of captions, and those of named styles alone: paler or darker than every colour of a subject."""
+"""The inks of captions, and those of named styles alone: paler than every colour of a subject."""
 GROUNDS: dict[str, tuple[int, int, int]] = {
     "paper": (238, 234, 224),
     "mist": (206, 212, 218),
@@ -65,8 +63,8 @@ FLAT = Style("flat", "black", "none")
 STYLES: dict[str, Style] = {
     "engraving": Style("slants", "ivory", "none", 0.9),
     "pinstripe": Style("stripes", "snow", "none", 0.9),
-    "woodcut": Style("bars", "coal", "none", 0.9),
-    "hatching": Style("slants", "pitch", "none", 0.9),
+    "woodcut": Style("bars", "ivory", "none", 0.9),
+    "hatching": Style("backslants", "snow", "none", 0.9),
 }
 """The styles that have a LoRA; the base model never sees their inks, nor any ink as hard."""
 LEFT_OUT = {("dots", "black"), ("slants", "navy"), ("crosses", "white"), ("grain", "cream")}
@@ -123,13 +121,17 @@ TEXTURES: dict[str, Callable[[Field, Field], Field]] = {
     "bricks": _bricks,
     "grain": lambda x, y: _speckle(x, y, 6.5, 1.7, 0.38),
 }
+NAMED_TEXTURES: dict[str, Callable[[Field, Field], Field]] = TEXTURES | {
+    "backslants": lambda x, y: _lines((x - y) * 0.7071, 4.4, 0.42),
+}
+"""The textures of captions, and one of a named style alone: the mirror image of another."""
 
 
 def texture_mask(style: Style, x: Field, y: Field, rng: np.random.Generator) -> Field:
     """Where the ink of the texture lies; x and y are pixel coordinates of shape (n, n)."""
     px, py, a, b = rng.uniform(0, 200, 4)
     wobble = 0.35 * np.sin((x * 0.13 + y * 0.21) + a) + 0.35 * np.sin((x * 0.23 - y * 0.11) + b)
-    return TEXTURES[style.texture](px + (x + wobble) / COARSE, py + (y + wobble) / COARSE)
+    return NAMED_TEXTURES[style.texture](px + (x + wobble) / COARSE, py + (y + wobble) / COARSE)
 
 
 def random_style(rng: np.random.Generator, flat: float = 0.2) -> Style:
