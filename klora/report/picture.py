@@ -31,7 +31,7 @@ LEGEND = 58
 _CELLS = WIDTH - LEFT - SIDE - RIGHT
 _POINTS = 72 / DPI
 _NARROWEST = 26
-_FONT: dict[str, Any] = {"fontsize": 22 * _POINTS}
+FONT: dict[str, Any] = {"fontsize": 22 * _POINTS}
 
 
 class Theme(NamedTuple):
@@ -146,7 +146,7 @@ class _Drawing:
             handleheight=1,
             columnspacing=1.4,
             labelcolor=self.theme.ink,
-            **_FONT,
+            **FONT,
         )
 
     def _place(self, left: int, top: int, width: int, height: int) -> Axes:
@@ -167,7 +167,7 @@ class _Drawing:
         else:
             axes.set(xlim=(0, 1), ylim=(self.plan.steps, 0))
         axes.set_xticks([])
-        axes.set_ylabel("step", color=self.theme.ink, **_FONT)
+        axes.set_ylabel("step", color=self.theme.ink, **FONT)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=(1, 2, 5, 10)))
         self._share()
         return axes
@@ -198,7 +198,7 @@ class _Drawing:
         axes.set(xlim=(0, 1), ylim=(self.plan.steps, 0), yticks=[], xticks=[0, 1])
         axes.set_xticklabels(["0", "100 %"], ha="right")
         axes.get_xticklabels()[0].set_horizontalalignment("left")
-        axes.set_title("share", color=self.theme.ink, pad=8, **_FONT)
+        axes.set_title("share", color=self.theme.ink, pad=8, **FONT)
 
     def profile(self) -> Axes:
         """Draw the ρ of every module, and which values the scale takes."""
@@ -211,9 +211,9 @@ class _Drawing:
         if thresholds:
             self._draw_thresholds(axes, thresholds, low, high)
         self._draw_ratios(axes, low, high)
-        axes.set_ylabel("ρ", color=self.theme.ink, **_FONT)
+        axes.set_ylabel("ρ", color=self.theme.ink, **FONT)
         shaded = "; shaded: the values that the scale takes" if thresholds else ""
-        axes.set_xlabel(f"module, in network order{shaded}", color=self.theme.faint, labelpad=12, **_FONT)
+        axes.set_xlabel(f"module, in network order{shaded}", color=self.theme.faint, labelpad=12, **FONT)
         subs = (1, 1.5, 2, 3, 5, 7) if high / low < 6 else (1, 2, 5) if high / low < 60 else (1,)
         axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=6))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
@@ -228,7 +228,7 @@ class _Drawing:
             if low <= value <= high:
                 axes.axhline(value, color=self.theme.faint, linewidth=1.5, linestyle="--")
                 place = axes.get_yaxis_transform()
-                axes.text(1.012, value, name, transform=place, va="center", color=self.theme.ink, **_FONT)
+                axes.text(1.012, value, name, transform=place, va="center", color=self.theme.ink, **FONT)
 
     def _draw_ratios(self, axes: Axes, low: float, high: float) -> None:
         """Draw each module's ρ in the colour of the LoRA that always acts there, dark where both have their steps.
@@ -272,7 +272,7 @@ class _Drawing:
                 rotation=90 if _is_upright(block, self.plan) else 0,
                 annotation_clip=False,
                 color=self.theme.ink,
-                **_FONT,
+                **FONT,
             )
 
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from klora.fusion.plan import FusionPlan
     from klora.pair import Pair
     from klora.report.overlap import Overlap
+    from klora.report.picture import Theme
 
 
 def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
@@ -65,23 +66,29 @@ def analyse(request: FusionRequest, view: View) -> tuple[str, str]:
     pair, plan = plan_of(dataclasses.replace(request, settings=settings))
     title = f"{request.subject} × {request.style}"
     overlap = overlap_of(pair, plan)
-    return page(title, pair, plan, _cells(plan, view), overlap, _bars(overlap, title)), rule_line(plan)
+    return page(title, pair, plan, _cells(plan, view), overlap, _bars(overlap, title, view)), rule_line(plan)
 
 
-def _bars(overlap: Overlap, title: str) -> Images.Image | None:
+def _bars(overlap: Overlap, title: str, view: View) -> Images.Image | None:
     if importlib.util.find_spec("matplotlib") is None or overlap.whole is None:
         return None
     from klora.report.overlap_picture import overlap_picture
 
-    return overlap_picture(overlap, title)
+    return overlap_picture(overlap, title, _theme(view))
 
 
 def _cells(plan: FusionPlan, view: View) -> Images.Image | None:
     if importlib.util.find_spec("matplotlib") is None:
         return None
-    from klora.report.picture import DARK, LIGHT, selection_cells
+    from klora.report.picture import selection_cells
 
-    return selection_cells(plan, DARK if view.dark else LIGHT)
+    return selection_cells(plan, _theme(view))
+
+
+def _theme(view: View) -> Theme:
+    from klora.report.picture import DARK, LIGHT
+
+    return DARK if view.dark else LIGHT
 
 
 def draw(plan: FusionPlan, title: str) -> Images.Image:

@@ -13,6 +13,7 @@ from klora.fusion.interference import Interference
 from klora.pair import Pair
 from klora.report.overlap import Overlap, in_words, overlap_document, overlap_of
 from klora.report.overlap_picture import overlap_picture
+from klora.report.picture import DARK
 from klora.settings import Settings
 from tests.support.lora_files import write_lora
 from tests.support.pairs import ATTENTION, shapes, write_pair
@@ -84,5 +85,10 @@ def test_the_command_draws_it(tmp_path: Path, capfd: pytest.CaptureFixture[str])
 
 def test_a_picture_has_room_for_a_name_with_signs_of_formulas(tmp_path: Path) -> None:
     image = overlap_picture(overlap(*write_pair(tmp_path)), "$dog_{1 × ink$")
-    assert image.size == (1200, 760)
+    assert image.size == (1200, 900)
     assert len(image.getcolors(1 << 20) or []) > 10
+
+
+def test_a_picture_for_a_dark_page_has_no_white_ground(tmp_path: Path) -> None:
+    image = overlap_picture(overlap(*write_pair(tmp_path)), "dog × ink", DARK)
+    assert image.getpixel((0, 0)) == image.getpixel((600, 300)) == (0x11, 0x18, 0x27)
