@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from training.drawing.pictures import SIZE, render
-from training.drawing.styles import FLAT, GROUNDS, INKS, STYLES, TEXTURES, Style, random_style
+from training.drawing.styles import FLAT, GROUNDS, INKS, NAMED_TEXTURES, STYLES, Style, random_style
 from training.drawing.subjects import FAMILIES, LEFT_OUT, STYLE_FAMILIES, SUBJECTS, random_subject
 
 
@@ -31,7 +31,7 @@ def test_every_family_stands_out_from_its_ground(family):
     assert (far(picture, GROUNDS["mist"]) > 60).mean() > 0.15
 
 
-@pytest.mark.parametrize("texture", TEXTURES)
+@pytest.mark.parametrize("texture", NAMED_TEXTURES)
 def test_every_texture_leaves_the_ground_and_enough_of_the_subjects_own_colours(texture):
     subject, seed = SUBJECTS["comet"], 5
     flat, drawn = (render(subject, style, "mist", seed) for style in (FLAT, Style(texture, "black", "none")))
