@@ -122,7 +122,7 @@ TEXTURES: dict[str, Callable[[Field, Field], Field]] = {
     "grain": lambda x, y: _speckle(x, y, 6.5, 1.7, 0.38),
 }
 NAMED_TEXTURES: dict[str, Callable[[Field, Field], Field]] = TEXTURES | {
-    "backslants": lambda x, y: _lines((x - y) * 0.7071, 4.4, 0.42),
+    "backslants": lambda x, y: TEXTURES["slants"](x, -y),
 }
 """The textures of captions, and one of a named style alone: the mirror image of another."""
 
