@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from klora.report.overlap import Overlap, in_words
-from klora.report.picture import DPI, FONT, LIGHT, WIDTH, Theme, short_label
+from klora.report.picture import DPI, FONT, LIGHT, WIDTH, Theme, dress, image_of, literal, short_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,23 +19,16 @@ _MARKS = (("output spaces shared", "^"), ("input spaces shared", "v"))
 
 def overlap_picture(overlap: Overlap, title: str, theme: Theme = LIGHT) -> Images.Image:
     """Draw, for each block, the cosine above and what is shared below. Needs matplotlib."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from PIL import Image
 
     size = WIDTH / DPI, HEIGHT / DPI
     figure = Figure(figsize=size, dpi=DPI, facecolor=theme.background, layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
-    # A "$" in a file name would begin a formula.
-    heading = f"{title}: {in_words(overlap)}".replace("$", r"\$")
-    figure.suptitle(heading, color=theme.ink, wrap=True, **FONT)
+    figure.suptitle(literal(f"{title}: {in_words(overlap)}"), color=theme.ink, wrap=True, **FONT)
     _cosines(above, overlap, theme)
     _shares(below, overlap, theme)
     for axes in (above, below):
-        axes.set_facecolor(theme.background)
-        axes.tick_params(colors=theme.ink, labelsize=FONT["fontsize"])
-        axes.spines[:].set_color(theme.line)
+        dress(axes, theme, theme.ink)
     figure.legend(
         *below.get_legend_handles_labels(),
         ncols=2,
@@ -44,8 +37,7 @@ def overlap_picture(overlap: Overlap, title: str, theme: Theme = LIGHT) -> Image
         loc="outside lower center",
         **FONT,
     )
-    canvas.draw()
-    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+    return image_of(figure)
 
 
 def _cosines(axes: Axes, overlap: Overlap, theme: Theme) -> None:

@@ -95,20 +95,15 @@ class _Drawing:
     """One figure of a plan; places are counted in pixels from the top left corner."""
 
     def __init__(self, plan: FusionPlan, theme: Theme, top: int, height: int) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
         self.plan, self.theme, self.top, self.height = plan, theme, top, height
         self.width = _CELLS
         self.figure: Figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor=theme.background)
-        self._canvas = FigureCanvasAgg(self.figure)
 
     def image(self) -> Images.Image:
         """The finished picture."""
-        from PIL import Image
-
-        self._canvas.draw()
-        return Image.fromarray(np.asarray(self._canvas.buffer_rgba())).convert("RGB")
+        return image_of(self.figure)
 
     def heading(self, title: str | None) -> None:
         """Write what was fused and what came of it, and below the picture the rule."""
@@ -120,8 +115,7 @@ class _Drawing:
         self.legend(TITLE)
 
     def _line(self, top: int, text: str, pixels: int, colour: str, **font: Any) -> None:
-        # A "$" in a file name would begin a formula.
-        text = text.replace("$", r"\$")
+        text = literal(text)
         # In a fixed width, as little smaller as it takes.
         size = pixels * min(1.0, (WIDTH - 60) / (0.56 * pixels * max(1, len(text))))
         self.figure.text(
@@ -151,10 +145,8 @@ class _Drawing:
 
     def _place(self, left: int, top: int, width: int, height: int) -> Axes:
         box = (left / WIDTH, 1 - (top + height) / self.height, width / WIDTH, height / self.height)
-        axes: Axes = self.figure.add_axes(box, facecolor=self.theme.background)
-        axes.tick_params(labelsize=22 * _POINTS, colors=self.theme.faint)
-        for spine in axes.spines.values():
-            spine.set_color(self.theme.line)
+        axes: Axes = self.figure.add_axes(box)
+        dress(axes, self.theme, self.theme.faint)
         return axes
 
     def cells(self) -> Axes:
@@ -274,6 +266,28 @@ class _Drawing:
                 color=self.theme.ink,
                 **FONT,
             )
+
+
+def image_of(figure: Figure) -> Images.Image:
+    """The finished picture, drawn without any window or global state."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from PIL import Image
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
+
+
+def dress(axes: Axes, theme: Theme, ticks: str) -> None:
+    """Give axes the colours of a theme, and their ticks a colour and the size of all type."""
+    axes.set_facecolor(theme.background)
+    axes.tick_params(labelsize=FONT["fontsize"], colors=ticks)
+    axes.spines[:].set_color(theme.line)
+
+
+def literal(text: str) -> str:
+    """Text in which a "$", as a file name may have, begins no formula."""
+    return text.replace("$", r"\$")
 
 
 def describe_share(plan: FusionPlan) -> str:
