@@ -23,8 +23,7 @@ from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES, Example, 
 
 BATCH = 64
 RATE = 3e-3
-FALLS = (3000, 5000, 7000)
-"""The steps at which the rate has fallen to zero; after the last of them it is done."""
+STEPS = 6000
 SEED = 2
 MOST_NOISE = 0.3
 """Latents get noise of a deviation between 0 and this, for what a U-Net misses; their own is 1."""
@@ -93,9 +92,8 @@ def measure(judge: Judge, n: int = 600, seed: int = 5) -> dict[str, float]:
 
 
 def rate(step: int) -> float:
-    """A cosine over all steps until the next fall: 1, .35 and .19 of the highest after 0, 3,000 and 5,000 steps."""
-    end = next(fall for fall in FALLS if step < fall)
-    return RATE * 0.5 * (1 + math.cos(math.pi * step / end))
+    """One cosine, from the highest to zero."""
+    return RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
 
 
 def save(net: JudgeNet) -> None:
@@ -121,7 +119,7 @@ def main() -> None:
         optimizer.load_state_dict(state["optimizer"])
         done = state["step"]
     vae, losses = AutoencoderKL.from_pretrained(WORK / "vae").eval().to(memory_format=torch.channels_last), []
-    for step in range(done, FALLS[-1]):
+    for step in range(done, STEPS):
         torch.manual_seed(step)  # dropout is a function of the step too
         optimizer.param_groups[0]["lr"] = rate(step)
         loss = step_loss(net, vae, step)
@@ -130,7 +128,7 @@ def main() -> None:
         optimizer.step()
         losses.append(loss.item())
         if (step + 1) % 100 == 0:
-            print(f"{time.strftime('%H:%M:%S')} {step + 1}/{FALLS[-1]} {np.mean(losses[-100:]):.4f}", flush=True)
+            print(f"{time.strftime('%H:%M:%S')} {step + 1}/{STEPS} {np.mean(losses[-100:]):.4f}", flush=True)
             write_checkpoint(file, {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
     save(net)
     print(measure(Judge.load(FILE)))

@@ -16,8 +16,8 @@ from torch import nn
 
 SIZE = 64
 """Pixels of a side of what the judge looks at."""
-_WIDTHS = (3, 24, 48, 64, 80)
-_FINE, _COARSE = 9, 12
+_WIDTHS = (3, 32, 64, 96, 128)
+_FINE, _COARSE = 12, 18
 """Layers down to the map of 16×16, where a cell knows its piece of texture, and to that of 8×8."""
 _WEIGHTS = Path(__file__).with_name("judge.safetensors")
 
@@ -44,11 +44,11 @@ class JudgeNet(nn.Module):
         for a, b in pairwise(_WIDTHS):
             layers += [nn.Conv2d(a, b, 5 if a == 3 else 3, stride=2, padding=2 if a == 3 else 1), nn.BatchNorm2d(b)]
             layers += [nn.ReLU()]
-            if a == 24:
+            if b < _WIDTHS[-1]:
                 layers += [nn.Conv2d(b, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU()]
         self.body, self.drop = nn.Sequential(*layers), nn.Dropout(0.2)
         self.subject = nn.Linear(_WIDTHS[-1] * 16, subjects)
-        self.style = nn.Sequential(nn.Linear(2 * (48 + 64), 96), nn.ReLU(), nn.Linear(96, styles))
+        self.style = nn.Sequential(nn.Linear(2 * (_WIDTHS[2] + _WIDTHS[3]), 96), nn.ReLU(), nn.Linear(96, styles))
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits of the subject and of the style."""
