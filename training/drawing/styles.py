@@ -63,7 +63,7 @@ FLAT = Style("flat", "black", "none")
 STYLES: dict[str, Style] = {
     "engraving": Style("slants", "ivory", "none", 0.9),
     "pinstripe": Style("stripes", "snow", "none", 0.9),
-    "woodcut": Style("bars", "ivory", "none", 0.9),
+    "woodcut": Style("bars", "snow", "none", 0.9),
     "hatching": Style("backslants", "snow", "none", 0.9),
 }
 """The styles that have a LoRA; the base model never sees their inks, nor any ink as hard."""

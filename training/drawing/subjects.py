@@ -69,7 +69,7 @@ SUBJECTS: dict[str, Subject] = {
     "bolt": Subject("robot", "tall", "sharp", "orange", "teal", fancy=True),
     "mimi": Subject("cat", "tall", "round", "purple", "pink", fancy=True),
     "comet": Subject("rocket", "tall", "sharp", "pink", "blue", fancy=True),
-    "finn": Subject("fish", "wide", "round", "teal", "yellow", fancy=True),
+    "finn": Subject("fish", "wide", "round", "blue", "pink", fancy=True),
 }
 """The subjects that have a LoRA."""
 LEFT_OUT = {
