@@ -268,11 +268,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="default: those not yet made")
     parser.add_argument("--subject-steps", type=int, default=700)
-    parser.add_argument("--style-steps", type=int, default=800)
+    parser.add_argument("--style-steps", type=int, default=1200)
     parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--pictures", type=int, default=1024, help="drawn for each")
+    parser.add_argument("--subject-pictures", type=int, default=1024, help="drawn for each")
+    parser.add_argument("--style-pictures", type=int, default=2048, help="drawn for each")
     args = parser.parse_args()
-    subject, style = (Effort(n, args.rate, args.pictures) for n in (args.subject_steps, args.style_steps))
+    subject = Effort(args.subject_steps, args.rate, args.subject_pictures)
+    style = Effort(args.style_steps, args.rate, args.style_pictures)
     jobs = [j for j in JOBS if (j.name in args.names if args.names else not j.file.exists())]
     with torch.multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         pool.starmap(make_file, [(job, subject if job.is_subject else style) for job in jobs], chunksize=1)
