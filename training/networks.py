@@ -98,7 +98,7 @@ def make_scheduler() -> DDIMScheduler:
 
 
 def make_sampler() -> EulerDiscreteScheduler:
-    """The sampler that ships: Euler on Karras' noise levels, from 20 down to 0.03.
+    """The sampler that ships: Euler on Karras' noise levels, from 14.6, as Stable Diffusion's, down to 0.03.
 
     They place what is decided in which half of the steps: noise is about as strong as a latent when half of them are
     over. Forms are decided by then, surfaces are not (training/README.md).
@@ -114,7 +114,7 @@ def make_sampler() -> EulerDiscreteScheduler:
         steps_offset=noise.steps_offset,
         use_karras_sigmas=True,
         sigma_min=0.03,
-        sigma_max=20.0,
+        sigma_max=14.6,
     )
 
 
