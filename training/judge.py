@@ -16,7 +16,7 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
-from klora.demo.judge import Judge, JudgeNet, as_batch
+from klora.demo.judge import Judge, JudgeNet, as_batch, pack
 from training.networks import RELEASE, WORK, as_pictures, as_tensor
 from training.parallel import write_checkpoint
 from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES, Example, clean, spoil_a_little
@@ -97,9 +97,9 @@ def rate(step: int) -> float:
 
 
 def save(net: JudgeNet) -> None:
-    """Write what ships, in fp16."""
+    """Write what ships, in 8 bits."""
     names = {"subjects": json.dumps(SUBJECT_NAMES), "styles": json.dumps(STYLE_NAMES)}
-    weights = {k: v.half().contiguous() for k, v in net.state_dict().items() if "num_batches" not in k}
+    weights = pack({k: v for k, v in net.state_dict().items() if "num_batches" not in k})
     FILE.parent.mkdir(parents=True, exist_ok=True)
     save_file(weights, FILE, metadata={"format": "pt", "floor": str(FLOOR), **names})
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -70,6 +70,31 @@ def as_batch(images: np.ndarray | Sequence[Image.Image | np.ndarray]) -> torch.T
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
+_SCALE = "scale:"
+
+
+def pack(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """What is stored of a network's weights: 8 bits each and a scale for each output channel; vectors in fp16."""
+    stored: dict[str, torch.Tensor] = {}
+    for name, weight in state.items():
+        if weight.ndim < 2:
+            stored[name] = weight.half()
+            continue
+        scale = weight.flatten(1).abs().amax(1).clamp_min(1e-9) / 127
+        steps = weight / scale.view(-1, *[1] * (weight.ndim - 1))
+        stored |= {name: steps.round().to(torch.int8).contiguous(), _SCALE + name: scale}
+    return stored
+
+
+def unpack(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The weights that `pack` stored, in fp32."""
+    state = {name: tensor.float() for name, tensor in stored.items() if not name.startswith(_SCALE)}
+    for name in state:
+        if (scale := stored.get(_SCALE + name)) is not None:
+            state[name] *= scale.view(-1, *[1] * (state[name].ndim - 1))
+    return state
+
+
 class Judge:
     """`Judge.load()` and then `judge(images)`."""
 
@@ -80,7 +105,7 @@ class Judge:
     def load(cls, file: Path = _WEIGHTS) -> Judge:
         """Read weights and names, by default of the judge that ships. Raises FileNotFoundError if they are missing."""
         with safe_open(file, "pt") as stored:
-            state = {k: stored.get_tensor(k).float() for k in stored.keys()}  # noqa: SIM118
+            state = unpack({k: stored.get_tensor(k) for k in stored.keys()})  # noqa: SIM118
             metadata = stored.metadata()
         subjects, styles = json.loads(metadata["subjects"]), json.loads(metadata["styles"])
         net = JudgeNet(len(subjects), len(styles))

@@ -7,7 +7,7 @@ import torch
 pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from klora.demo.judge import Judge, JudgeNet
+from klora.demo.judge import Judge, JudgeNet, pack, unpack
 from training.drawing.pictures import SIZE
 from training.drawing.subjects import SUBJECTS
 from training.gates import base_gates, judge_gates, lora_gates
@@ -138,6 +138,20 @@ def test_a_judge_says_nothing_below_its_floor():
     (sure,), (shy,) = (Judge(net, SUBJECT_NAMES, STYLE_NAMES, floor)(picture) for floor in (0.0, 1.1))
     assert sure.subject in SUBJECT_NAMES
     assert (shy.subject, shy.style) == (None, None)
+
+
+def test_a_judge_in_8_bits_has_its_weights_within_half_a_step_of_each_channel():
+    torch.manual_seed(0)
+    state = {"conv": torch.randn(5, 3, 3, 3) * torch.logspace(-4, 1, 5).view(-1, 1, 1, 1), "bias": torch.randn(5)}
+    state["conv"][2] = 0
+    stored = pack(state)
+    assert stored["conv"].dtype == torch.int8
+    again = unpack(stored)
+    assert again.keys() == state.keys()
+    assert torch.allclose(again["bias"], state["bias"], rtol=1e-3)
+    step = state["conv"].flatten(1).abs().amax(1) / 127
+    assert ((again["conv"] - state["conv"]).flatten(1).abs().amax(1) <= 0.501 * step).all()
+    assert not again["conv"][2].any()
 
 
 def test_gates_are_what_the_figures_say():
