@@ -18,6 +18,11 @@ Net = TypeVar("Net", bound=torch.nn.Module)
 DECAY = 0.998
 
 
+def falling(step: int, total: int) -> float:
+    """The share of the highest rate that is left at a step: one cosine, from 1 to 0."""
+    return 0.5 * (1 + math.cos(math.pi * step / total))
+
+
 def fit(
     net: Net,
     loss_at: Callable[[int], torch.Tensor],
@@ -42,7 +47,7 @@ def fit(
             part.load_state_dict(state[name])
     pace, losses = Pace(save_every), []
     while step < total:
-        optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / total))
+        optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 50) * falling(step, total)
         loss = loss_at(step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 
 import numpy as np
@@ -17,6 +16,7 @@ from diffusers import AutoencoderKL
 from safetensors.torch import save_file
 
 from klora.demo.judge import Judge, JudgeNet, as_batch, pack
+from training.fit import falling
 from training.networks import RELEASE, WORK, as_pictures, as_tensor
 from training.parallel import write_checkpoint
 from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES, Example, clean, spoil_a_little
@@ -91,11 +91,6 @@ def measure(judge: Judge, n: int = 600, seed: int = 5) -> dict[str, float]:
     return {name: round(float(value), 4) for name, value in figures.items()}
 
 
-def rate(step: int) -> float:
-    """One cosine, from the highest to zero."""
-    return RATE * 0.5 * (1 + math.cos(math.pi * step / STEPS))
-
-
 def save(net: JudgeNet) -> None:
     """Write what ships, in 8 bits."""
     names = {"subjects": json.dumps(SUBJECT_NAMES), "styles": json.dumps(STYLE_NAMES)}
@@ -121,7 +116,7 @@ def main() -> None:
     vae, losses = AutoencoderKL.from_pretrained(WORK / "vae").eval().to(memory_format=torch.channels_last), []
     for step in range(done, STEPS):
         torch.manual_seed(step)  # dropout is a function of the step too
-        optimizer.param_groups[0]["lr"] = rate(step)
+        optimizer.param_groups[0]["lr"] = RATE * falling(step, STEPS)
         loss = step_loss(net, vae, step)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

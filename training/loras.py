@@ -11,7 +11,6 @@ another style, too, or the network would only learn to go on with what it sees.
 from __future__ import annotations
 
 import argparse
-import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from safetensors.torch import save_file
 from training.drawing.pictures import render
 from training.drawing.styles import FLAT, GROUNDS, STYLES, random_style
 from training.drawing.subjects import STYLE_FAMILIES, SUBJECTS, random_subject
+from training.fit import falling
 from training.networks import RELEASE, WORK, as_tensor, draw_times, load_pipeline, make_scheduler
 from training.parallel import Pace, write_checkpoint
 from training.words import STYLE_TOKEN, SUBJECT_TOKEN, tokenize
@@ -189,8 +189,8 @@ class Trainer:
         clean = self.latents[chosen]
         noise = torch.randn(clean.shape, generator=noise_rng)
         t = draw_times(BATCH, noise_rng)
-        falling = 0.5 * (1 + math.cos(math.pi * self.step / self.effort.steps))
-        self.optimizer.param_groups[0]["lr"] = self.effort.rate * min(1, (self.step + 1) / 20) * falling
+        warm = self.effort.rate * min(1, (self.step + 1) / 20)
+        self.optimizer.param_groups[0]["lr"] = warm * falling(self.step, self.effort.steps)
         noise += head_start(self.scheduler, self.begun[chosen] - clean, t, noise_rng)
         with torch.autocast("cpu", torch.bfloat16):
             guess = self.unet(self.scheduler.add_noise(clean, noise, t), t, self.texts[chosen]).sample

@@ -80,19 +80,14 @@ def pack(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if weight.ndim < 2:
             stored[name] = weight.half()
             continue
-        scale = weight.flatten(1).abs().amax(1).clamp_min(1e-9) / 127
-        steps = weight / scale.view(-1, *[1] * (weight.ndim - 1))
-        stored |= {name: steps.round().to(torch.int8).contiguous(), _SCALE + name: scale}
+        scale = weight.abs().amax(tuple(range(1, weight.ndim)), keepdim=True).clamp_min(1e-9) / 127
+        stored |= {name: (weight / scale).round().to(torch.int8), _SCALE + name: scale}
     return stored
 
 
 def unpack(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The weights that `pack` stored, in fp32."""
-    state = {name: tensor.float() for name, tensor in stored.items() if not name.startswith(_SCALE)}
-    for name in state:
-        if (scale := stored.get(_SCALE + name)) is not None:
-            state[name] *= scale.view(-1, *[1] * (state[name].ndim - 1))
-    return state
+    return {k: v.float() * stored.get(_SCALE + k, 1) for k, v in stored.items() if not k.startswith(_SCALE)}
 
 
 class Judge:
