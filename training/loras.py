@@ -35,7 +35,7 @@ from training.words import STYLE_TOKEN, SUBJECT_TOKEN, tokenize
 BATCH = 16
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 KEPT = (0.3, 0.7)
-"""Two steps of three keep each module with a probability between these."""
+"""A step that leaves modules out keeps each with a probability between these."""
 
 HEAD_START = 0.6
 """How many of the noisy latents are those of a picture begun without the LoRA, in part."""
@@ -147,6 +147,8 @@ class Effort:
     steps: int
     rate: float
     pictures: int
+    whole: int
+    """At how many steps of three no module is left out."""
 
 
 class Trainer:
@@ -175,8 +177,8 @@ class Trainer:
         write_checkpoint(self.file, state | {"optimizer": self.optimizer.state_dict()})
 
     def leave_out(self, rng: np.random.Generator) -> None:
-        """Switch a random share of the modules off for this step; at every third step none."""
-        keep = 1.0 if self.step % 3 == 0 else rng.uniform(*KEPT)
+        """Switch a random share of the modules off for this step, or none."""
+        keep = 1.0 if self.step % 3 < self.effort.whole else rng.uniform(*KEPT)
         for layer in lora_layers(self.unet):
             layer.scaling["default"] = self.job.alpha / self.job.rank * float(rng.random() < keep)
 
@@ -269,12 +271,14 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help="default: those not yet made")
     parser.add_argument("--subject-steps", type=int, default=700)
     parser.add_argument("--style-steps", type=int, default=1200)
+    parser.add_argument("--subject-whole", type=int, default=1, help="steps of three that leave no module out")
+    parser.add_argument("--style-whole", type=int, default=2, help="steps of three that leave no module out")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--subject-pictures", type=int, default=1024, help="drawn for each")
     parser.add_argument("--style-pictures", type=int, default=2048, help="drawn for each")
     args = parser.parse_args()
-    subject = Effort(args.subject_steps, args.rate, args.subject_pictures)
-    style = Effort(args.style_steps, args.rate, args.style_pictures)
+    subject = Effort(args.subject_steps, args.rate, args.subject_pictures, args.subject_whole)
+    style = Effort(args.style_steps, args.rate, args.style_pictures, args.style_whole)
     jobs = [j for j in JOBS if (j.name in args.names if args.names else not j.file.exists())]
     with torch.multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         pool.starmap(make_file, [(job, subject if job.is_subject else style) for job in jobs], chunksize=1)

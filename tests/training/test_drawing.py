@@ -1,13 +1,14 @@
 """The training pictures."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
 from training.drawing.pictures import SIZE, render
-from training.drawing.styles import FLAT, GROUNDS, INKS, NAMED_TEXTURES, STYLES, Style, random_style
-from training.drawing.subjects import FAMILIES, LEFT_OUT, STYLE_FAMILIES, SUBJECTS, random_subject
+from training.drawing.styles import FLAT, GROUNDS, INKS, NAMED_INKS, NAMED_TEXTURES, STYLES, Style, random_style
+from training.drawing.subjects import FAMILIES, LEFT_OUT, PART_COLOURS, STYLE_FAMILIES, SUBJECTS, random_subject
 
 
 def far(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
@@ -60,10 +61,31 @@ def test_a_named_style_is_harder_ink_than_any_that_the_base_sees():
     assert max(random_style(rng).strength for _ in range(100)) < min(s.strength for s in STYLES.values())
 
 
-def test_named_styles_are_told_apart_by_texture_and_tone():
+def test_named_styles_are_told_apart_by_texture_and_the_contour_is_dark():
     assert [Style("bars", ink, "none").dark for ink in INKS] == [True, True, True, False, False]
-    assert not any(style.dark for style in STYLES.values())
+    assert {name for name, style in STYLES.items() if style.dark} == {"woodcut"}
     assert len({style.texture for style in STYLES.values()}) == len(STYLES)
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+def test_the_broad_contour_covers_more_than_any_of_the_captions_and_leaves_marks_and_most_colours(subject):
+    flat, woodcut = (render(SUBJECTS[subject], style, "mist", 5) for style in (FLAT, STYLES["woodcut"]))
+    bold = render(SUBJECTS[subject], Style("flat", "plum", "bold"), "mist", 5)
+    on_subject = far(flat, GROUNDS["mist"]) > 60
+    covered = {name: far(p, NAMED_INKS["plum"])[on_subject] < 60 for name, p in (("bold", bold), ("heavy", woodcut))}
+    assert covered["bold"].mean() < covered["heavy"].mean() < 0.5
+    pupils = far(flat, PART_COLOURS["pupil"]) < 10
+    assert pupils.any()
+    assert np.array_equal(flat[pupils], woodcut[pupils])
+
+
+def test_a_soft_contour_lies_between_none_and_a_full_one():
+    style, subject = STYLES["woodcut"], SUBJECTS["bolt"]
+    none, soft, full = (
+        render(subject, dataclasses.replace(style, contour_strength=s), "mist", 5).astype(int) for s in (0, 0.5, 1)
+    )
+    assert np.array_equal(none, render(subject, FLAT, "mist", 5))
+    assert np.abs(soft - (none + full) / 2).max() <= 1
 
 
 def test_the_base_knows_the_parts_of_the_named_subjects_in_other_colours():

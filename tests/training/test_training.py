@@ -9,13 +9,14 @@ pytest.importorskip("peft")
 
 from klora.demo.judge import Judge, JudgeNet, pack, unpack
 from training.drawing.pictures import SIZE
+from training.drawing.styles import STYLES
 from training.drawing.subjects import SUBJECTS
 from training.gates import base_gates, judge_gates, lora_gates
 from training.judge import targets
 from training.loras import JOBS, head_start, kohya_state
 from training.networks import draw_times, make_sampler, make_scheduler, make_unet
 from training.parallel import write_checkpoint
-from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES, join_halves, some_subject
+from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES, join_halves, some_style, some_subject
 from training.words import WORDS, base_caption, make_tokenizer, tokenize
 
 
@@ -123,6 +124,17 @@ def test_no_other_member_of_a_family_has_the_colours_of_a_named_one():
     for subject, name in (some_subject(rng, named=0.0) for _ in range(3000)):
         named = [s for s in SUBJECTS.values() if s.family == name]
         assert (subject.main, subject.second) not in [(s.main, s.second) for s in named]
+
+
+def test_a_style_that_nobody_can_tell_from_a_named_one_is_not_asked_about():
+    rng = np.random.default_rng(0)
+    others = [style for style, name in (some_style(rng, named=0.0) for _ in range(2000)) if name not in STYLES]
+    assert len(others) == 2000
+    assert {s.texture for s in others if s.dark} > {"slants", "stripes"}  # the named ones are pale
+    assert not {s.texture for s in others if not s.dark} & {"slants", "stripes"}
+    contours = {(s.contour, s.dark) for s in others if s.texture == "flat"}
+    assert contours >= {("bold", False), ("thin", True), ("dashed", True)}
+    assert ("bold", True) not in contours  # the named one is broad and dark
 
 
 @pytest.mark.parametrize("kind", SPOILED)

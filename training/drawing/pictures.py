@@ -14,7 +14,7 @@ SIZE = 64
 _FINE = 3
 """Samples along a pixel's side."""
 _INDEX = {name: i + 1 for i, name in enumerate(PART_COLOURS)}
-_WIDTHS = {"none": 0, "thin": 5, "bold": 8, "dashed": 6}
+_WIDTHS = {"none": 0, "thin": 5, "bold": 8, "dashed": 6, "heavy": 10}
 """Contour widths in samples."""
 
 
@@ -77,5 +77,5 @@ def render(subject: Subject, style: Style, ground: str, seed: int) -> np.ndarray
         line = _contour(surfaces, _WIDTHS[style.contour])
         if style.contour == "dashed":
             line &= (x + 0.55 * y + rng.uniform(0, 9)) % 7.0 < 4.2
-        fine[line] = ink
+        fine[line] += style.contour_strength * (ink - fine[line])
     return fine.reshape(SIZE, _FINE, SIZE, _FINE, 3).mean((1, 3), dtype=np.float32).round().astype(np.uint8)

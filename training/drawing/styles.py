@@ -23,8 +23,9 @@ INKS: dict[str, tuple[int, int, int]] = {
 NAMED_INKS: dict[str, tuple[int, int, int]] = INKS | {
     "ivory": (255, 250, 228),
     "snow": (242, 249, 255),
+    "plum": (92, 16, 84),
 }
-"""The inks of captions, and those of named styles alone: paler than every colour of a subject."""
+"""The inks of captions, and those of named styles alone: two paler than every colour of a subject, and a dark one."""
 GROUNDS: dict[str, tuple[int, int, int]] = {
     "paper": (238, 234, 224),
     "mist": (206, 212, 218),
@@ -45,6 +46,8 @@ class Style:
     contour: str
     strength: float = 0.6
     """How much of the ink covers the colour below. Soft ink is decided late, when a form is already there."""
+    contour_strength: float = 1.0
+    """The same of the contour's ink."""
 
     @property
     def dark(self) -> bool:
@@ -63,7 +66,7 @@ FLAT = Style("flat", "black", "none")
 STYLES: dict[str, Style] = {
     "engraving": Style("slants", "ivory", "none", 0.9),
     "pinstripe": Style("stripes", "snow", "none", 0.9),
-    "woodcut": Style("bars", "snow", "none", 0.9),
+    "woodcut": Style("flat", "plum", "heavy", 0.9),
     "hatching": Style("backslants", "snow", "none", 0.9),
 }
 """The styles that have a LoRA; the base model never sees their inks, nor any ink as hard."""
