@@ -40,7 +40,9 @@ KEPT = (0.3, 0.7)
 HEAD_START = 0.6
 """How many of the noisy latents are those of a picture begun without the LoRA, in part."""
 MOST_BEGUN = 0.8
-"""How much of it at most. Where nothing of a texture is there, its phase is unknown, and what is learned is a blur."""
+"""How much of it at most. Where nothing of a texture is there, its phase is unknown, and what is learned is a blur.
+
+A contour has no phase: it may be missing altogether."""
 BEGUN_ABOVE = 0.5
 """The noise, in the size of a latent, below which it is too late: what is begun is there to stay."""
 
@@ -128,15 +130,17 @@ def lora_layers(unet: torch.nn.Module) -> list[LoraLayer]:
     return [m for m in unet.modules() if isinstance(m, LoraLayer)]
 
 
-def head_start(scheduler: DDIMScheduler, away: torch.Tensor, t: torch.Tensor, rng: torch.Generator) -> torch.Tensor:
+def head_start(
+    scheduler: DDIMScheduler, away: torch.Tensor, t: torch.Tensor, rng: torch.Generator, most: float = MOST_BEGUN
+) -> torch.Tensor:
     """What makes noisy latents those of a picture that is in part begun otherwise: `away` as if it were noise.
 
-    Only above `BEGUN_ABOVE`. Shapes: `away` (n, …), `t` (n,).
+    Up to the share `most` of it, and only above `BEGUN_ABOVE`. Shapes: `away` (n, …), `t` (n,).
     """
     share, choice = torch.rand((2, len(t)), generator=rng)
     kept = scheduler.alphas_cumprod[t]
     sigma = (1 / kept - 1).sqrt()
-    strength = MOST_BEGUN * share / sigma * ((choice < HEAD_START) & (sigma > BEGUN_ABOVE))
+    strength = most * share / sigma * ((choice < HEAD_START) & (sigma > BEGUN_ABOVE))
     return strength[:, None, None, None] * away
 
 
@@ -164,6 +168,7 @@ class Trainer:
         self.weights = [p for p in self.unet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=effort.rate, weight_decay=0.01)
         self.latents, self.texts, self.begun = examples(job, pipe, effort.pictures)
+        self.most_begun = MOST_BEGUN if job.is_subject or STYLES[job.name].texture != "flat" else 1.0
         self.file = WORK / f"lora-{job.name}.pt"
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
@@ -193,7 +198,7 @@ class Trainer:
         t = draw_times(BATCH, noise_rng)
         warm = self.effort.rate * min(1, (self.step + 1) / 20)
         self.optimizer.param_groups[0]["lr"] = warm * falling(self.step, self.effort.steps)
-        noise += head_start(self.scheduler, self.begun[chosen] - clean, t, noise_rng)
+        noise += head_start(self.scheduler, self.begun[chosen] - clean, t, noise_rng, self.most_begun)
         with torch.autocast("cpu", torch.bfloat16):
             guess = self.unet(self.scheduler.add_noise(clean, noise, t), t, self.texts[chosen]).sample
         loss = torch.nn.functional.mse_loss(guess.float(), self.scheduler.get_velocity(clean, noise, t))
