@@ -28,7 +28,7 @@ SEED = 2
 MOST_NOISE = 0.3
 """Latents get noise of a deviation between 0 and this, for what a U-Net misses; their own is 1."""
 FLOOR = 0.7
-"""Below this probability the judge says nothing: the lowest, in tenths, at which it names under 2 % of what is spoiled."""
+"""Below this probability the judge says nothing: the lowest, in tenths, at which it names under 2 % of spoiled ones."""
 FILE = RELEASE / "judge.safetensors"
 
 
