@@ -131,7 +131,7 @@ def lora_layers(unet: torch.nn.Module) -> list[LoraLayer]:
 
 
 def head_start(
-    scheduler: DDIMScheduler, away: torch.Tensor, t: torch.Tensor, rng: torch.Generator, most: float = MOST_BEGUN
+    scheduler: DDIMScheduler, away: torch.Tensor, t: torch.Tensor, rng: torch.Generator, most: float
 ) -> torch.Tensor:
     """What makes noisy latents those of a picture that is in part begun otherwise: `away` as if it were noise.
 

@@ -75,13 +75,11 @@ def some_style(rng: np.random.Generator, named: float = 0.45) -> tuple[Style, st
             style = random_style(rng)
         return style, "flat" if style.texture == "flat" else OTHER
     name = str(rng.choice(list(STYLES)))
-    strength, contour = rng.uniform(0.5, 0.95), str(rng.choice(CONTOURS))
-    style = dataclasses.replace(STYLES[name], strength=strength)
+    style, strength, contour = STYLES[name], rng.uniform(0.5, 0.95), str(rng.choice(CONTOURS))
     if style.texture == "flat":
-        style = dataclasses.replace(style, contour_strength=strength)
-    elif rng.random() < 0.3:
-        style = dataclasses.replace(style, contour=contour)
-    return style, name
+        return dataclasses.replace(style, contour_strength=strength), name
+    contour = contour if rng.random() < 0.3 else style.contour
+    return dataclasses.replace(style, strength=strength, contour=contour), name
 
 
 def _ground(rng: np.random.Generator) -> str:
