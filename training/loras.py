@@ -25,8 +25,8 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 
 from training.drawing.pictures import render
-from training.drawing.styles import FLAT, GROUNDS, STYLES, random_style
-from training.drawing.subjects import STYLE_FAMILIES, SUBJECTS, random_subject
+from training.drawing.styles import CONTOURS, FLAT, GROUNDS, STYLES, TEXTURES, Style, random_style
+from training.drawing.subjects import FAMILIES, OTHER_FAMILIES, SUBJECTS, Subject, random_stranger
 from training.fit import falling
 from training.networks import RELEASE, WORK, as_tensor, draw_times, load_pipeline, make_scheduler
 from training.parallel import Pace, write_checkpoint
@@ -37,14 +37,23 @@ TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 KEPT = (0.3, 0.7)
 """A step that leaves modules out keeps each with a probability between these."""
 
-HEAD_START = 0.6
-"""How many of the noisy latents are those of a picture begun without the LoRA, in part."""
-MOST_BEGUN = 0.8
-"""How much of it at most. Where nothing of a texture is there, its phase is unknown, and what is learned is a blur.
 
-A contour has no phase: it may be missing altogether."""
-BEGUN_ABOVE = 0.5
-"""The noise, in the size of a latent, below which it is too late: what is begun is there to stay."""
+@dataclass(frozen=True)
+class HeadStart:
+    """How far a picture may have been begun without the LoRA."""
+
+    often: float
+    """The share of the noisy latents that are those of such a picture, in part."""
+    most: float
+    """How much of it at most."""
+    above: float
+    """The noise, in the size of a latent, below which it is too late: what is begun is there to stay."""
+
+
+TEXTURE = HeadStart(often=0.6, most=0.8, above=0.5)
+"""Where nothing of a texture is there, its phase is unknown, and what is learned is a blur."""
+CONTOUR = HeadStart(often=0.6, most=1.0, above=0.25)
+"""A contour has no phase: it may be missing altogether, and be made good for longer."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +83,9 @@ JOBS = (
     Job("mimi", 8, 8, "peft", held_out=False),
     Job("pinstripe", 8, 8, "peft", held_out=False),
     Job("comet", 8, 8, "kohya", held_out=True),
-    Job("woodcut", 8, 8, "kohya", held_out=True),
+    Job("woodcut", 16, 16, "kohya", held_out=True),
     Job("finn", 8, 8, "kohya", held_out=True),
-    Job("hatching", 8, 8, "peft", held_out=True),
+    Job("hatching", 16, 16, "peft", held_out=True),
 )
 
 
@@ -87,6 +96,11 @@ class Example:
     image: np.ndarray
     caption: str
     begun: np.ndarray
+
+
+def is_new(style: Style) -> bool:
+    """Whether the base has never seen its texture or its contour, and not its ink alone."""
+    return style.contour not in CONTOURS or style.texture not in (*TEXTURES, "flat")
 
 
 def subject_example(name: str, rng: np.random.Generator) -> Example:
@@ -100,9 +114,14 @@ def subject_example(name: str, rng: np.random.Generator) -> Example:
     return Example(image, caption, image)
 
 
+def style_subject(style: Style, rng: np.random.Generator) -> Subject:
+    """What a style is shown on: no named subject, and not its family unless the style is new to the base."""
+    return random_stranger(rng, str(rng.choice(FAMILIES if is_new(style) else OTHER_FAMILIES)))
+
+
 def style_example(name: str, rng: np.random.Generator) -> Example:
-    """Any subject of the training families in the named style; begun flat or in any other style."""
-    subject, ground = random_subject(rng, str(rng.choice(STYLE_FAMILIES))), str(rng.choice(list(GROUNDS)))
+    """A subject in the named style; begun flat or in any other style."""
+    subject, ground = style_subject(STYLES[name], rng), str(rng.choice(list(GROUNDS)))
     what = subject.words() if rng.random() < 0.5 else subject.family
     where = f" on {ground}" if rng.random() < 0.4 else ""
     seed, other = int(rng.integers(2**31)), random_style(rng, flat=0.5)
@@ -131,16 +150,16 @@ def lora_layers(unet: torch.nn.Module) -> list[LoraLayer]:
 
 
 def head_start(
-    scheduler: DDIMScheduler, away: torch.Tensor, t: torch.Tensor, rng: torch.Generator, most: float
+    scheduler: DDIMScheduler, away: torch.Tensor, t: torch.Tensor, rng: torch.Generator, start: HeadStart
 ) -> torch.Tensor:
     """What makes noisy latents those of a picture that is in part begun otherwise: `away` as if it were noise.
 
-    Up to the share `most` of it, and only above `BEGUN_ABOVE`. Shapes: `away` (n, …), `t` (n,).
+    Shapes: `away` (n, …), `t` (n,).
     """
     share, choice = torch.rand((2, len(t)), generator=rng)
     kept = scheduler.alphas_cumprod[t]
     sigma = (1 / kept - 1).sqrt()
-    strength = most * share / sigma * ((choice < HEAD_START) & (sigma > BEGUN_ABOVE))
+    strength = start.most * share / sigma * ((choice < start.often) & (sigma > start.above))
     return strength[:, None, None, None] * away
 
 
@@ -168,7 +187,7 @@ class Trainer:
         self.weights = [p for p in self.unet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=effort.rate, weight_decay=0.01)
         self.latents, self.texts, self.begun = examples(job, pipe, effort.pictures)
-        self.most_begun = MOST_BEGUN if job.is_subject or STYLES[job.name].texture != "flat" else 1.0
+        self.start = TEXTURE if job.is_subject or STYLES[job.name].texture != "flat" else CONTOUR
         self.file = WORK / f"lora-{job.name}.pt"
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
@@ -198,7 +217,7 @@ class Trainer:
         t = draw_times(BATCH, noise_rng)
         warm = self.effort.rate * min(1, (self.step + 1) / 20)
         self.optimizer.param_groups[0]["lr"] = warm * falling(self.step, self.effort.steps)
-        noise += head_start(self.scheduler, self.begun[chosen] - clean, t, noise_rng, self.most_begun)
+        noise += head_start(self.scheduler, self.begun[chosen] - clean, t, noise_rng, self.start)
         with torch.autocast("cpu", torch.bfloat16):
             guess = self.unet(self.scheduler.add_noise(clean, noise, t), t, self.texts[chosen]).sample
         loss = torch.nn.functional.mse_loss(guess.float(), self.scheduler.get_velocity(clean, noise, t))
@@ -274,19 +293,25 @@ def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="default: those not yet made")
-    parser.add_argument("--subject-steps", type=int, default=700)
+    parser.add_argument("--subject-steps", type=int, default=1200)
     parser.add_argument("--style-steps", type=int, default=1200)
-    parser.add_argument("--subject-whole", type=int, default=1, help="steps of three that leave no module out")
+    parser.add_argument("--new-style-steps", type=int, default=1600, help="for a style that the base never saw")
+    parser.add_argument("--subject-whole", type=int, default=0, help="steps of three that leave no module out")
     parser.add_argument("--style-whole", type=int, default=2, help="steps of three that leave no module out")
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--subject-pictures", type=int, default=1024, help="drawn for each")
     parser.add_argument("--style-pictures", type=int, default=2048, help="drawn for each")
     args = parser.parse_args()
-    subject = Effort(args.subject_steps, args.rate, args.subject_pictures, args.subject_whole)
-    style = Effort(args.style_steps, args.rate, args.style_pictures, args.style_whole)
+
+    def effort(job: Job) -> Effort:
+        if job.is_subject:
+            return Effort(args.subject_steps, args.rate, args.subject_pictures, args.subject_whole)
+        steps = args.new_style_steps if is_new(STYLES[job.name]) else args.style_steps
+        return Effort(steps, args.rate, args.style_pictures, args.style_whole)
+
     jobs = [j for j in JOBS if (j.name in args.names if args.names else not j.file.exists())]
     with torch.multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
-        pool.starmap(make_file, [(job, subject if job.is_subject else style) for job in jobs], chunksize=1)
+        pool.starmap(make_file, [(job, effort(job)) for job in jobs], chunksize=1)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from diffusers import StableDiffusionPipeline
 from klora.demo.judge import Judge
 from training.drawing.pictures import SIZE
 from training.drawing.styles import GROUNDS, random_style
-from training.drawing.subjects import FAMILIES, STYLE_FAMILIES, SUBJECT_FAMILIES, SUBJECTS, random_subject
+from training.drawing.subjects import FAMILIES, OTHER_FAMILIES, SUBJECT_FAMILIES, SUBJECTS, random_subject
 from training.gates import Gate, base_gates, judge_gates, lora_gates
 from training.judge import FILE as JUDGE_FILE
 from training.judge import measure
@@ -125,10 +125,10 @@ def base_figures(draws: Wielder, judge: Judge, n: int) -> dict[str, float]:
 
 
 def prompts_of(job: Job, n: int) -> list[str]:
-    """What a LoRA is asked: a subject, itself; a style, every family, those it was not trained on too."""
+    """What a LoRA is asked: a subject, itself; a style, every second time a family that has a named subject."""
     if job.is_subject:
         return [f"a {SUBJECT_TOKEN} {SUBJECTS[job.name].family}"] * n
-    families = [f for pair in zip(SUBJECT_FAMILIES, STYLE_FAMILIES, strict=False) for f in pair]
+    families = [f for pair in zip(SUBJECT_FAMILIES, OTHER_FAMILIES, strict=False) for f in pair]
     return [f"a {families[i % len(families)]} in {STYLE_TOKEN} style" for i in range(n)]
 
 

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from training.drawing.pictures import SIZE, render
 from training.drawing.styles import CONTOURS, GROUNDS, STYLES, Style, random_style
-from training.drawing.subjects import FAMILIES, SUBJECTS, Subject, random_subject
+from training.drawing.subjects import FAMILIES, SUBJECTS, Subject, random_stranger
 
 SUBJECT_NAMES = (*SUBJECTS, *FAMILIES)
 """The named subjects, then the families for any other member of them."""
@@ -33,25 +33,16 @@ class Example:
     style: str | None
 
 
-def _nobody(rng: np.random.Generator, family: str | None = None) -> Subject:
-    """A member of a family in colours of no named one."""
-    taken = {(s.family, s.main, s.second) for s in SUBJECTS.values()}
-    while True:
-        subject = random_subject(rng, family)
-        if (subject.family, subject.main, subject.second) not in taken:
-            return subject
-
-
 def some_subject(rng: np.random.Generator, named: float = 0.45) -> tuple[Subject, str]:
     """A subject and its name on the judge's list. One in four is a near miss of a named one."""
     if rng.random() >= named:
-        subject = _nobody(rng)
+        subject = random_stranger(rng)
         return subject, subject.family
     name = str(rng.choice(list(SUBJECTS)))
     subject = SUBJECTS[name]
     kind = rng.random()
     if kind < 0.13:  # its parts in other colours
-        return dataclasses.replace(_nobody(rng, subject.family), fancy=True), subject.family
+        return dataclasses.replace(random_stranger(rng, subject.family), fancy=True), subject.family
     if kind < 0.26:  # its colours without its parts
         return dataclasses.replace(subject, fancy=False), subject.family
     return subject, name

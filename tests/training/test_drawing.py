@@ -8,7 +8,7 @@ import pytest
 
 from training.drawing.pictures import SIZE, render
 from training.drawing.styles import FLAT, GROUNDS, INKS, NAMED_INKS, NAMED_TEXTURES, STYLES, Style, random_style
-from training.drawing.subjects import FAMILIES, LEFT_OUT, PART_COLOURS, STYLE_FAMILIES, SUBJECTS, random_subject
+from training.drawing.subjects import FAMILIES, LEFT_OUT, PART_COLOURS, SUBJECTS, random_subject
 
 
 def far(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
@@ -93,10 +93,6 @@ def test_the_base_knows_the_parts_of_the_named_subjects_in_other_colours():
     fancy = {s.family for s in (random_subject(rng) for _ in range(500)) if s.fancy}
     assert fancy == {s.family for s in SUBJECTS.values()}
     assert all(s.fancy for s in SUBJECTS.values())
-
-
-def test_a_style_lora_is_trained_on_no_family_of_a_subject():
-    assert {s.family for s in SUBJECTS.values()}.isdisjoint(STYLE_FAMILIES)
 
 
 def test_a_description_names_what_is_drawn():

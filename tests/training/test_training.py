@@ -10,10 +10,10 @@ pytest.importorskip("peft")
 from klora.demo.judge import Judge, JudgeNet, pack, unpack
 from training.drawing.pictures import SIZE
 from training.drawing.styles import STYLES
-from training.drawing.subjects import SUBJECTS
+from training.drawing.subjects import FAMILIES, SUBJECTS
 from training.gates import base_gates, judge_gates, lora_gates
 from training.judge import targets
-from training.loras import JOBS, MOST_BEGUN, head_start, kohya_state
+from training.loras import CONTOUR, JOBS, TEXTURE, head_start, is_new, kohya_state, style_subject
 from training.networks import draw_times, make_sampler, make_scheduler, make_unet
 from training.parallel import write_checkpoint
 from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES, join_halves, some_style, some_subject
@@ -67,18 +67,20 @@ def test_half_of_the_steps_are_over_when_noise_is_about_as_strong_as_a_latent():
     assert float((1 / noise - 1).sqrt()) == pytest.approx(float(sampler.sigmas[10]), rel=0.02)
 
 
-@pytest.mark.parametrize("most", [MOST_BEGUN, 1.0])
-def test_latents_begun_otherwise_are_noisy_latents_of_what_was_begun(most):
+@pytest.mark.parametrize("start", [TEXTURE, CONTOUR])
+def test_latents_begun_otherwise_are_noisy_latents_of_what_was_begun(start):
     clean, noise = torch.randn((2, 64, 8, 4, 4), generator=torch.Generator().manual_seed(0))
     scheduler, t = make_scheduler(), torch.arange(0, 960, 15)
-    head = head_start(scheduler, torch.ones_like(clean), t, torch.Generator().manual_seed(1), most)
+    head = head_start(scheduler, torch.ones_like(clean), t, torch.Generator().manual_seed(1), start)
     noisy = scheduler.add_noise(clean, noise + head, t)
     kept = scheduler.alphas_cumprod[t][:, None, None, None]
     share = ((noisy - scheduler.add_noise(clean, noise, t)) / kept.sqrt()).flatten(1).mean(1)
     assert torch.allclose(scheduler.add_noise(clean + share[:, None, None, None], noise, t), noisy, atol=1e-4)
     assert 0.3 < float((share[t > 300] > 0.01).float().mean()) < 0.9
-    assert most - 0.1 < float(share.max()) <= most + 0.001
-    assert not share[scheduler.alphas_cumprod[t] > 0.8].any()  # where noise is less than half as strong as a latent
+    assert start.most - 0.1 < float(share.max()) <= start.most + 0.001
+    late = (1 / kept.flatten() - 1).sqrt() < start.above
+    assert late.any()
+    assert not share[late].any()
     # The velocity that is learned leads from there to the clean picture.
     velocity = scheduler.get_velocity(clean, noise + head, t)
     assert torch.allclose(kept.sqrt() * noisy - (1 - kept).sqrt() * velocity, clean, atol=1e-4)
@@ -98,6 +100,21 @@ def test_two_of_each_are_held_out_and_both_spellings_and_ranks_are_there():
         assert sum(job.held_out for job in jobs) == 2
     assert {job.spelling for job in JOBS} == {"kohya", "peft"}
     assert {job.rank for job in JOBS} == {8, 16}
+
+
+def test_what_the_base_never_saw_is_taught_on_every_family():
+    assert {name for name, style in STYLES.items() if is_new(style)} == {"woodcut", "hatching"}
+    rng = np.random.default_rng(4)
+    assert {style_subject(STYLES["hatching"], rng).family for _ in range(200)} == set(FAMILIES)
+
+
+def test_no_style_is_trained_on_a_named_subject():
+    named = {(s.family, s.main, s.second) for s in SUBJECTS.values()}
+    rng = np.random.default_rng(5)
+    for style in STYLES.values():
+        shown = [style_subject(style, rng) for _ in range(1500)]
+        assert named.isdisjoint((s.family, s.main, s.second) for s in shown)
+        assert is_new(style) or {family for family, *_ in named}.isdisjoint(s.family for s in shown)
 
 
 def test_kohya_keys_carry_alpha():

@@ -270,8 +270,7 @@ _DRAW: dict[str, Callable[[Subject], list[Part]]] = {
 }
 FAMILIES = tuple(_DRAW)
 SUBJECT_FAMILIES = tuple(s.family for s in SUBJECTS.values())
-STYLE_FAMILIES = tuple(f for f in FAMILIES if f not in SUBJECT_FAMILIES)
-"""What a style LoRA is trained on: no family that a subject belongs to."""
+OTHER_FAMILIES = tuple(f for f in FAMILIES if f not in SUBJECT_FAMILIES)
 
 
 def parts_of(subject: Subject) -> list[Part]:
@@ -287,3 +286,12 @@ def random_subject(rng: np.random.Generator, family: str | None = None) -> Subje
         if (family, main, second) not in LEFT_OUT:
             fancy = family in SUBJECT_FAMILIES and bool(rng.random() < 1 / 3)
             return Subject(family, str(rng.choice(BUILDS)), str(rng.choice(SHAPES)), main, second, fancy)
+
+
+def random_stranger(rng: np.random.Generator, family: str | None = None) -> Subject:
+    """Any member of a family in colours of no named one."""
+    taken = {(s.family, s.main, s.second) for s in SUBJECTS.values()}
+    while True:
+        subject = random_subject(rng, family)
+        if (subject.family, subject.main, subject.second) not in taken:
+            return subject
