@@ -33,6 +33,8 @@ from training.parallel import Pace, write_checkpoint
 from training.words import STYLE_TOKEN, SUBJECT_TOKEN, tokenize
 
 BATCH = 16
+NEW_RANK = 16
+"""What a style that the base never saw is learned with; the file has the rank that its job says."""
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 KEPT = (0.3, 0.7)
 """A step that leaves modules out keeps each with a probability between these."""
@@ -83,9 +85,9 @@ JOBS = (
     Job("mimi", 8, 8, "peft", held_out=False),
     Job("pinstripe", 8, 8, "peft", held_out=False),
     Job("comet", 8, 8, "kohya", held_out=True),
-    Job("woodcut", 16, 16, "kohya", held_out=True),
+    Job("woodcut", 8, 8, "kohya", held_out=True),
     Job("finn", 8, 8, "kohya", held_out=True),
-    Job("hatching", 16, 16, "peft", held_out=True),
+    Job("hatching", 8, 8, "peft", held_out=True),
 )
 
 
@@ -183,7 +185,10 @@ class Trainer:
         self.job, self.effort, self.step = job, effort, 0
         self.unet, self.scheduler = pipe.unet.requires_grad_(False), make_scheduler()
         self.unet.set_attn_processor(AttnProcessor())  # its backward is faster than the fused kernel's here
-        self.unet.add_adapter(LoraConfig(r=job.rank, lora_alpha=job.alpha, target_modules=TARGETS))
+        self.scale, rank = job.alpha / job.rank, job.rank
+        if not job.is_subject and is_new(STYLES[job.name]):
+            rank = NEW_RANK
+        self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=self.scale * rank, target_modules=TARGETS))
         self.weights = [p for p in self.unet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=effort.rate, weight_decay=0.01)
         self.latents, self.texts, self.begun = examples(job, pipe, effort.pictures)
@@ -204,7 +209,7 @@ class Trainer:
         """Switch a random share of the modules off for this step, or none."""
         keep = 1.0 if self.step % 3 < self.effort.whole else rng.uniform(*KEPT)
         for layer in lora_layers(self.unet):
-            layer.scaling["default"] = self.job.alpha / self.job.rank * float(rng.random() < keep)
+            layer.scaling["default"] = self.scale * float(rng.random() < keep)
 
     def advance(self) -> float:
         """One optimizer step; the loss."""
@@ -229,6 +234,19 @@ class Trainer:
         return loss.item()
 
 
+def cut_to_rank(state: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Tensor]:
+    """The best approximation of every product of a lora_A (r, in) and its lora_B (out, r) with at most that rank."""
+    out = {}
+    for key in (key for key in state if "lora_A" in key):
+        other = key.replace("lora_A", "lora_B")
+        out[key], out[other] = state[key], state[other]
+        if len(state[key]) > rank:
+            u, s, v = torch.linalg.svd(state[other].float() @ state[key].float(), full_matrices=False)
+            root = s[:rank].sqrt()
+            out[key], out[other] = root[:, None] * v[:rank], u[:, :rank] * root
+    return out
+
+
 def kohya_state(state: dict[str, torch.Tensor], alpha: int) -> dict[str, torch.Tensor]:
     """PEFT keys of a U-Net → the keys that kohya's trainer writes."""
     out: dict[str, torch.Tensor] = {}
@@ -246,9 +264,10 @@ def _plain(value: object) -> object:
 
 
 def save(job: Job, unet: torch.nn.Module) -> None:
-    """Write the file in the job's spelling, fp16, with the metadata that its usual trainer writes."""
+    """Write the file in the job's rank and spelling, fp16, with the metadata that its usual trainer writes."""
     job.file.parent.mkdir(parents=True, exist_ok=True)
-    state = {k: v.detach().half().contiguous() for k, v in get_peft_model_state_dict(unet).items()}
+    state = cut_to_rank({k: v.detach() for k, v in get_peft_model_state_dict(unet).items()}, job.rank)
+    state = {k: v.half().contiguous() for k, v in state.items()}
     if job.spelling == "kohya":
         metadata = {
             "ss_output_name": job.name,
@@ -260,7 +279,7 @@ def save(job: Job, unet: torch.nn.Module) -> None:
         }
         save_file({k: v.half() for k, v in kohya_state(state, job.alpha).items()}, job.file, metadata=metadata)
     else:
-        config = unet.peft_config["default"].to_dict()
+        config = unet.peft_config["default"].to_dict() | {"r": job.rank, "lora_alpha": job.alpha}
         keep = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias")
         StableDiffusionPipeline.save_lora_weights(
             job.file.parent,

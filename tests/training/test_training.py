@@ -13,7 +13,7 @@ from training.drawing.styles import STYLES
 from training.drawing.subjects import FAMILIES, SUBJECTS
 from training.gates import base_gates, judge_gates, lora_gates
 from training.judge import targets
-from training.loras import CONTOUR, JOBS, TEXTURE, head_start, is_new, kohya_state, style_subject
+from training.loras import CONTOUR, JOBS, TEXTURE, cut_to_rank, head_start, is_new, kohya_state, style_subject
 from training.networks import draw_times, make_sampler, make_scheduler, make_unet
 from training.parallel import write_checkpoint
 from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES, join_halves, some_style, some_subject
@@ -115,6 +115,18 @@ def test_no_style_is_trained_on_a_named_subject():
         shown = [style_subject(style, rng) for _ in range(1500)]
         assert named.isdisjoint((s.family, s.main, s.second) for s in shown)
         assert is_new(style) or {family for family, *_ in named}.isdisjoint(s.family for s in shown)
+
+
+def test_a_lora_is_cut_to_its_rank_at_the_smallest_loss():
+    g = torch.Generator().manual_seed(0)
+    state = {"q.lora_A.weight": torch.randn((6, 20), generator=g), "q.lora_B.weight": torch.randn((12, 6), generator=g)}
+    whole = state["q.lora_B.weight"] @ state["q.lora_A.weight"]
+    assert cut_to_rank(state, 6) == state
+    cut = cut_to_rank(state, 4)
+    assert cut["q.lora_A.weight"].shape == (4, 20)
+    lost = torch.linalg.matrix_norm(whole - cut["q.lora_B.weight"] @ cut["q.lora_A.weight"])
+    left_out = torch.linalg.svdvals(whole)[4:6]
+    assert float(lost) == pytest.approx(float(left_out.norm()), rel=1e-4)
 
 
 def test_kohya_keys_carry_alpha():
