@@ -70,7 +70,7 @@ def analyse(request: FusionRequest, view: View) -> tuple[str, str]:
 
 
 def _bars(overlap: Overlap, title: str, view: View) -> Images.Image | None:
-    if importlib.util.find_spec("matplotlib") is None or overlap.whole is None:
+    if not _can_draw() or overlap.whole is None:
         return None
     from klora.report.overlap_picture import overlap_picture
 
@@ -78,11 +78,15 @@ def _bars(overlap: Overlap, title: str, view: View) -> Images.Image | None:
 
 
 def _cells(plan: FusionPlan, view: View) -> Images.Image | None:
-    if importlib.util.find_spec("matplotlib") is None:
+    if not _can_draw():
         return None
     from klora.report.picture import selection_cells
 
     return selection_cells(plan, _theme(view))
+
+
+def _can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def _theme(view: View) -> Theme:
@@ -93,7 +97,7 @@ def _theme(view: View) -> Theme:
 
 def draw(plan: FusionPlan, title: str) -> Images.Image:
     """Draw the selection map; KloraError without matplotlib."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if not _can_draw():
         raise KloraError("the selection map needs matplotlib; install it into the WebUI's environment")
     from klora.report.picture import selection_map
 
