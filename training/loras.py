@@ -40,6 +40,12 @@ KEPT = (0.3, 0.7)
 """A step that leaves modules out keeps each with a probability between these."""
 
 
+SETTLING = 0.5
+"""The share of the rate from which it falls once more, while no module is left out."""
+UNSAID = 0.25
+"""How many captions are empty meanwhile: pictures are made with guidance, by what an empty one gives."""
+
+
 @dataclass(frozen=True)
 class HeadStart:
     """How far a picture may have been begun without the LoRA."""
@@ -54,8 +60,12 @@ class HeadStart:
 
 TEXTURE = HeadStart(often=0.6, most=0.8, above=0.5)
 """Where nothing of a texture is there, its phase is unknown, and what is learned is a blur."""
-CONTOUR = HeadStart(often=0.6, most=1.0, above=0.25)
-"""A contour has no phase: it may be missing altogether, and be made good for longer."""
+CONTOUR = HeadStart(often=0.6, most=1.0, above=0.5)
+LATE_CONTOUR = HeadStart(often=0.6, most=1.0, above=0.25)
+"""A contour has no phase: it may be missing altogether, and be made good for longer.
+
+Learned so late to the end, it makes surfaces grainy; so the last steps are as a texture's.
+"""
 
 
 @dataclass(frozen=True)
@@ -174,6 +184,19 @@ class Effort:
     pictures: int
     whole: int
     """At how many steps of three no module is left out."""
+    settling: int = 0
+    """Steps after these in which no module is left out, and some captions are."""
+
+    @property
+    def last(self) -> int:
+        """All steps."""
+        return self.steps + self.settling
+
+    def rate_at(self, step: int) -> float:
+        """The learning rate."""
+        if step < self.steps:
+            return self.rate * min(1, (step + 1) / 20) * falling(step, self.steps)
+        return self.rate * SETTLING * falling(step - self.steps, self.settling)
 
 
 class Trainer:
@@ -192,7 +215,8 @@ class Trainer:
         self.weights = [p for p in self.unet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=effort.rate, weight_decay=0.01)
         self.latents, self.texts, self.begun = examples(job, pipe, effort.pictures)
-        self.start = TEXTURE if job.is_subject or STYLES[job.name].texture != "flat" else CONTOUR
+        with torch.no_grad():
+            self.empty = pipe.text_encoder(tokenize(pipe.tokenizer, [""]))[0]
         self.file = WORK / f"lora-{job.name}.pt"
         if self.file.exists():
             state = torch.load(self.file, weights_only=True)
@@ -205,9 +229,16 @@ class Trainer:
         state = {"step": self.step, "lora": get_peft_model_state_dict(self.unet)}
         write_checkpoint(self.file, state | {"optimizer": self.optimizer.state_dict()})
 
+    def start(self) -> HeadStart:
+        """How far its pictures may have been begun without it, at this step."""
+        if self.job.is_subject or STYLES[self.job.name].texture != "flat":
+            return TEXTURE
+        return LATE_CONTOUR if self.step < self.effort.steps else CONTOUR
+
     def leave_out(self, rng: np.random.Generator) -> None:
         """Switch a random share of the modules off for this step, or none."""
-        keep = 1.0 if self.step % 3 < self.effort.whole else rng.uniform(*KEPT)
+        whole = self.step % 3 < self.effort.whole or self.step >= self.effort.steps
+        keep = 1.0 if whole else rng.uniform(*KEPT)
         for layer in lora_layers(self.unet):
             layer.scaling["default"] = self.scale * float(rng.random() < keep)
 
@@ -220,11 +251,14 @@ class Trainer:
         clean = self.latents[chosen]
         noise = torch.randn(clean.shape, generator=noise_rng)
         t = draw_times(BATCH, noise_rng)
-        warm = self.effort.rate * min(1, (self.step + 1) / 20)
-        self.optimizer.param_groups[0]["lr"] = warm * falling(self.step, self.effort.steps)
-        noise += head_start(self.scheduler, self.begun[chosen] - clean, t, noise_rng, self.start)
+        self.optimizer.param_groups[0]["lr"] = self.effort.rate_at(self.step)
+        noise += head_start(self.scheduler, self.begun[chosen] - clean, t, noise_rng, self.start())
+        texts = self.texts[chosen]
+        if self.step >= self.effort.steps:
+            unsaid = torch.rand(BATCH, generator=noise_rng) < UNSAID
+            texts = torch.where(unsaid[:, None, None], self.empty, texts)
         with torch.autocast("cpu", torch.bfloat16):
-            guess = self.unet(self.scheduler.add_noise(clean, noise, t), t, self.texts[chosen]).sample
+            guess = self.unet(self.scheduler.add_noise(clean, noise, t), t, texts).sample
         loss = torch.nn.functional.mse_loss(guess.float(), self.scheduler.get_velocity(clean, noise, t))
         self.optimizer.zero_grad(set_to_none=False)  # a module that was left out still has a gradient, of zero
         loss.backward()
@@ -294,11 +328,11 @@ def make_file(job: Job, effort: Effort) -> None:
     """Train and save one LoRA on one thread."""
     torch.set_num_threads(1)
     trainer, pace, losses = Trainer(job, effort), Pace(60), []
-    while trainer.step < effort.steps:
+    while trainer.step < effort.last:
         losses.append(trainer.advance())
         if trainer.step % 50 == 0:
             print(
-                f"{time.strftime('%H:%M:%S')} {job.name} {trainer.step}/{effort.steps} {np.mean(losses[-50:]):.4f}",
+                f"{time.strftime('%H:%M:%S')} {job.name} {trainer.step}/{effort.last} {np.mean(losses[-50:]):.4f}",
                 flush=True,
             )
         if pace.due():
@@ -315,6 +349,7 @@ def main() -> None:
     parser.add_argument("--subject-steps", type=int, default=1200)
     parser.add_argument("--style-steps", type=int, default=1200)
     parser.add_argument("--new-style-steps", type=int, default=1600, help="for a style that the base never saw")
+    parser.add_argument("--new-style-settling", type=int, default=600, help="steps after these with all modules")
     parser.add_argument("--subject-whole", type=int, default=0, help="steps of three that leave no module out")
     parser.add_argument("--style-whole", type=int, default=2, help="steps of three that leave no module out")
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -325,8 +360,10 @@ def main() -> None:
     def effort(job: Job) -> Effort:
         if job.is_subject:
             return Effort(args.subject_steps, args.rate, args.subject_pictures, args.subject_whole)
-        steps = args.new_style_steps if is_new(STYLES[job.name]) else args.style_steps
-        return Effort(steps, args.rate, args.style_pictures, args.style_whole)
+        if is_new(STYLES[job.name]):
+            steps, settling = args.new_style_steps, args.new_style_settling
+            return Effort(steps, args.rate, args.style_pictures, args.style_whole, settling)
+        return Effort(args.style_steps, args.rate, args.style_pictures, args.style_whole)
 
     jobs = [j for j in JOBS if (j.name in args.names if args.names else not j.file.exists())]
     with torch.multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
