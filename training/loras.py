@@ -70,7 +70,7 @@ Learned so late to the end, it makes surfaces grainy; so the last steps are as a
 
 @dataclass(frozen=True)
 class Job:
-    """One LoRA file to make. `held_out`: no setting was chosen by looking at it."""
+    """One LoRA file to make. `held_out`: no setting of a fusion or of another LoRA was chosen by looking at it."""
 
     name: str
     rank: int

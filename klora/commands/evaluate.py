@@ -42,7 +42,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--model", metavar="FOLDER|ID", help=MODEL)
     command.add_argument("--demo", action="store_true", help="evaluate the project's own model with its judge, offline")
-    command.add_argument("--held-out", action="store_true", help="with --demo: only pairs held out of every choice")
+    command.add_argument("--held-out", action="store_true", help="with --demo: only pairs that no fusion was chosen on")
     command.add_argument(
         "--prompt",
         metavar="TEXT",
