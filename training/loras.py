@@ -349,7 +349,8 @@ def main() -> None:
     parser.add_argument("--subject-steps", type=int, default=1200)
     parser.add_argument("--style-steps", type=int, default=1200)
     parser.add_argument("--new-style-steps", type=int, default=1600, help="for a style that the base never saw")
-    parser.add_argument("--new-style-settling", type=int, default=600, help="steps after these with all modules")
+    parser.add_argument("--texture-settling", type=int, default=600, help="steps after these, for a new texture")
+    parser.add_argument("--contour-settling", type=int, default=400, help="steps after these, for a new contour")
     parser.add_argument("--subject-whole", type=int, default=0, help="steps of three that leave no module out")
     parser.add_argument("--style-whole", type=int, default=2, help="steps of three that leave no module out")
     parser.add_argument("--rate", type=float, default=2e-3)
@@ -361,8 +362,8 @@ def main() -> None:
         if job.is_subject:
             return Effort(args.subject_steps, args.rate, args.subject_pictures, args.subject_whole)
         if is_new(STYLES[job.name]):
-            steps, settling = args.new_style_steps, args.new_style_settling
-            return Effort(steps, args.rate, args.style_pictures, args.style_whole, settling)
+            settling = args.contour_settling if STYLES[job.name].texture == "flat" else args.texture_settling
+            return Effort(args.new_style_steps, args.rate, args.style_pictures, args.style_whole, settling)
         return Effort(args.style_steps, args.rate, args.style_pictures, args.style_whole)
 
     jobs = [j for j in JOBS if (j.name in args.names if args.names else not j.file.exists())]
