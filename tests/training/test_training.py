@@ -13,7 +13,7 @@ from training.drawing.styles import STYLES
 from training.drawing.subjects import FAMILIES, SUBJECTS
 from training.gates import base_gates, judge_gates, lora_gates
 from training.judge import targets
-from training.loras import CONTOUR, JOBS, TEXTURE, cut_to_rank, head_start, is_new, kohya_state, style_subject
+from training.loras import JOBS, LATE_CONTOUR, TEXTURE, cut_to_rank, head_start, is_new, kohya_state, style_subject
 from training.networks import draw_times, make_sampler, make_scheduler, make_unet
 from training.parallel import write_checkpoint
 from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES, join_halves, some_style, some_subject
@@ -67,7 +67,7 @@ def test_half_of_the_steps_are_over_when_noise_is_about_as_strong_as_a_latent():
     assert float((1 / noise - 1).sqrt()) == pytest.approx(float(sampler.sigmas[10]), rel=0.02)
 
 
-@pytest.mark.parametrize("start", [TEXTURE, CONTOUR])
+@pytest.mark.parametrize("start", [TEXTURE, LATE_CONTOUR])
 def test_latents_begun_otherwise_are_noisy_latents_of_what_was_begun(start):
     clean, noise = torch.randn((2, 64, 8, 4, 4), generator=torch.Generator().manual_seed(0))
     scheduler, t = make_scheduler(), torch.arange(0, 960, 15)
