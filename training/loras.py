@@ -24,6 +24,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import save_file
 
+from klora.fusion.cut import svd_of_product
 from training.drawing.pictures import render
 from training.drawing.styles import CONTOURS, FLAT, GROUNDS, STYLES, TEXTURES, Style, random_style
 from training.drawing.subjects import FAMILIES, OTHER_FAMILIES, SUBJECTS, Subject, random_stranger
@@ -38,7 +39,6 @@ NEW_RANK = 16
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 KEPT = (0.3, 0.7)
 """A step that leaves modules out keeps each with a probability between these."""
-
 
 SETTLING = 0.5
 """The share of the rate from which it falls once more, while no module is left out."""
@@ -229,15 +229,20 @@ class Trainer:
         state = {"step": self.step, "lora": get_peft_model_state_dict(self.unet)}
         write_checkpoint(self.file, state | {"optimizer": self.optimizer.state_dict()})
 
+    @property
+    def settling(self) -> bool:
+        """Whether it has learned, and settles."""
+        return self.step >= self.effort.steps
+
     def start(self) -> HeadStart:
         """How far its pictures may have been begun without it, at this step."""
         if self.job.is_subject or STYLES[self.job.name].texture != "flat":
             return TEXTURE
-        return LATE_CONTOUR if self.step < self.effort.steps else CONTOUR
+        return CONTOUR if self.settling else LATE_CONTOUR
 
     def leave_out(self, rng: np.random.Generator) -> None:
         """Switch a random share of the modules off for this step, or none."""
-        whole = self.step % 3 < self.effort.whole or self.step >= self.effort.steps
+        whole = self.step % 3 < self.effort.whole or self.settling
         keep = 1.0 if whole else rng.uniform(*KEPT)
         for layer in lora_layers(self.unet):
             layer.scaling["default"] = self.scale * float(rng.random() < keep)
@@ -254,7 +259,7 @@ class Trainer:
         self.optimizer.param_groups[0]["lr"] = self.effort.rate_at(self.step)
         noise += head_start(self.scheduler, self.begun[chosen] - clean, t, noise_rng, self.start())
         texts = self.texts[chosen]
-        if self.step >= self.effort.steps:
+        if self.settling:
             unsaid = torch.rand(BATCH, generator=noise_rng) < UNSAID
             texts = torch.where(unsaid[:, None, None], self.empty, texts)
         with torch.autocast("cpu", torch.bfloat16):
@@ -275,9 +280,9 @@ def cut_to_rank(state: dict[str, torch.Tensor], rank: int) -> dict[str, torch.Te
         other = key.replace("lora_A", "lora_B")
         out[key], out[other] = state[key], state[other]
         if len(state[key]) > rank:
-            u, s, v = torch.linalg.svd(state[other].float() @ state[key].float(), full_matrices=False)
+            u, s, v = svd_of_product(state[other], state[key])
             root = s[:rank].sqrt()
-            out[key], out[other] = root[:, None] * v[:rank], u[:, :rank] * root
+            out[key], out[other] = root[:, None] * v[:, :rank].t(), u[:, :rank] * root
     return out
 
 

@@ -271,6 +271,7 @@ _DRAW: dict[str, Callable[[Subject], list[Part]]] = {
 FAMILIES = tuple(_DRAW)
 SUBJECT_FAMILIES = tuple(s.family for s in SUBJECTS.values())
 OTHER_FAMILIES = tuple(f for f in FAMILIES if f not in SUBJECT_FAMILIES)
+"""Those without a named subject."""
 
 
 def parts_of(subject: Subject) -> list[Part]:
