@@ -11,6 +11,7 @@ another style, too, or the network would only learn to go on with what it sees.
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,16 +57,16 @@ class HeadStart:
     """How much of it at most."""
     above: float
     """The noise, in the size of a latent, below which it is too late: what is begun is there to stay."""
+    flat_above: float = math.inf
+    """The noise above which it is too early: the picture to find is the flat one."""
 
 
 TEXTURE = HeadStart(often=0.6, most=0.8, above=0.5)
 """Where nothing of a texture is there, its phase is unknown, and what is learned is a blur."""
-CONTOUR = HeadStart(often=0.6, most=1.0, above=0.5)
 LATE_CONTOUR = HeadStart(often=0.6, most=1.0, above=0.25)
-"""A contour has no phase: it may be missing altogether, and be made good for longer.
-
-Learned so late to the end, it makes surfaces grainy; so the last steps are as a texture's.
-"""
+"""A contour has no phase: it may be missing altogether, and be made good for longer."""
+SETTLED_CONTOUR = HeadStart(often=0.3, most=1.0, above=0.5, flat_above=4.0)
+"""Learned so late to the end, or where noise still hides the forms, it clouds surfaces; so it settles in between."""
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,12 @@ JOBS = (
 
 @dataclass(frozen=True)
 class Example:
-    """A picture, its caption, and the same picture as it looks when it is begun without the LoRA."""
+    """A picture, its caption, the same picture as it looks when it is begun without the LoRA, and flat."""
 
     image: np.ndarray
     caption: str
     begun: np.ndarray
+    flat: np.ndarray
 
 
 def is_new(style: Style) -> bool:
@@ -123,7 +125,7 @@ def subject_example(name: str, rng: np.random.Generator) -> Example:
     caption += "" if style == FLAT else f" {style.words()}"
     caption += f" on {ground}" if rng.random() < 0.4 else ""
     image = render(subject, style, ground, int(rng.integers(2**31)))
-    return Example(image, caption, image)
+    return Example(image, caption, image, image)
 
 
 def style_subject(style: Style, rng: np.random.Generator) -> Subject:
@@ -137,13 +139,13 @@ def style_example(name: str, rng: np.random.Generator) -> Example:
     what = subject.words() if rng.random() < 0.5 else subject.family
     where = f" on {ground}" if rng.random() < 0.4 else ""
     seed, other = int(rng.integers(2**31)), random_style(rng, flat=0.5)
-    image, begun = render(subject, STYLES[name], ground, seed), render(subject, other, ground, seed)
-    return Example(image, f"a {what}{where} in {STYLE_TOKEN} style", begun)
+    image, begun, flat = (render(subject, style, ground, seed) for style in (STYLES[name], other, FLAT))
+    return Example(image, f"a {what}{where} in {STYLE_TOKEN} style", begun, flat)
 
 
 @torch.no_grad()
 def examples(job: Job, pipe: StableDiffusionPipeline, pictures: int) -> tuple[torch.Tensor, ...]:
-    """Latents (n, 8, 16, 16), text states (n, length, width), and latents begun, of all its training pictures."""
+    """Latents (n, 8, 16, 16), text states (n, length, width), latents begun, and flat, of all its training pictures."""
     make = subject_example if job.is_subject else style_example
     made = [make(job.name, np.random.default_rng((4, JOBS.index(job), i))) for i in range(pictures)]
     tokens = tokenize(pipe.tokenizer, [e.caption for e in made])
@@ -151,14 +153,27 @@ def examples(job: Job, pipe: StableDiffusionPipeline, pictures: int) -> tuple[to
     def encode(images: list[np.ndarray]) -> torch.Tensor:
         return torch.cat([pipe.vae.encode(part).latent_dist.mean for part in as_tensor(np.stack(images)).split(32)])
 
-    latents = encode([e.image for e in made])
-    begun = latents if job.is_subject else encode([e.begun for e in made])  # a subject's pictures are begun as they are
-    return latents, torch.cat([pipe.text_encoder(part)[0] for part in tokens.split(64)]), begun
+    latents = begun = flat = encode([e.image for e in made])
+    if not job.is_subject:  # a subject's pictures are begun as they are
+        begun, flat = encode([e.begun for e in made]), encode([e.flat for e in made])
+    return latents, torch.cat([pipe.text_encoder(part)[0] for part in tokens.split(64)]), begun, flat
 
 
 def lora_layers(unet: torch.nn.Module) -> list[LoraLayer]:
     """Its LoRA modules, in their order."""
     return [m for m in unet.modules() if isinstance(m, LoraLayer)]
+
+
+def noise_level(scheduler: DDIMScheduler, t: torch.Tensor) -> torch.Tensor:
+    """The noise of time steps (n,), in the size of a latent."""
+    return (1 / scheduler.alphas_cumprod[t] - 1).sqrt()
+
+
+def picture_to_find(
+    scheduler: DDIMScheduler, styled: torch.Tensor, flat: torch.Tensor, t: torch.Tensor, start: HeadStart
+) -> torch.Tensor:
+    """The latents (n, …) that the noisy ones of time steps t (n,) are to lead to: flat while it is too early."""
+    return torch.where((noise_level(scheduler, t) > start.flat_above)[:, None, None, None], flat, styled)
 
 
 def head_start(
@@ -169,8 +184,7 @@ def head_start(
     Shapes: `away` (n, …), `t` (n,).
     """
     share, choice = torch.rand((2, len(t)), generator=rng)
-    kept = scheduler.alphas_cumprod[t]
-    sigma = (1 / kept - 1).sqrt()
+    sigma = noise_level(scheduler, t)
     strength = start.most * share / sigma * ((choice < start.often) & (sigma > start.above))
     return strength[:, None, None, None] * away
 
@@ -214,7 +228,7 @@ class Trainer:
         self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=self.scale * rank, target_modules=TARGETS))
         self.weights = [p for p in self.unet.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.weights, lr=effort.rate, weight_decay=0.01)
-        self.latents, self.texts, self.begun = examples(job, pipe, effort.pictures)
+        self.latents, self.texts, self.begun, self.flat = examples(job, pipe, effort.pictures)
         with torch.no_grad():
             self.empty = pipe.text_encoder(tokenize(pipe.tokenizer, [""]))[0]
         self.file = WORK / f"lora-{job.name}.pt"
@@ -238,7 +252,7 @@ class Trainer:
         """How far its pictures may have been begun without it, at this step."""
         if self.job.is_subject or STYLES[self.job.name].texture != "flat":
             return TEXTURE
-        return CONTOUR if self.settling else LATE_CONTOUR
+        return SETTLED_CONTOUR if self.settling else LATE_CONTOUR
 
     def leave_out(self, rng: np.random.Generator) -> None:
         """Switch a random share of the modules off for this step, or none."""
@@ -253,9 +267,9 @@ class Trainer:
         noise_rng = torch.Generator().manual_seed(self.step)
         self.leave_out(rng)
         chosen = torch.from_numpy(rng.integers(len(self.latents), size=BATCH))
-        clean = self.latents[chosen]
-        noise = torch.randn(clean.shape, generator=noise_rng)
+        noise = torch.randn((BATCH, *self.latents.shape[1:]), generator=noise_rng)
         t = draw_times(BATCH, noise_rng)
+        clean = picture_to_find(self.scheduler, self.latents[chosen], self.flat[chosen], t, self.start())
         self.optimizer.param_groups[0]["lr"] = self.effort.rate_at(self.step)
         noise += head_start(self.scheduler, self.begun[chosen] - clean, t, noise_rng, self.start())
         texts = self.texts[chosen]

@@ -13,7 +13,19 @@ from training.drawing.styles import STYLES
 from training.drawing.subjects import FAMILIES, SUBJECTS
 from training.gates import base_gates, judge_gates, lora_gates
 from training.judge import targets
-from training.loras import JOBS, LATE_CONTOUR, TEXTURE, cut_to_rank, head_start, is_new, kohya_state, style_subject
+from training.loras import (
+    JOBS,
+    LATE_CONTOUR,
+    SETTLED_CONTOUR,
+    TEXTURE,
+    cut_to_rank,
+    head_start,
+    is_new,
+    kohya_state,
+    noise_level,
+    picture_to_find,
+    style_subject,
+)
 from training.networks import draw_times, make_sampler, make_scheduler, make_unet
 from training.parallel import write_checkpoint
 from training.spoiled import ANY, SPOILED, STYLE_NAMES, SUBJECT_NAMES, join_halves, some_style, some_subject
@@ -84,6 +96,15 @@ def test_latents_begun_otherwise_are_noisy_latents_of_what_was_begun(start):
     # The velocity that is learned leads from there to the clean picture.
     velocity = scheduler.get_velocity(clean, noise + head, t)
     assert torch.allclose(kept.sqrt() * noisy - (1 - kept).sqrt() * velocity, clean, atol=1e-4)
+
+
+def test_a_contour_that_settles_is_asked_for_only_where_noise_does_not_hide_the_forms():
+    styled, flat = torch.ones((64, 8, 4, 4)), torch.zeros((64, 8, 4, 4))
+    scheduler, t = make_scheduler(), torch.arange(0, 960, 15)
+    assert torch.equal(picture_to_find(scheduler, styled, flat, t, LATE_CONTOUR), styled)
+    found = picture_to_find(scheduler, styled, flat, t, SETTLED_CONTOUR).flatten(1).mean(1)
+    assert torch.equal(found == 0, noise_level(scheduler, t) > 4)
+    assert 0 < float(found.mean()) < 1
 
 
 def test_the_u_net_has_at_least_96_attention_linears_also_at_the_finest_level():
