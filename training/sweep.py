@@ -25,13 +25,13 @@ from klora.fusion.policies.base import STYLE, SUBJECT, Active
 from training.networks import load_pipeline
 
 PARTS = {
-    "the first down block": ("down_blocks.0.",),
-    "the second down block": ("down_blocks.1.",),
-    "the middle": ("mid_block.",),
-    "the first up block": ("up_blocks.0.",),
-    "the second up block": ("up_blocks.1.",),
-    "self-attention": (".attn1.",),
-    "cross-attention": (".attn2.",),
+    "the first down block": "down_blocks.0.",
+    "the second down block": "down_blocks.1.",
+    "the middle": "mid_block.",
+    "the first up block": "up_blocks.0.",
+    "the second up block": "up_blocks.1.",
+    "self-attention": ".attn1.",
+    "cross-attention": ".attn2.",
 }
 """Parts of the network, by what the names of their modules contain."""
 FIFTHS = 5
@@ -42,13 +42,13 @@ class Forced:
     """A part of the network and of the time, τ from `start` to before `stop`, in which one LoRA acts."""
 
     active: Active
-    part: tuple[str, ...] = ("",)
+    part: str = ""
     start: float = 0.0
     stop: float = 1.0
 
     def applies(self, module: str, tau: float) -> bool:
         """Whether it decides this module at this place of sampling."""
-        return self.start <= tau < self.stop and any(part in module for part in self.part)
+        return self.start <= tau < self.stop and self.part in module
 
 
 @dataclass(frozen=True)
@@ -82,9 +82,8 @@ def cases() -> list[Case]:
         rows += [Case(f"{who} throughout in {name}", forced=Forced(active, part)) for name, part in PARTS.items()]
     for i in range(FIFTHS):
         start, stop = i / FIFTHS, (i + 1) / FIFTHS
-        rows.append(
-            Case(f"subject alone in steps {start:.0%} to {stop:.0%}", forced=Forced(SUBJECT, ("",), start, stop))
-        )
+        window = Forced(SUBJECT, start=start, stop=stop)
+        rows.append(Case(f"subject alone from {start:.0%} to {stop:.0%} of the steps", forced=window))
     return rows
 
 
