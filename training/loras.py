@@ -268,10 +268,10 @@ class Trainer:
         self.leave_out(rng)
         chosen = torch.from_numpy(rng.integers(len(self.latents), size=BATCH))
         noise = torch.randn((BATCH, *self.latents.shape[1:]), generator=noise_rng)
-        t = draw_times(BATCH, noise_rng)
-        clean = picture_to_find(self.scheduler, self.latents[chosen], self.flat[chosen], t, self.start())
+        t, start = draw_times(BATCH, noise_rng), self.start()
+        clean = picture_to_find(self.scheduler, self.latents[chosen], self.flat[chosen], t, start)
         self.optimizer.param_groups[0]["lr"] = self.effort.rate_at(self.step)
-        noise += head_start(self.scheduler, self.begun[chosen] - clean, t, noise_rng, self.start())
+        noise += head_start(self.scheduler, self.begun[chosen] - clean, t, noise_rng, start)
         texts = self.texts[chosen]
         if self.settling:
             unsaid = torch.rand(BATCH, generator=noise_rng) < UNSAID

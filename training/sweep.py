@@ -18,8 +18,10 @@ import torch
 from klora.api import fuse
 from klora.commands.demo import generate
 from klora.demo import catalogue
-from klora.demo.judge import Judge
+from klora.evaluation.demo_study import Recognition, demo_study
 from klora.evaluation.statistics import Array, estimates
+from klora.evaluation.study import StudyPair
+from klora.evaluation.table import cell, heading, row
 from klora.fusion.plan import FusionPlan
 from klora.fusion.policies.base import STYLE, SUBJECT, Active
 from training.networks import load_pipeline
@@ -35,6 +37,7 @@ PARTS = {
 }
 """Parts of the network, by what the names of their modules contain."""
 FIFTHS = 5
+COLUMNS = ("subject_recognised", "style_recognised", "both_recognised")
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,15 @@ class Forced:
 class ForcedPlan(FusionPlan):
     """A plan that is overruled in a part of the network or of the time."""
 
-    forced: Forced | None = None
+    forced: Forced = field(kw_only=True)
 
     def decide(self, name: str, tau: float) -> Active:
         """What acts there: see `FusionPlan.decide`."""
-        if self.forced and self.forced.applies(name, tau):
-            return self.forced.active
-        return super().decide(name, tau)
+        return self.forced.active if self.forced.applies(name, tau) else super().decide(name, tau)
+
+    def selection(self, name: str) -> str:
+        """One letter per step: see `FusionPlan.selection`."""
+        return "".join(self.decide(name, i / self.steps).letter for i in range(self.steps))
 
 
 @dataclass(frozen=True)
@@ -87,51 +92,40 @@ def cases() -> list[Case]:
     return rows
 
 
-def overruled(plan: FusionPlan, forced: Forced | None) -> ForcedPlan:
+def overruled(plan: FusionPlan, forced: Forced) -> ForcedPlan:
     """The plan with a part of it decided otherwise."""
     return ForcedPlan(**{f.name: getattr(plan, f.name) for f in fields(plan)}, forced=forced)
 
 
-def measure_pair(subject: str, style: str, seeds: Sequence[int]) -> tuple[Array, Array]:
-    """One pair in every case, on one thread: (cases, seeds, 3) recognised subject, style, both; (cases,) its share."""
+def measure_pair(pair: StudyPair, seeds: Sequence[int]) -> tuple[Array, Array]:
+    """One pair in every case, on one thread: (cases, seeds, `COLUMNS`) what is recognised, (cases,) subject's share."""
     torch.set_num_threads(1)
     known = catalogue.read_catalogue(catalogue.HOME)
-    pair = catalogue.demo_pair(known, catalogue.HOME, subject, style)
-    pipe, judge = load_pipeline(catalogue.HOME / known["model"]), Judge.load()
+    pipe, recognition = load_pipeline(catalogue.HOME / known["model"]), Recognition("cpu")
     found, shares = [], []
     for case in cases():
-        with fuse(pipe, *pair.files, scale="s", **case.settings) as session:
-            session.plan = overruled(session.plan, case.forced)
-            verdicts = judge(generate(pipe, pair.prompts["both"], known["recommended"], seeds))
-            plan = session.plan
-        rights = [(v.subject == subject, v.style == style) for v in verdicts]
-        found.append([(a, b, a and b) for a, b in rights])
-        shares.append(share_of(plan))
-    print(f"{subject} × {style}", flush=True)
-    return np.array(found, float), np.array(shares)
-
-
-def share_of(plan: FusionPlan) -> float:
-    """The subject's share of all choices, what is overruled counted as it acts."""
-    acts = [plan.decide(m.name, i / plan.steps) == SUBJECT for m in plan.contested for i in range(plan.steps)]
-    return float(np.mean(acts))
+        with fuse(pipe, pair.subject.lora, pair.style.lora, scale="s", **case.settings) as session:
+            if case.forced:
+                session.plan = overruled(session.plan, case.forced)
+            images = generate(pipe, pair.prompt, known["recommended"], seeds)
+        scores = [recognition(image, pair) for image in images]
+        found.append([[score[column] for column in COLUMNS] for score in scores])
+        shares.append(session.plan.share)
+    print(pair.name, flush=True)
+    return np.array(found), np.array(shares)
 
 
 def table(found: Array, shares: Array, held_out: Sequence[bool]) -> str:
     """Markdown of what was recognised (cases, pairs, seeds, 3), with shares (cases,); `held_out` is for each pair."""
     flat = found.reshape(len(found), -1, found.shape[-1])
     against = estimates(flat[:, :, 2:], lambda means: means - means[..., :1, :])
-    lines = [
-        "| | subject's share % | subject % | style % | both % | both, against the first | both, held out % |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    heads = ("subject's share %", "subject %", "style %", "both %", "both, against the first", "both, held out %")
+    lines = heading(["", *heads])
     for i, case in enumerate(cases()):
-        a, b, both = 100 * flat[i].mean(0)
-        change = "" if not i else "{:+.1f} [{:+.1f}, {:+.1f}]".format(*(100 * x for x in against[i][0]))
-        held = 100 * found[i, np.array(held_out), :, 2].mean()
-        lines.append(
-            f"| {case.title} | {100 * shares[i]:.0f} | {a:.1f} | {b:.1f} | {both:.1f} | {change} | {held:.0f} |"
-        )
+        means = [f"{100 * mean:.1f}" for mean in flat[i].mean(0)]
+        change = cell(against[i][0], "+.1f") if i else ""
+        held = found[i, np.array(held_out), :, 2].mean()
+        lines.append(row([case.title, f"{100 * shares[i]:.0f}", *means, change, f"{100 * held:.0f}"]))
     return "\n".join(lines)
 
 
@@ -140,11 +134,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=4, help="pictures of each pair in each case")
     args = parser.parse_args()
-    known = catalogue.read_catalogue(catalogue.HOME)
-    pairs = [(a, b) for a in known["subjects"] for b in known["styles"]]
+    pairs = demo_study()
     with torch.multiprocessing.get_context("spawn").Pool(2) as pool:
-        measured = pool.starmap(measure_pair, [(*pair, range(args.seeds)) for pair in pairs], chunksize=1)
-    held_out = [known["subjects"][a]["held_out"] and known["styles"][b]["held_out"] for a, b in pairs]
+        measured = pool.starmap(measure_pair, [(pair, range(args.seeds)) for pair in pairs], chunksize=1)
+    held_out = [pair in demo_study(held_out=True) for pair in pairs]
     found = np.stack([found for found, _ in measured], axis=1)
     print(table(found, np.mean([shares for _, shares in measured], axis=0), held_out))
 

@@ -82,16 +82,16 @@ def markdown(results: Results, title: str, notes: Sequence[str]) -> str:
     lines = [f"# {title}", "", *(f"- {note}" for note in notes)]
     bootstrap = f"the {LEVEL:.0%} interval of a paired bootstrap over the pictures ({RESAMPLES} draws)"
     lines.append(f"- {results.pairs} pairs, {results.pictures} pictures for each method; in brackets {bootstrap}")
-    lines += ["", *_head(["method", *(f"{head} %" for head in heads), "s per image", "forwards per step"])]
+    lines += ["", *heading(["method", *(f"{head} %" for head in heads), "s per image", "forwards per step"])]
     for i, name in enumerate(results.methods):
         cost = [f"{results.seconds[i]:.3g}", f"{results.forwards[i]:.3g}"]
-        lines.append(_line([f"`{name}`", *(_cell(estimate, ".1f") for estimate in results.figures[i]), *cost]))
+        lines.append(row([f"`{name}`", *(cell(estimate, ".1f") for estimate in results.figures[i]), *cost]))
     others = [i for i, name in enumerate(results.methods) if name != results.baseline]
     if others:
         lines += ["", f"Difference from `{results.baseline}` on the same pairs and seeds, in percentage points:", ""]
-        lines += _head(["method", *heads])
+        lines += heading(["method", *heads])
         lines += [
-            _line([f"`{results.methods[i]}`", *(_cell(estimate, "+.1f") for estimate in results.differences[i])])
+            row([f"`{results.methods[i]}`", *(cell(estimate, "+.1f") for estimate in results.differences[i])])
             for i in others
         ]
     if results.left_out:
@@ -100,15 +100,18 @@ def markdown(results: Results, title: str, notes: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _head(cells: list[str]) -> list[str]:
-    return [_line(cells), _line(["---", *["---:"] * (len(cells) - 1)])]
+def heading(cells: list[str]) -> list[str]:
+    """The first two lines of a Markdown table, numbers in all columns but the first."""
+    return [row(cells), row(["---", *["---:"] * (len(cells) - 1)])]
 
 
-def _line(cells: list[str]) -> str:
+def row(cells: list[str]) -> str:
+    """One line of a Markdown table."""
     return "| " + " | ".join(cells) + " |"
 
 
-def _cell(estimate: Estimate, style: str) -> str:
+def cell(estimate: Estimate, style: str) -> str:
+    """A fraction and its interval, in percent."""
     value, low, high = (format(100 * x, style) for x in estimate)
     return f"{value} [{low}, {high}]"
 

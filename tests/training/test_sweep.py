@@ -8,7 +8,7 @@ import pytest
 import klora
 from klora.demo import catalogue
 from klora.fusion.policies.base import STYLE, SUBJECT
-from training.sweep import FIFTHS, PARTS, Forced, cases, overruled, share_of, table
+from training.sweep import FIFTHS, PARTS, Forced, cases, overruled, table
 
 STEPS = 20
 
@@ -45,9 +45,9 @@ def test_the_fifths_of_the_steps_are_all_steps_once(plan):
 
 
 def test_the_share_counts_what_is_overruled(plan):
-    assert share_of(overruled(plan, None)) == pytest.approx(plan.share)
-    assert share_of(overruled(plan, Forced(SUBJECT))) == 1
-    assert share_of(overruled(plan, Forced(STYLE, start=0.5))) == pytest.approx(
+    assert overruled(plan, Forced(SUBJECT, part="nowhere")).share == pytest.approx(plan.share)
+    assert overruled(plan, Forced(SUBJECT)).share == 1
+    assert overruled(plan, Forced(STYLE, start=0.5)).share == pytest.approx(
         sum(plan.subject_share()[: STEPS // 2]) / STEPS
     )
 
