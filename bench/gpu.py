@@ -1,240 +1,173 @@
 """What K-LoRA costs on a GPU: `python -m bench.gpu`.
 
-Blocks of SD 1.5, SDXL and FLUX (single and double) with random weights are run in turns: without a LoRA, with one LoRA
-merged, with hooks of which none acts (what Python costs), with K-LoRA whose products are made one by one, and with
-those of modules of one input joined (what is done on a GPU). Scores are computed on the CPU and on the device; sessions
-are made anew and again. `--device cpu --shrink 99 --pixels 64` tries it where there is no GPU.
-Prints JSON to be kept with the results, and a table.
+Three things, each of which can be asked for alone. Blocks of SD 1.5, SDXL and FLUX (single and double) with random
+weights are run in turns: without a LoRA, with one LoRA merged, with hooks of which none acts (what Python costs), with
+K-LoRA whose products are made one by one, and with those of modules of one input joined (what is done on a GPU); the
+operations of a forward are counted. Pairs of SDXL files with all 722 linears are scored on the CPU and on the device.
+Whole pictures are made by a pipeline of SDXL's widths, as `bench.picture` does.
+
+`--device cpu --shrink 99 --pixels 64` tries it where there is no GPU. What has been measured is printed and written at
+once.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
-from torch import Tensor, nn
 
+import bench.picture
+from bench.blocks import HEADS, WAYS, make_blocks, measure, operations
 from bench.machine import describe_machine, timed
-from bench.model import merged, write_lora
+from bench.model import make_pipeline, write_lora
+from bench.scoring import sdxl_shapes
 from klora.cache import ScoreCache
-from klora.engine import joined
-from klora.engine.bypass import Site
-from klora.engine.session import Session
-from klora.engine.weights import KEPT
-from klora.lora.names import kind_of
+from klora.fusion.device_scores import score_low_rank
+from klora.fusion.scores import FileScores, score_deltas, standard_ks
+from klora.lora.file import LoraFile
 from klora.pair import Pair
 from klora.settings import Settings
 
-STEPS = 30
-FLUX_TEXT = 512
-FLUX_BLOCKS = {
-    "flux": (FluxSingleTransformerBlock, "single_transformer_blocks"),
-    "flux-double": (FluxTransformerBlock, "transformer_blocks"),
-}
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+MB = 2**20
+Row = dict[str, Any]
+Keep = Callable[[str, Row], None]
+"""Takes a row of a table, once it has been measured."""
 
 
-class Heads(NamedTuple):
-    """The attention heads of a block."""
-
-    number: int
-    width: int
-
-
-HEADS = {"sd15": Heads(8, 40), "sdxl": Heads(20, 64), "flux": Heads(24, 128), "flux-double": Heads(24, 128)}
-
-
-class Blocks(NamedTuple):
-    """`depth` blocks of one kind in a row, and what one forward of the first takes."""
-
-    path: str
-    blocks: nn.ModuleList
-    inputs: tuple[Tensor, dict[str, Any]]
-
-    def forward(self) -> Tensor:
-        """One forward of all of them."""
-        x, others = self.inputs
-        for block in self.blocks:
-            found = block(x, **others)
-            x = found[-1] if isinstance(found, tuple) else found
-        return x
-
-    def linears(self) -> dict[str, nn.Linear]:
-        """The attention linears by canonical name."""
-        named = ((f"{self.path}.{name}", module) for name, module in self.blocks.named_modules())
-        return {
-            name: module for name, module in named if isinstance(module, nn.Linear) and kind_of(name) == "attention"
-        }
+def measure_blocks(options: argparse.Namespace, device: torch.device, keep: Keep) -> None:
+    """Forwards of blocks: ratios to one merged LoRA, and operations."""
+    print("\n| model | type | rank | pictures | merged, ms | no LoRA | hooks alone | one by one | K-LoRA |", end=" ")
+    print("operations: merged | one by one | K-LoRA | session, ms |")
+    print(f"| --- | --- |{' ---: |' * 11}", flush=True)
+    for model, dtype, rank, batch in product(options.models, options.dtypes, options.ranks, options.batches):
+        pixels = options.pixels // 2 if model == "sd15" else options.pixels
+        blocks = make_blocks(model, options.depth, batch, pixels, device, DTYPES[dtype], options.shrink)
+        with tempfile.TemporaryDirectory() as folder:
+            shapes = {name: tuple(layer.weight.shape) for name, layer in blocks.linears().items()}
+            pair = Pair.open(*write_pair(Path(folder), shapes, rank), ScoreCache(Path(folder) / "cache"))
+            seconds = measure(blocks, pair, device, options.rounds)
+            counts = operations(blocks, pair, device)
+        row = {"model": model, "dtype": dtype, "rank": rank, "batch": batch}
+        keep("blocks", {**row, "seconds": seconds, "operations": counts})
+        times = [f"{seconds[way] / seconds['merged']:.3f}×" for way in WAYS if way != "merged"]
+        counted = [str(counts[way]) for way in ("merged", "one by one", "K-LoRA")]
+        columns = [*map(str, row.values()), f"{seconds['merged'] * 1e3:.2f}", *times, *counted]
+        print(f"| {' | '.join(columns)} | {seconds['session again'] * 1e3:.1f} |", flush=True)
 
 
-def make_blocks(
-    model: str, depth: int, batch: int, pixels: int, device: torch.device, dtype: torch.dtype, shrink: int = 1
-) -> Blocks:
-    """The blocks that most of a model's time goes into: the widest of SD 1.5 or SDXL, or either kind of FLUX.
-
-    They have `shrink` times fewer heads than the model's, at least one.
-    """
-    torch.manual_seed(0)
-    heads = max(1, HEADS[model].number // shrink)
-    make = _flux_blocks if model.startswith("flux") else _unet_blocks
-    with torch.device(device):
-        blocks = make(model, depth, batch, pixels, heads, heads * HEADS[model].width, dtype)
-    blocks.blocks.to(dtype).eval().requires_grad_(False)
-    return blocks
-
-
-def _unet_blocks(model: str, depth: int, batch: int, pixels: int, heads: int, width: int, dtype: torch.dtype) -> Blocks:
-    side, context = (8, 768) if model == "sd15" else (32, 2048)
-    made = nn.ModuleList(
-        BasicTransformerBlock(width, heads, width // heads, cross_attention_dim=context) for _ in range(depth)
-    )
-    # Guidance doubles the batch.
-    x = torch.randn(2 * batch, (pixels // side) ** 2, width, dtype=dtype)
-    others = {"encoder_hidden_states": torch.randn(2 * batch, 77, context, dtype=dtype)}
-    return Blocks("mid_block.attentions.0.transformer_blocks", made, (x, others))
-
-
-def _flux_blocks(model: str, depth: int, batch: int, pixels: int, heads: int, width: int, dtype: torch.dtype) -> Blocks:
-    kind, path = FLUX_BLOCKS[model]
-    made = nn.ModuleList(kind(width, heads, width // heads) for _ in range(depth))
-    tokens = (pixels // 16) ** 2
-    angles = torch.randn(tokens + FLUX_TEXT, width // heads)
-    others = {
-        "encoder_hidden_states": torch.randn(batch, FLUX_TEXT, width, dtype=dtype),
-        "temb": torch.randn(batch, width, dtype=dtype),
-        "image_rotary_emb": (angles.cos(), angles.sin()),
-    }
-    return Blocks(path, made, (torch.randn(batch, tokens, width, dtype=dtype), others))
+def measure_scoring(options: argparse.Namespace, device: torch.device, keep: Keep) -> None:
+    """A pair with all linears of SDXL: scored on the CPU and on the device, and from new files to a plan."""
+    shapes: dict[str, tuple[int, ...]] = dict(list(sdxl_shapes("linears").items())[:: options.shrink])
+    print("\n| modules | rank | on the CPU, s | on the device, s | again, s | files to plan, s |", end=" ")
+    print("largest difference | peak, MB |")
+    print(f"|{' ---: |' * 8}", flush=True)
+    for rank in options.ranks:
+        with tempfile.TemporaryDirectory() as folder:
+            files = write_pair(Path(folder), shapes, rank)
+            cache = ScoreCache(Path(folder) / "cache")
+            deltas = [delta for file in files for delta in LoraFile.open(file).modules.values()]
+            wanted = {str(number): (delta, standard_ks(rank)) for number, delta in enumerate(deltas)}
+            found: list[FileScores] = []
+            seconds = {
+                "on the CPU": timed(lambda: found.append(score_deltas(wanted))),  # noqa: B023
+                "on the device": timed(lambda: found.append(score_low_rank(wanted, device)), device=device),  # noqa: B023
+            }
+            with peak_memory(device) as peak:
+                seconds["again"] = timed(lambda: score_low_rank(wanted, device), device=device)  # noqa: B023
+            seconds["files to plan"] = timed(
+                lambda: Pair.open(*files, cache).plan(Settings(scope="linear"), device=device)  # noqa: B023
+            )
+        difference = largest_difference(*found)
+        row = {"modules": len(shapes), "rank": rank}
+        keep("scoring", {**row, "seconds": seconds, "difference": difference, "peak": peak[0]})
+        columns = [*map(str, row.values()), *(f"{value:.3f}" for value in seconds.values())]
+        print(f"| {' | '.join(columns)} | {difference:.1e} | {peak[0] / MB:.0f} |", flush=True)
 
 
-def synchronised(device: torch.device, function: Callable[[], Any]) -> float:
-    """Seconds of one call, all launched work included."""
+def measure_pictures(options: argparse.Namespace, device: torch.device, keep: Keep) -> None:
+    """Whole pictures: the tables of `bench.picture`."""
+    # The widest two levels of SDXL, which has a third one above them.
+    size = {"pixels": options.pixels // 2, "steps": options.steps}
+    channels = (640, 1280) if options.shrink == 1 else (64, 64)
+    pipe = make_pipeline(10 // options.shrink or 1, channels)
+    for dtype, rank in product(options.dtypes, options.ranks):
+        print(f"\n{dtype}, rank {rank}, {size['steps']} steps\n", flush=True)
+        with peak_memory(device) as peak:
+            pipe.to(device, DTYPES[dtype])
+            seconds, parts = bench.picture.measure(pipe, rank=rank, rounds=min(3, options.rounds), **size)
+        keep("pictures", {"dtype": dtype, "rank": rank, "seconds": seconds, "parts": parts, "peak": peak[0]})
+        bench.picture.report(seconds, parts)
 
-    def finished() -> None:
-        function()
-        _wait(device)
 
-    _wait(device)
-    return timed(finished)
+def write_pair(folder: Path, shapes: Mapping[str, tuple[int, ...]], rank: int) -> list[Path]:
+    """Two new files."""
+    return [write_lora(folder / f"{seed}.safetensors", dict(shapes), rank, seed) for seed in (1, 2)]
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def largest_difference(one: FileScores, other: FileScores) -> float:
+    """The largest relative difference of any sum."""
+    pairs = [(score, other[name]) for name, score in one.items()]
+    sums = [(ours.sums[k], theirs.sums[k]) for ours, theirs in pairs for k in ours.sums]
+    return max(abs(b / a - 1) for a, b in (*sums, *((ours.l1, theirs.l1) for ours, theirs in pairs)))
 
 
 @contextmanager
-def joining(devices: set[str]) -> Iterator[None]:
-    """Join products on these kinds of device alone."""
-    before, joined.JOINING_DEVICES = joined.JOINING_DEVICES, devices
-    try:
-        yield
-    finally:
-        joined.JOINING_DEVICES = before
+def peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """Afterwards, the bytes that were allocated on the device at the peak beside those before; 0 where it is none."""
+    found: list[int] = []
+    if device.type != "cuda":
+        yield found
+        found.append(0)
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    yield found
+    found.append(torch.cuda.max_memory_allocated(device) - before)
 
 
-@torch.no_grad()
-def measure(blocks: Blocks, pair: Pair, device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds per forward by way, and of making a session."""
-    layers = blocks.linears()
-    sites = {name: Site(layer) for name, layer in layers.items()}
-    plan = pair.plan(Settings(), device=device)
-    seen: dict[str, list[float]] = {}
-
-    def note(way: str, function: Callable[[], Any]) -> None:
-        seen.setdefault(way, []).append(synchronised(device, function))
-
-    def fused(session: Session, step: int) -> None:
-        session.set_tau(step % STEPS / STEPS)
-        blocks.forward()
-
-    for round_ in range(rounds + 1):
-        KEPT.clear()
-        start = time.perf_counter()
-        session = Session(pair, plan, sites)
-        seen.setdefault("new session", []).append(time.perf_counter() - start)
-        note("no LoRA", blocks.forward)
-        with merged(layers, pair.subject):
-            note("merged", blocks.forward)
-        start = time.perf_counter()
-        session = Session(pair, plan, sites)
-        seen.setdefault("session again", []).append(time.perf_counter() - start)
-        for way, devices in (("one by one", set()), ("K-LoRA", {device.type})):
-            with joining(devices), session:
-                fused(session, round_)
-                note(way, lambda: fused(session, round_ + 1))  # noqa: B023
-        with session:
-            for part in session._parts.values():
-                part.set((0.0, 0.0))
-            note("hooks alone", blocks.forward)
-    return {way: statistics.median(times[1:] or times) for way, times in seen.items()}
-
-
-def scoring(pair: Pair, device: torch.device, folder: Path) -> dict[str, float]:
-    """Seconds of scoring the subject's file on the CPU and on the device, and the largest relative difference."""
-    seconds, found = {}, []
-    for where in (torch.device("cpu"), device):
-        cache = ScoreCache(folder / f"scores-{where.type}-{len(found)}")
-        seconds[where.type] = synchronised(device, lambda: found.append(cache.scores(pair.subject, {}, where)))  # noqa: B023
-    here, there = found
-    differences = [abs(there[name].l1 / score.l1 - 1) for name, score in here.items() if score.l1]
-    return {**{f"scoring on {where}": value for where, value in seconds.items()}, "difference": max(differences)}
+MEASUREMENTS = {"blocks": measure_blocks, "scoring": measure_scoring, "pictures": measure_pictures}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description="What K-LoRA costs on a GPU.")
+    parser.add_argument("what", nargs="*", metavar="|".join(MEASUREMENTS), help="what is measured (all of it)")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--models", nargs="+", choices=tuple(HEADS), default=list(HEADS))
     parser.add_argument("--dtypes", nargs="+", choices=tuple(DTYPES), default=["fp16", "bf16"])
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 32, 128])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="pictures at once")
     parser.add_argument("--pixels", type=int, default=1024, help="side of the square pictures (half of it for sd15)")
+    parser.add_argument("--steps", type=int, default=20, help="of whole pictures")
     parser.add_argument("--depth", type=int, default=10, help="blocks in a row")
-    parser.add_argument("--shrink", type=int, default=1, help="times fewer heads, to try the benchmark on a CPU (1)")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--shrink", type=int, default=1, help="times smaller models, to try it on a CPU (1)")
+    parser.add_argument("--rounds", type=int, default=15, help="measurements of blocks; of whole pictures at most 3")
     parser.add_argument("--json", type=Path, help="where to keep the results")
     options = parser.parse_args(argv)
+    if unknown := {*options.what} - MEASUREMENTS.keys():
+        parser.error(f"{', '.join(sorted(unknown))} cannot be measured; choose among {', '.join(MEASUREMENTS)}")
     device = torch.device(options.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         parser.exit(1, "bench.gpu: there is no GPU here; run it where there is one, or try it with --device cpu\n")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU"
-    results: dict[str, Any] = {"machine": f"{describe_machine()}; {name}", "rows": []}
+    results: dict[str, Any] = {"machine": f"{describe_machine()}; {name}"}
     print(results["machine"])
-    print("| model | type | rank | pictures | merged, ms | no LoRA | hooks alone | one by one | K-LoRA | session, ms |")
-    print("| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |", flush=True)
-    for model, dtype, rank, batch in (
-        (model, dtype, rank, batch)
-        for model in options.models
-        for dtype in options.dtypes
-        for rank in options.ranks
-        for batch in options.batches
-    ):
-        pixels = options.pixels // 2 if model == "sd15" else options.pixels
-        blocks = make_blocks(model, options.depth, batch, pixels, device, DTYPES[dtype], options.shrink)
-        with tempfile.TemporaryDirectory() as folder:
-            shapes = {name: tuple(layer.weight.shape) for name, layer in blocks.linears().items()}
-            files = [write_lora(Path(folder) / f"{i}.safetensors", shapes, rank, i) for i in (1, 2)]
-            pair = Pair.open(*files, ScoreCache(Path(folder) / "cache"))
-            row = {**measure(blocks, pair, device, options.rounds), **scoring(pair, device, Path(folder))}
-        results["rows"].append({"model": model, "dtype": dtype, "rank": rank, "batch": batch, **row})
-        ratios = " | ".join(
-            f"{row[way] / row['merged']:.3f}×" for way in ("no LoRA", "hooks alone", "one by one", "K-LoRA")
-        )
-        again = f"{row['session again'] * 1e3:.1f}"
-        print(f"| {model} | {dtype} | {rank} | {batch} | {row['merged'] * 1e3:.2f} | {ratios} | {again} |", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+    def keep(table: str, row: Row) -> None:
+        results.setdefault(table, []).append(row)
+        if options.json:
+            options.json.write_text(json.dumps(results, indent=1) + "\n")
+
+    for what in options.what or MEASUREMENTS:
+        MEASUREMENTS[what](options, device, keep)
 
 
 if __name__ == "__main__":

@@ -30,11 +30,19 @@ def clock_of(options: argparse.Namespace) -> Clock:
     return time.process_time
 
 
-def timed(function: Callable[[], Any], clock: Clock = time.perf_counter) -> float:
-    """Seconds of one call."""
+def timed(function: Callable[[], Any], clock: Clock = time.perf_counter, device: torch.device | None = None) -> float:
+    """Seconds of one call, with all that it launches on a device."""
+    wait_for(device)
     start = clock()
     function()
+    wait_for(device)
     return clock() - start
+
+
+def wait_for(device: torch.device | None) -> None:
+    """Return once nothing is at work there."""
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def typical(times: Sequence[float], clock: Clock) -> float:

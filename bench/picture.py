@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+
 import klora
-from bench.machine import describe_machine, timed
+from bench.machine import describe_machine, timed, wait_for
 from bench.model import linears_of, make_pipeline, merged, module_shapes, picture, write_lora
 from klora.cache import ScoreCache
 from klora.engine.session import Session
@@ -50,27 +52,30 @@ class Parts:
         ("detach", Session, "detach"),
     )
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.seconds = {name: 0.0 for name, _, _ in self.PLACES} | {"forwards": 0.0}
         self._inside: list[float] = []
 
     @contextmanager
-    def watched(self, pipe: Any) -> Iterator[Parts]:
+    def watched(self, pipe: Any) -> Iterator[None]:
         """Watch all parts inside the block."""
         with ExitStack() as stack:
             for name, owner, method in (*self.PLACES, ("forwards", type(pipe.unet), "forward")):
                 timed = self._timed(name, getattr(owner, method))
                 stack.enter_context(mock.patch.object(owner, method, timed))
-            yield self
+            yield
 
     def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             self._inside.append(0.0)
+            wait_for(self.device)
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
+                wait_for(self.device)
                 whole = time.perf_counter() - start
                 self.seconds[name] += whole - self._inside.pop()
                 if self._inside:
@@ -87,16 +92,16 @@ def with_merged(pipe: Any, files: list[Path], make: Callable[[], Any]) -> None:
         make()
 
 
-def with_klora(pipe: Any, pair: list[Path], cache: ScoreCache, make: Callable[[], Any]) -> Parts:
-    """A picture with K-LoRA."""
-    with Parts().watched(pipe) as parts, klora.fuse(pipe, *pair, cache=cache):
+def with_klora(pipe: Any, pair: list[Path], cache: ScoreCache, make: Callable[[], Any], parts: Parts) -> None:
+    """A picture with K-LoRA, whose parts are noted."""
+    with parts.watched(pipe), klora.fuse(pipe, *pair, cache=cache):
         make()
-    return parts
 
 
-def measure(steps: int, pixels: int, rank: int, rounds: int) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+def measure(
+    pipe: Any, steps: int, pixels: int, rank: int, rounds: int
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """Median seconds by way, and of K-LoRA's by part."""
-    pipe = make_pipeline()
     shapes = module_shapes(pipe, ("attention", "linear"))
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
     parts: dict[str, list[Parts]] = {way: [] for way in WAYS[3:]}
@@ -104,19 +109,22 @@ def measure(steps: int, pixels: int, rank: int, rounds: int) -> tuple[dict[str, 
     def make() -> None:
         picture(pipe, steps, pixels)
 
+    def seconds_of(function: Callable[[], Any]) -> float:
+        return timed(function, device=pipe.unet.device)
+
     make()
     for round_ in range(rounds):
         with tempfile.TemporaryDirectory() as folder:
             files = [write_lora(Path(folder) / f"{round_}-{i}.safetensors", shapes, rank, i) for i in range(4)]
             cache = ScoreCache(Path(folder) / "cache")
-            seconds["no LoRA"].append(timed(make))
-            seconds["one LoRA"].append(timed(lambda: with_merged(pipe, files[:1], make)))  # noqa: B023
-            seconds["two LoRAs"].append(timed(lambda: with_merged(pipe, files[:2], make)))  # noqa: B023
+            seconds["no LoRA"].append(seconds_of(make))
+            seconds["one LoRA"].append(seconds_of(lambda: with_merged(pipe, files[:1], make)))  # noqa: B023
+            seconds["two LoRAs"].append(seconds_of(lambda: with_merged(pipe, files[:2], make)))  # noqa: B023
             for way, pair in zip((*WAYS[3:5], "", WAYS[5]), (files[:2], files[:2], files[2:], files[:2]), strict=True):
-                start = time.perf_counter()
-                found = with_klora(pipe, pair, cache, make)
+                found = Parts(pipe.unet.device)
+                taken = seconds_of(lambda: with_klora(pipe, pair, cache, make, found))  # noqa: B023
                 if way:
-                    seconds[way].append(time.perf_counter() - start)
+                    seconds[way].append(taken)
                     parts[way].append(found)
             klora.release_memory()
     medians = {way: statistics.median(times) for way, times in seconds.items()}
@@ -140,7 +148,7 @@ def report(seconds: dict[str, float], parts: dict[str, dict[str, float]]) -> Non
 
 
 def on_webui(url: str, loras: list[str], steps: int, pixels: int, rounds: int) -> dict[str, float]:
-    """Median seconds of pictures that a running WebUI makes; the first of K-LoRA is only so where it is restarted."""
+    """Median seconds of pictures that a running WebUI makes; of K-LoRA's first, those of the first round."""
     subject, style, *others = loras
     prompts = {
         "no LoRA": "a dog",
@@ -157,6 +165,8 @@ def on_webui(url: str, loras: list[str], steps: int, pixels: int, rounds: int) -
     for _ in range(rounds):
         for way, prompt in prompts.items():
             found[way].append(timed(lambda: _txt2img(url, prompt, steps, pixels)))  # noqa: B023
+    # Of files that have been seen before this run not even that is a first picture.
+    found["K-LoRA, first"] = found["K-LoRA, first"][:1]
     return {way: statistics.median(times) for way, times in found.items()}
 
 
@@ -184,7 +194,7 @@ def main() -> None:
             parser.error("--loras: name two LoRAs, or four for another pair in between")
         report(on_webui(options.webui, options.loras, options.steps, options.pixels, options.rounds), {})
     else:
-        report(*measure(options.steps, options.pixels, options.rank, options.rounds))
+        report(*measure(make_pipeline(), options.steps, options.pixels, options.rank, options.rounds))
 
 
 if __name__ == "__main__":
