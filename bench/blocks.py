@@ -114,8 +114,16 @@ class Operations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Count one, unless it gives another view of what is there."""
-        self.count += not (func.is_view or func.overloadpacket is torch.ops.aten._unsafe_view)
+        self.count += not _is_view(func)
         return func(*args, **(kwargs or {}))
+
+
+def _is_view(operation: Any) -> bool:
+    """Whether what an operation gives is another view of what it takes."""
+    aliases = [value.alias_info for value in operation._schema.returns]
+    return operation.overloadpacket is torch.ops.aten._unsafe_view or any(
+        alias is not None and not alias.is_write for alias in aliases
+    )
 
 
 @contextmanager

@@ -78,12 +78,29 @@ def measure(rank: int, step: int, rounds: int, folder: Path) -> dict[str, float]
             rounds, lambda: score_deltas(some), lambda: [plain_scores(delta, rank**2) for delta, _ in some.values()]
         ),
         "a linear layer with K-LoRA / without": forward,
+        "a tiny layer, which costs what Python costs, with K-LoRA / without": tiny_layer(rounds, folder),
         "switching all modules / a session": ratio(
             rounds, lambda: (session.set_tau(0.9), session.set_tau(0.1)), lambda: Session(pair, plan, sites)
         ),
     }
     KEPT.clear()
     return found
+
+
+@torch.no_grad()
+def tiny_layer(rounds: int, folder: Path) -> float:
+    """What the hook of a layer costs beside its arithmetic, where the layer has hardly any."""
+    name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    files = [write_lora(folder / f"tiny-{i}.safetensors", {name: (64, 64)}, 4, i) for i in (1, 2)]
+    pair = PAIRS.open(*files, ScoreCache(folder / "cache"))
+    layer, x = nn.Linear(64, 64), torch.randn(2, 4, 64)
+
+    def often(function: Callable[[Any], Any]) -> None:
+        for _ in range(1000):
+            function(x)
+
+    with Session(pair, pair.plan(Settings()), {name: Site(layer)}):
+        return ratio(rounds, lambda: often(layer), lambda: often(layer.forward))
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from klora.engine.joined import SharedInput, joins_on
-from klora.engine.weights import Weights
+from klora.engine.weights import Weights, as_dtype
 from klora.errors import MismatchError
 from klora.lora.deltas import Delta
 
@@ -163,7 +163,7 @@ class Operand:
             strength *= self.delta.scale
         if self._shared and self._shared.pays and joins_on(y.device):
             return self._add_linear(self._shared.product(self._place, x, y.dtype), y, chain[-1], strength)
-        x = x.to(y.dtype)
+        x = as_dtype(x, y.dtype)
         if self.is_conv:
             return self._add_conv(x, y, chain, strength)
         if self.kronecker:
@@ -205,11 +205,12 @@ class Operand:
         if _watched(x, y):
             return self._add_rows(F.linear(x, weight), y, strength)
         # Under autocast a product of fp32 tensors may come back in half precision.
-        x = x.to(y.dtype)
+        x = as_dtype(x, y.dtype)
         if not y.is_contiguous():
             return self._add_rows(F.linear(x, weight), y, strength)
-        start, stop = self.site.rows or (0, y.shape[-1])
-        rows = y.view(-1, y.shape[-1])[:, start:stop]
+        rows = y.view(-1, y.shape[-1])
+        if self.site.rows:
+            rows = rows[:, slice(*self.site.rows)]
         rows.addmm_(x.reshape(-1, x.shape[-1]), weight.t(), alpha=strength)
         return y
 

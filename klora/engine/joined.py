@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from klora.engine.weights import JoinedDown
+from klora.engine.weights import JoinedDown, as_dtype
 
 JOINING_DEVICES = {"cuda"}
 """Kinds of device on which a larger product costs less than a second one."""
@@ -60,8 +60,8 @@ class SharedInput:
         """x·downᵀ of the module at `place`, (…, r): a view of the product for all of them."""
         version = 0 if x.is_inference() else x._version
         if self._x is not x or self._version != version or place in self._taken or self._product[0].dtype != dtype:
-            joined = F.linear(x.to(dtype), self.down.stack(x.device, dtype))
-            self._product = joined.split(self.down.ranks, dim=-1)
+            joined = F.linear(as_dtype(x, dtype), self.down.stack(x.device, dtype))
+            self._product = torch.split_with_sizes(joined, self.down.ranks, dim=-1)
             self._x, self._version = x, version
             self._taken = set()
         self._taken.add(place)
