@@ -16,12 +16,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from klora.engine.joined import SharedInput, joins_on
-from klora.engine.weights import Weights, as_dtype
+from klora.engine.weights import Room, Weights, as_dtype
 from klora.errors import MismatchError
 from klora.lora.deltas import Delta
-
-DENSE_BYTES = 2**30
-"""Of dense differences that a session keeps."""
 
 
 @dataclass(frozen=True)
@@ -72,31 +69,13 @@ def is_conv(module: Any) -> bool:
     return not hasattr(module, "in_features") and hasattr(module, "kernel_size")
 
 
-@dataclass
-class DenseRoom:
-    """How many bytes of dense differences may be kept at a time: those of a large file are as large as the model."""
-
-    free: int = DENSE_BYTES
-
-    def take(self, nbytes: int) -> bool:
-        """Reserve, if there is so much."""
-        if nbytes > self.free:
-            return False
-        self.free -= nbytes
-        return True
-
-    def give_back(self, nbytes: int) -> None:
-        """Return what was reserved."""
-        self.free += nbytes
-
-
 class Operand:
     """One delta at one site, as a chain of weights to be applied in turn: down, (mid,) up, or one dense ΔW.
 
     A dense ΔW is kept while it acts and there is room for it; else it is formed for every forward.
     """
 
-    def __init__(self, delta: Delta, site: Site, weights: Weights | None = None, room: DenseRoom | None = None) -> None:
+    def __init__(self, delta: Delta, site: Site, weights: Weights | None = None, room: Room | None = None) -> None:
         """Take what is prepared of the delta's weights, if it is, and room for a dense one; values are not checked."""
         if delta.needs_base:
             # Raises now what would else end a forward of the model.
@@ -107,7 +86,7 @@ class Operand:
         self.is_conv = is_conv(site.module)
         self.kronecker = self.weights.kronecker and not self.is_conv
         self.factored = self.weights.low_rank or self.kronecker
-        self._room = room or DenseRoom()
+        self._room = room or Room()
         self._reserved = 0
         self._shared: SharedInput | None = None
         self._place = 0

@@ -10,11 +10,11 @@ from typing import Any
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from klora.engine.bypass import BypassLayer, DenseRoom, Operand, Part, Site
+from klora.engine.bypass import BypassLayer, Operand, Part, Site
 from klora.engine.dynamic import Chooser, MeasuredPart, Rows
 from klora.engine.joined import SharedInput, shared_inputs
 from klora.engine.progress import SamplingPass
-from klora.engine.weights import KEPT
+from klora.engine.weights import KEPT, Room
 from klora.errors import MismatchError
 from klora.fusion.plan import FusionPlan
 from klora.fusion.policies.base import BOTH, Active, Moment
@@ -58,7 +58,7 @@ class Session:
         self._parts: dict[str, Part] = {}
         self._folded: set[str] = set()
         self._shared: list[SharedInput] = []
-        self._room = DenseRoom()
+        self._room = Room()
         self._chooser = Chooser.of(plan.settings) if plan.policy.measured else None
         self._denoiser = denoiser if self._chooser and conditional else None
         self._conditional = conditional

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,11 +18,30 @@ Combined = tuple[Delta | None, Delta | None]
 
 MAX_PAIRS = 2
 MAX_BYTES = 2**30
+DENSE_BYTES = 2**30
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor in that dtype, itself where it is: `to` takes ten times as long to find out."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+@dataclass
+class Room:
+    """How many bytes of dense differences may be held at a time: those of a large file are as large as the model."""
+
+    free: int = DENSE_BYTES
+
+    def take(self, nbytes: int) -> bool:
+        """Reserve, if there is so much."""
+        if nbytes > self.free:
+            return False
+        self.free -= nbytes
+        return True
+
+    def give_back(self, nbytes: int) -> None:
+        """Return what was reserved."""
+        self.free += nbytes
 
 
 class Weights:
@@ -31,15 +51,25 @@ class Weights:
     place depends on where it acts.
     """
 
-    def __init__(self, delta: Delta) -> None:
-        # Nothing is read from the file while the model is at work.
-        self._held = delta.tensors()
+    def __init__(self, delta: Delta, room: Room | None = None) -> None:
+        """Take `delta`'s tensors from the file; those that are a whole ΔW as long as there is `room` for them."""
+        # Nothing is read from the file while the model is at work, but what would take as much memory as the model.
+        self._held = delta.tensors() if room is None or self._fits(delta, room) else ()
         factors, kronecker = delta.factors(), delta.kronecker()
         self.low_rank, self.kronecker = factors is not None, kronecker is not None
         self._factors: tuple[Tensor, ...] = kronecker or ()
         if factors is not None:
             self._factors = tuple(weight for weight in (factors.down, factors.mid, factors.up) if weight is not None)
         self._chains: dict[tuple[torch.device, torch.dtype], tuple[Tensor, ...]] = {}
+
+    def _fits(self, delta: Delta, room: Room) -> bool:
+        if not delta.is_stored_whole:
+            return True
+        nbytes = sum(stored.nbytes for stored in delta.stored())
+        if not room.take(nbytes):
+            return False
+        weakref.finalize(self, room.give_back, nbytes).atexit = False
+        return True
 
     @property
     def rank(self) -> int:
@@ -90,6 +120,7 @@ class PairWeights:
 
     def __init__(self) -> None:
         self._weights: weakref.WeakKeyDictionary[Delta, Weights] = weakref.WeakKeyDictionary()
+        self._room = Room()
         self._settings: Settings | None = None
         self._combined: dict[str, Combined] = {}
         self._joined: dict[tuple[Delta, ...], JoinedDown] = {}
@@ -97,7 +128,7 @@ class PairWeights:
     def of(self, delta: Delta) -> Weights:
         """The weights of a delta, prepared when it is first asked for."""
         if delta not in self._weights:
-            self._weights[delta] = Weights(delta)
+            self._weights[delta] = Weights(delta, self._room)
         return self._weights[delta]
 
     def combined(self, settings: Settings) -> dict[str, Combined]:

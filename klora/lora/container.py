@@ -84,6 +84,11 @@ class Stored:
         """Shape as stored."""
         return self._entry.shape
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self._entry.end - self._entry.begin
+
     def data(self) -> Tensor:
         """The tensor in the file's dtype: the same object for all who hold it at one time."""
         tensor = self._kept() if self._kept else None

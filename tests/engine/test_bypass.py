@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from klora.engine.bypass import BypassLayer, DenseRoom, Operand, Part, Site, module_shape
+from klora.engine.bypass import BypassLayer, Operand, Part, Site, module_shape
+from klora.engine.weights import Room
 from klora.errors import MismatchError
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
@@ -362,7 +363,7 @@ def test_a_dense_delta_for_which_there_is_no_room_acts_all_the_same(tmp_path: Pa
     module, x = layer_of("linear", torch.float32), input_of("linear", torch.float32)
     size = module.weight.nbytes
     for family, room, kept in (("loha", 2 * size, 2), ("full", 2 * size - 1, 1), ("dora", 0, 0)):
-        shared = DenseRoom(room)
+        shared = Room(room)
         deltas = [delta_of(tmp_path, "linear", family, seed=seed) for seed in (1, 2)]
         subject, style = (Operand(delta, Site(module), room=shared) for delta in deltas)
         part = Part((subject, style), (1.0, 0.5))
@@ -404,7 +405,7 @@ def test_only_a_dora_looks_at_the_weight_it_changes(tmp_path: Path) -> None:
 
 
 def test_all_the_room_that_a_dense_delta_took_is_given_back_once(tmp_path: Path) -> None:
-    room = DenseRoom(6 * 24 * 16)
+    room = Room(6 * 24 * 16)
     operand = Operand(delta_of(tmp_path, "linear", "loha"), Site(nn.Linear(16, 24)), room=room)
     for dtype in (torch.float32, torch.bfloat16):
         operand.chain(torch.device("cpu"), dtype)

@@ -8,9 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from klora.cache import ScoreCache
-from klora.engine.weights import KeptWeights, PairWeights, Weights
+from klora.engine.bypass import Site
+from klora.engine.session import Session
+from klora.engine.weights import KEPT, KeptWeights, PairWeights, Room, Weights
+from klora.errors import LoraFileError
 from klora.lora.file import LoraFile
 from klora.pair import Pair
 from klora.settings import Settings
@@ -91,3 +95,77 @@ def test_nothing_outlives_the_pair_once_it_is_dropped(pairs: list[Pair]) -> None
     gc.collect()
     assert len(kept) == 0
     assert seen() is None
+
+
+SECOND = NAME.replace("to_q", "to_k")
+SHAPES = {NAME: (24, 16), SECOND: (24, 16)}
+WHOLE = 4 * 24 * 16
+"""Bytes of one full difference."""
+
+
+@pytest.fixture
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
+    """A pair of full differences, of whose four there is room for three."""
+    monkeypatch.setattr(Room, "__init__", lambda self, free=3 * WHOLE: setattr(self, "free", free))
+    files = [write_lora(tmp_path / f"full-{i}.safetensors", SHAPES, seed=i, family="full") for i in (1, 2)]
+    return Pair.open(files[0], files[1], ScoreCache(tmp_path))
+
+
+def session_of(pair: Pair, layers: dict[str, nn.Linear]) -> Session:
+    KEPT.clear()
+    return Session(pair, pair.plan(Settings()), {name: Site(layer) for name, layer in layers.items()})
+
+
+def test_of_full_differences_no_more_is_held_than_there_is_room_for(full: Pair) -> None:
+    weights = use(KeptWeights(), full)
+    assert weights.nbytes() == 2 * WHOLE
+    for file in (full.subject, full.style):
+        weights.of(file.modules[SECOND])
+    assert weights.nbytes() == 3 * WHOLE
+
+
+def test_what_has_factors_is_held_whatever_room_there_is(pairs: list[Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Room, "__init__", lambda self, free=0: setattr(self, "free", free))
+    assert use(KeptWeights(), pairs[0]).nbytes() == BYTES
+
+
+@torch.no_grad()
+def test_what_is_not_held_acts_all_the_same(full: Pair) -> None:
+    layers, x = {name: nn.Linear(16, 24) for name in SHAPES}, torch.randn(3, 16)
+    with session_of(full, layers) as session:
+        for tau in (0.0, 0.95, 0.0):
+            session.set_tau(tau)
+            for name, layer in layers.items():
+                active = session.plan.decide(name, tau)
+                expected = layer.forward(x)
+                for file, strength in ((full.subject, active.subject), (full.style, active.style)):
+                    expected = expected + strength * x @ file.modules[name].matrix().t()
+                torch.testing.assert_close(layer(x), expected)
+
+
+@torch.no_grad()
+def test_what_is_not_held_of_a_file_that_has_changed_ends_the_forward_and_leaves_nothing(full: Pair) -> None:
+    layers, x = {name: nn.Linear(16, 24) for name in SHAPES}, torch.randn(3, 16)
+    plain = {name: layer(x) for name, layer in layers.items()}
+
+    def sample() -> None:
+        with session_of(full, layers) as session:
+            full.style.path.unlink()
+            for tau in (0.0, 0.95):
+                session.set_tau(tau)
+                for layer in layers.values():
+                    layer(x)
+
+    with pytest.raises(LoraFileError, match=r"full-2\.safetensors: does not exist"):
+        sample()
+    assert all(layer(x).equal(plain[name]) for name, layer in layers.items())
+
+
+def test_room_is_free_again_once_what_took_it_is_gone(full: Pair) -> None:
+    room = Room(WHOLE)
+    first = Weights(full.subject.modules[NAME], room)
+    assert room.free == 0
+    assert Weights(full.subject.modules[SECOND], room).nbytes() == 0
+    del first
+    gc.collect()
+    assert room.free == WHOLE

@@ -166,6 +166,11 @@ class Delta(ABC):
         """in·kh·kw."""
         return math.prod(self.shape[1:])
 
+    @property
+    def is_stored_whole(self) -> bool:
+        """Whether what is stored is as large as ΔW itself."""
+        return False
+
     def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
         """Rows [start, stop) of scale·ΔW, fp32 (stop - start, in·kh·kw) on the CPU; of a DoRA, its direction.
 

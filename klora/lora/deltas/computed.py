@@ -73,6 +73,11 @@ class ProjectedDelta(Delta):
         """Those of the source."""
         return self.source.stored()
 
+    @property
+    def is_stored_whole(self) -> bool:
+        """As the source is."""
+        return self.source.is_stored_whole
+
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         self.source.rows(start, stop, out=block)
         block.addmm_(block @ self.basis, self.basis.t(), alpha=-self.fraction)

@@ -27,6 +27,11 @@ class FullDelta(Delta):
         rank = min(*shape[:2], FULL_RANK)
         return cls(group.file, group.key, rank, float(rank), 1.0, shape, diff.view(*shape))
 
+    @property
+    def is_stored_whole(self) -> bool:
+        """It is ΔW."""
+        return True
+
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         block.copy_(self.diff.data()[start:stop].reshape(block.shape))
 
