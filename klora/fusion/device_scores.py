@@ -92,13 +92,12 @@ def _score_batch(batch: Wanted, device: torch.device) -> FileScores:
 
 def _factors(deltas: list[Delta], device: torch.device) -> tuple[Tensor, Tensor]:
     """(n, out, r) and (n, r, in·kh·kw), fp32, the scale in the first."""
-    ups, downs = [], []
-    for delta in deltas:
-        factors = delta.factors()
-        assert factors is not None
-        ups.append(factors.up.to(device).float() * delta.scale)
-        downs.append(factors.down.to(device).float().flatten(1))
-    return torch.stack(ups), torch.stack(downs)
+    factors = [found for delta in deltas if (found := delta.factors())]
+    scales = torch.tensor([delta.scale for delta in deltas], device=device)
+    # One transfer each, in the file's precision, rather than one for every module.
+    up = torch.stack([found.up for found in factors]).to(device).float()
+    down = torch.stack([found.down.flatten(1) for found in factors]).to(device).float()
+    return up * scales[:, None, None], down
 
 
 def _largest(values: Tensor, k: int) -> Tensor:
