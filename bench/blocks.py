@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from klora.engine.weights import KEPT
 from klora.lora.names import kind_of
 from klora.pair import Pair
 from klora.settings import Settings
+
+Forward = Callable[[], Tensor]
 
 STEPS = 30
 WAYS = ("no LoRA", "merged", "hooks alone", "one by one", "K-LoRA")
@@ -150,40 +153,43 @@ class Fused:
         """One more session of the pair."""
         return Session(self.pair, self.plan, self.sites)
 
+    def ways(self, step: int) -> Iterator[tuple[str, AbstractContextManager[Forward]]]:
+        """All of them, with their names; each gives what is to be measured: a forward, of K-LoRA that of a step."""
+        applied = (
+            nullcontext(self.blocks.forward),
+            self._merged(),
+            self._silent(),
+            self._acting(False, step),
+            self._acting(True, step),
+        )
+        return zip(WAYS, applied, strict=True)
+
     @contextmanager
-    def merged(self) -> Iterator[None]:
+    def _merged(self) -> Iterator[Forward]:
         """The subject in the weights."""
         with merged(self.layers, self.pair.subject):
-            yield
+            yield self.blocks.forward
 
     @contextmanager
-    def acting(self, join: bool, tau: float) -> Iterator[None]:
-        """K-LoRA, with the products of modules of one input joined or one by one."""
-        with joining({self.device.type} if join else set()), self.session:
-            self.session.set_tau(tau)
-            # What has become active gets its factors in this forward.
-            self.blocks.forward()
-            yield
-
-    @contextmanager
-    def silent(self) -> Iterator[None]:
+    def _silent(self) -> Iterator[Forward]:
         """The hooks, none of which does anything."""
         with self.session:
             for part in self.session._parts.values():
                 part.set((0.0, 0.0))
-            yield
+            yield self.blocks.forward
         self.session = self.new_session()
 
-    def ways(self, tau: float) -> Iterator[tuple[str, AbstractContextManager[None]]]:
-        """All of them, with their names."""
-        applied = (
-            nullcontext(),
-            self.merged(),
-            self.silent(),
-            self.acting(False, tau),
-            self.acting(True, tau),
-        )
-        return zip(WAYS, applied, strict=True)
+    @contextmanager
+    def _acting(self, join: bool, step: int) -> Iterator[Forward]:
+        """K-LoRA, with the products of modules of one input joined or one by one; the cost of switching is in it."""
+        with joining({self.device.type} if join else set()), self.session:
+            # The factors get to the device in the first forward.
+            self._step(step - 1)
+            yield partial(self._step, step)
+
+    def _step(self, step: int) -> Tensor:
+        self.session.set_tau(step % STEPS / STEPS)
+        return self.blocks.forward()
 
 
 @torch.no_grad()
@@ -195,19 +201,19 @@ def measure(blocks: Blocks, pair: Pair, device: torch.device, rounds: int) -> di
         KEPT.clear()
         seen.setdefault("new session", []).append(timed(fused.new_session))
         seen.setdefault("session again", []).append(timed(fused.new_session))
-        for way, applied in fused.ways(round_ % STEPS / STEPS):
-            with applied:
-                seen.setdefault(way, []).append(timed(blocks.forward, device=device))
+        for way, applied in fused.ways(round_):
+            with applied as forward:
+                seen.setdefault(way, []).append(timed(forward, device=device))
     # The first round warms up.
     return {way: statistics.median(times[1:]) for way, times in seen.items()}
 
 
 @torch.no_grad()
 def operations(blocks: Blocks, pair: Pair, device: torch.device) -> dict[str, int]:
-    """Operations of one forward, by way, where one LoRA acts everywhere."""
+    """Operations of one forward, by way; of K-LoRA in the first step."""
     found = {}
-    for way, applied in Fused(blocks, pair, device).ways(0.0):
-        with applied, Operations() as counted:
-            blocks.forward()
+    for way, applied in Fused(blocks, pair, device).ways(0):
+        with applied as forward, Operations() as counted:
+            forward()
         found[way] = counted.count
     return found
