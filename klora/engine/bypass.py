@@ -94,12 +94,14 @@ class Operand:
 
     def chain(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """The weights, from the cache when they were asked for before."""
-        if (device, dtype) not in self._chains:
-            if not self.factored:
-                return self._dense(device, dtype)
-            if self._shared and joins_on(device):
-                self._shared.down.stack(device, dtype)
-            self._chains[device, dtype] = self._shaped(self.weights.chain(device, dtype))
+        return self._chains.get((device, dtype)) or self._made(device, dtype)
+
+    def _made(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        if not self.factored:
+            return self._dense(device, dtype)
+        if self._shared and joins_on(device):
+            self._shared.down.stack(device, dtype)
+        self._chains[device, dtype] = self._shaped(self.weights.chain(device, dtype))
         return self._chains[device, dtype]
 
     def _dense(self, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:

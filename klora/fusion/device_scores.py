@@ -97,7 +97,7 @@ def _factors(deltas: list[Delta], device: torch.device) -> tuple[Tensor, Tensor]
     # One transfer each, in the file's precision, rather than one for every module.
     up = torch.stack([found.up for found in factors]).to(device).float()
     down = torch.stack([found.down.flatten(1) for found in factors]).to(device).float()
-    return up * scales[:, None, None], down
+    return up.mul_(scales[:, None, None]), down
 
 
 def _largest(values: Tensor, k: int) -> Tensor:
