@@ -24,9 +24,8 @@ from torch import Tensor, nn
 
 from bench.machine import Clock, add_busy, clock_of, describe_machine, timed, typical
 from bench.memory import peak, resident
-from bench.model import CONTEXT, TOKENS, merged, write_lora
+from bench.model import CONTEXT, TOKENS, merged, open_pair, write_pair
 from bench.scoring import sdxl_shapes
-from klora.cache import ScoreCache
 from klora.engine.bypass import Site
 from klora.engine.session import Session
 from klora.pair import Pair
@@ -67,13 +66,7 @@ def make_rig(family: str, pixels: int, shrink: int) -> Rig:
 
 def write_files(family: str, shapes: Mapping[str, tuple[int, ...]], rank: int, folder: Path) -> list[Path]:
     """Two new files of a family."""
-    stored = "lora" if family == "conv" else family
-    return [write_lora(folder / f"{family}-{i}.safetensors", dict(shapes), rank, i, stored) for i in (1, 2)]
-
-
-def open_pair(files: list[Path]) -> Pair:
-    """The pair, whose scores are kept beside it."""
-    return Pair.open(files[0], files[1], ScoreCache(files[0].parent / "cache"))
+    return write_pair(folder, shapes, rank, "lora" if family == "conv" else family)
 
 
 def open_session(pair: Pair, layers: Mapping[str, nn.Module]) -> Session:

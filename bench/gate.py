@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bench.machine import describe_machine, timed
-from bench.model import write_lora
+from bench.model import open_pair, write_pair
 from bench.scoring import plain_scores, sdxl_shapes
 from klora.cache import ScoreCache
 from klora.engine.bypass import Site
@@ -50,7 +50,7 @@ def read_numbers(files: list[Path]) -> float:
 def measure(rank: int, step: int, rounds: int, folder: Path) -> dict[str, float]:
     """All ratios, by what they say."""
     shapes = dict(list(sdxl_shapes("linears").items())[::step])
-    files = [write_lora(folder / f"{i}.safetensors", shapes, rank, i) for i in (1, 2)]
+    files = write_pair(folder, shapes, rank)
     cache = ScoreCache(folder / "cache")
     pair = PAIRS.open(*files, cache)
     with torch.device("meta"):
@@ -91,8 +91,7 @@ def measure(rank: int, step: int, rounds: int, folder: Path) -> dict[str, float]
 def tiny_layer(rounds: int, folder: Path) -> float:
     """What the hook of a layer costs beside its arithmetic, where the layer has hardly any."""
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    files = [write_lora(folder / f"tiny-{i}.safetensors", {name: (64, 64)}, 4, i) for i in (1, 2)]
-    pair = PAIRS.open(*files, ScoreCache(folder / "cache"))
+    pair = open_pair(write_pair(folder / "tiny", {name: (64, 64)}, 4))
     layer, x = nn.Linear(64, 64), torch.randn(2, 4, 64)
 
     def often(function: Callable[[Any], Any]) -> None:

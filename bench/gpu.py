@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
@@ -26,17 +26,15 @@ import torch
 import bench.picture
 from bench.blocks import HEADS, WAYS, make_blocks, measure, operations
 from bench.machine import describe_machine, timed
-from bench.model import make_pipeline, write_lora
+from bench.memory import MB
+from bench.model import make_pipeline, open_pair, write_pair
 from bench.scoring import sdxl_shapes
-from klora.cache import ScoreCache
 from klora.fusion.device_scores import score_low_rank
 from klora.fusion.scores import FileScores, score_deltas, standard_ks
 from klora.lora.file import LoraFile
-from klora.pair import Pair
 from klora.settings import Settings
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-MB = 2**20
 Row = dict[str, Any]
 Keep = Callable[[str, Row], None]
 """Takes a row of a table, once it has been measured."""
@@ -52,7 +50,7 @@ def measure_blocks(options: argparse.Namespace, device: torch.device, keep: Keep
         blocks = make_blocks(model, options.depth, batch, pixels, device, DTYPES[dtype], options.shrink)
         with tempfile.TemporaryDirectory() as folder:
             shapes = {name: tuple(layer.weight.shape) for name, layer in blocks.linears().items()}
-            pair = Pair.open(*write_pair(Path(folder), shapes, rank), ScoreCache(Path(folder) / "cache"))
+            pair = open_pair(write_pair(Path(folder), shapes, rank))
             seconds = measure(blocks, pair, device, options.rounds)
             counts = operations(blocks, pair, device)
         row = {"model": model, "dtype": dtype, "rank": rank, "batch": batch}
@@ -72,7 +70,6 @@ def measure_scoring(options: argparse.Namespace, device: torch.device, keep: Kee
     for rank in options.ranks:
         with tempfile.TemporaryDirectory() as folder:
             files = write_pair(Path(folder), shapes, rank)
-            cache = ScoreCache(Path(folder) / "cache")
             deltas = [delta for file in files for delta in LoraFile.open(file).modules.values()]
             wanted = {str(number): (delta, standard_ks(rank)) for number, delta in enumerate(deltas)}
             found: list[FileScores] = []
@@ -83,7 +80,7 @@ def measure_scoring(options: argparse.Namespace, device: torch.device, keep: Kee
             with peak_memory(device) as peak:
                 seconds["again"] = timed(lambda: score_low_rank(wanted, device), device=device)  # noqa: B023
             seconds["files to plan"] = timed(
-                lambda: Pair.open(*files, cache).plan(Settings(scope="linear"), device=device)  # noqa: B023
+                lambda: open_pair(files).plan(Settings(scope="linear"), device=device)  # noqa: B023
             )
         difference = largest_difference(*found)
         row = {"modules": len(shapes), "rank": rank}
@@ -100,16 +97,11 @@ def measure_pictures(options: argparse.Namespace, device: torch.device, keep: Ke
     pipe = make_pipeline(10 // options.shrink or 1, channels)
     for dtype, rank in product(options.dtypes, options.ranks):
         print(f"\n{dtype}, rank {rank}, {size['steps']} steps\n", flush=True)
+        pipe.to(device, DTYPES[dtype])
         with peak_memory(device) as peak:
-            pipe.to(device, DTYPES[dtype])
             seconds, parts = bench.picture.measure(pipe, rank=rank, rounds=min(3, options.rounds), **size)
         keep("pictures", {"dtype": dtype, "rank": rank, "seconds": seconds, "parts": parts, "peak": peak[0]})
         bench.picture.report(seconds, parts)
-
-
-def write_pair(folder: Path, shapes: Mapping[str, tuple[int, ...]], rank: int) -> list[Path]:
-    """Two new files."""
-    return [write_lora(folder / f"{seed}.safetensors", dict(shapes), rank, seed) for seed in (1, 2)]
 
 
 def largest_difference(one: FileScores, other: FileScores) -> float:

@@ -12,9 +12,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from klora.cache import ScoreCache
 from klora.hosts.diffusers import DiffusersHost
 from klora.lora.file import LoraFile
 from klora.lora.names import kind_of
+from klora.pair import Pair
 
 CONTEXT = 2048
 TOKENS = 77
@@ -76,7 +78,7 @@ def module_shapes(pipe: Any, kinds: tuple[str, ...]) -> dict[str, tuple[int, ...
     return {name: site.shape for name, site in DiffusersHost(pipe).sites().items() if kind_of(name) in kinds}
 
 
-def write_lora(path: Path, shapes: dict[str, tuple[int, ...]], rank: int, seed: int, family: str = "lora") -> Path:
+def write_lora(path: Path, shapes: Mapping[str, tuple[int, ...]], rank: int, seed: int, family: str = "lora") -> Path:
     """Write a kohya or LyCORIS file of random fp16 weights: lora, dora, loha, lokr or full."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -91,6 +93,17 @@ def write_lora(path: Path, shapes: dict[str, tuple[int, ...]], rank: int, seed: 
         tensors[f"{key}.alpha"] = torch.tensor(float(rank))
     save_file(tensors, path)
     return path
+
+
+def write_pair(folder: Path, shapes: Mapping[str, tuple[int, ...]], rank: int, family: str = "lora") -> list[Path]:
+    """Two such files in a folder, which is made where it is missing."""
+    folder.mkdir(exist_ok=True)
+    return [write_lora(folder / f"{seed}.safetensors", shapes, rank, seed, family) for seed in (1, 2)]
+
+
+def open_pair(files: list[Path]) -> Pair:
+    """The pair, whose scores are kept beside it."""
+    return Pair.open(files[0], files[1], ScoreCache(files[0].parent / "cache"))
 
 
 def _tensors(family: str, out: int, inner: int, kernel: tuple[int, ...], rank: int, draw: Any) -> dict[str, Tensor]:

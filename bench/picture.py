@@ -52,8 +52,7 @@ class Parts:
         ("detach", Session, "detach"),
     )
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self) -> None:
         self.seconds = {name: 0.0 for name, _, _ in self.PLACES} | {"forwards": 0.0}
         self._inside: list[float] = []
 
@@ -62,20 +61,20 @@ class Parts:
         """Watch all parts inside the block."""
         with ExitStack() as stack:
             for name, owner, method in (*self.PLACES, ("forwards", type(pipe.unet), "forward")):
-                timed = self._timed(name, getattr(owner, method))
+                timed = self._timed(name, getattr(owner, method), pipe.unet.device)
                 stack.enter_context(mock.patch.object(owner, method, timed))
             yield
 
-    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, name: str, function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
         @functools.wraps(function)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             self._inside.append(0.0)
-            wait_for(self.device)
+            wait_for(device)
             start = time.perf_counter()
             try:
                 return function(*args, **kwargs)
             finally:
-                wait_for(self.device)
+                wait_for(device)
                 whole = time.perf_counter() - start
                 self.seconds[name] += whole - self._inside.pop()
                 if self._inside:
@@ -121,7 +120,7 @@ def measure(
             seconds["one LoRA"].append(seconds_of(lambda: with_merged(pipe, files[:1], make)))  # noqa: B023
             seconds["two LoRAs"].append(seconds_of(lambda: with_merged(pipe, files[:2], make)))  # noqa: B023
             for way, pair in zip((*WAYS[3:5], "", WAYS[5]), (files[:2], files[:2], files[2:], files[:2]), strict=True):
-                found = Parts(pipe.unet.device)
+                found = Parts()
                 taken = seconds_of(lambda: with_klora(pipe, pair, cache, make, found))  # noqa: B023
                 if way:
                     seconds[way].append(taken)
