@@ -20,6 +20,7 @@ from klora.engine import joined
 from klora.engine.bypass import Site
 from klora.engine.session import Session
 from klora.engine.weights import KEPT
+from klora.fusion.policies.base import NEITHER
 from klora.lora.names import kind_of
 from klora.pair import Pair
 from klora.settings import Settings
@@ -147,7 +148,6 @@ class Fused:
         self.layers = blocks.linears()
         self.sites = {name: Site(layer) for name, layer in self.layers.items()}
         self.plan = pair.plan(Settings(), device=device)
-        self.session = self.new_session()
 
     def new_session(self) -> Session:
         """One more session of the pair."""
@@ -173,22 +173,21 @@ class Fused:
     @contextmanager
     def _silent(self) -> Iterator[Forward]:
         """The hooks, none of which does anything."""
-        with self.session:
-            for part in self.session._parts.values():
-                part.set((0.0, 0.0))
+        with self.new_session() as session:
+            session.set_active(NEITHER)
+            # The factors get to the device in the first forward, whether they act or not.
+            self.blocks.forward()
             yield self.blocks.forward
-        self.session = self.new_session()
 
     @contextmanager
     def _acting(self, join: bool, step: int) -> Iterator[Forward]:
         """K-LoRA, with the products of modules of one input joined or one by one; the cost of switching is in it."""
-        with joining({self.device.type} if join else set()), self.session:
-            # The factors get to the device in the first forward.
-            self._step(step - 1)
-            yield partial(self._step, step)
+        with joining({self.device.type} if join else set()), self.new_session() as session:
+            self._step(session, step - 1)
+            yield partial(self._step, session, step)
 
-    def _step(self, step: int) -> Tensor:
-        self.session.set_tau(step % STEPS / STEPS)
+    def _step(self, session: Session, step: int) -> Tensor:
+        session.set_tau(step % STEPS / STEPS)
         return self.blocks.forward()
 
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import bench.gpu
-from bench.blocks import HEADS, WAYS, make_blocks
+from bench.blocks import HEADS, WAYS, make_blocks, operations
 from bench.gpu import main
+from bench.model import open_pair, write_pair
 from bench.picture import WAYS as PICTURES
 
 SMALL = "--device cpu --shrink 99 --pixels 64 --depth 1 --rounds 1 --steps 1 --ranks 4 --batches 2 --dtypes bf16"
@@ -28,6 +29,7 @@ def test_every_model_is_measured_in_every_way(model: str, tmp_path: Path, capsys
     [row] = run(tmp_path, "blocks", "--models", model)["blocks"]
     assert row["seconds"].keys() == {*WAYS, "new session", "session again"}
     assert all(value > 0 for value in row["seconds"].values())
+    assert row["operations"].keys() == {*WAYS}
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"| {model} | bf16 | 4 | 2 |")
 
 
@@ -35,11 +37,13 @@ def test_every_model_is_measured_in_every_way(model: str, tmp_path: Path, capsys
 def test_a_module_costs_two_operations_and_modules_of_one_input_share_the_first(
     model: str, saved: int, tmp_path: Path
 ) -> None:
-    [row] = run(tmp_path, "blocks", "--models", model)["blocks"]
-    counts = row["operations"]
-    modules = len(make_blocks(model, 1, 1, 64, torch.device("meta"), torch.bfloat16).linears())
+    cpu = torch.device("cpu")
+    blocks = make_blocks(model, 1, 1, 64, cpu, torch.bfloat16, shrink=99)
+    linears = blocks.linears()
+    pair = open_pair(write_pair(tmp_path, {name: tuple(layer.weight.shape) for name, layer in linears.items()}, 4))
+    counts = operations(blocks, pair, cpu)
     assert counts["no LoRA"] == counts["merged"] == counts["hooks alone"]
-    assert counts["one by one"] == counts["merged"] + 2 * modules
+    assert counts["one by one"] == counts["merged"] + 2 * len(linears)
     # q, k and v of self-attention; k and v of cross-attention, or all three of the text's in FLUX.
     assert counts["K-LoRA"] == counts["one by one"] - saved
 
