@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from klora.errors import MismatchError
 from klora.fusion.cut import cut
 from klora.fusion.entries import Drawn, EntryMerge, Largest, _around, cut_merge, elected_mean, largest
-from klora.fusion.knots import shared_basis, tie
 from klora.fusion.policies import POLICIES, make_policy, resolve
 from klora.fusion.policies.base import BOTH, Moment
+from klora.fusion.policies.knots.basis import shared_basis, tie
 from klora.lora.deltas.computed import FactorDelta
 from klora.settings import Settings
 from tests.fusion.policies.test_static import (

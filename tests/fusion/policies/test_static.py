@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from klora.errors import MismatchError
-from klora.fusion.clusters import k_means, units
 from klora.fusion.policies import make_policy, resolve
-from klora.fusion.projection import orthonormal, shrink
+from klora.fusion.policies.lego.clusters import k_means, units
+from klora.fusion.policies.np_lora.projection import orthonormal, shrink
 from klora.lora.deltas import Delta
 from klora.lora.deltas.computed import FactorDelta, low_rank
 from klora.lora.file import LoraFile

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from klora.fusion.clusters import _means, k_means, merge_units, units
+from klora.fusion.policies.lego.clusters import _means, k_means, merge_units, units
 from klora.lora.deltas.computed import FactorDelta
 
 OUT, IN = 5, 4
