@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from klora.fusion.policies import make_policy
-from klora.fusion.policies.base import BOTH, NEITHER, STYLE, SUBJECT, Active, Moment, Policy, ScaledPolicy, SharedModule
+from klora.fusion.policies.base import BOTH, NEITHER, STYLE, SUBJECT, Active, Moment, Policy, ScaledPolicy
 from klora.fusion.scale import Scale, switch_steps
 from klora.fusion.scores import ModuleScore
 from klora.settings import Settings
@@ -37,6 +37,15 @@ class FileModule:
     style_name: str | None = None
     subject: ModuleScore | None = None
     style: ModuleScore | None = None
+
+
+@dataclass(frozen=True)
+class SharedModule:
+    """One module that both files touch, with its scores; `k` is how many of the largest entries are compared."""
+
+    subject: ModuleScore
+    style: ModuleScore
+    k: int
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,7 @@ def make_plan(modules: Iterable[FileModule], settings: Settings) -> FusionPlan:
     policy = make_policy(settings)
     modules = list(modules)
     shared = {module.name: found for module in modules if (found := _shared(module, settings))}
-    natural = policy.gamma(list(shared.values()))
+    natural = policy.gamma([m.subject.l1 for m in shared.values()], [m.style.l1 for m in shared.values()])
     gamma = natural if natural is None or settings.gamma is None else settings.gamma
     planned = tuple(_plan_module(module, shared.get(module.name), policy, gamma, settings) for module in modules)
     subject = [module.name for module in modules if module.subject_name is not None]

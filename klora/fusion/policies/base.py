@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
+from klora.fusion.gamma import global_gamma, trimmed_gamma
 from klora.fusion.scale import Scale, subject_wins
 from klora.settings import Settings
 
@@ -44,15 +45,6 @@ NEITHER = Active(0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class SharedModule:
-    """One module that both files touch, with its scores; `k` is how many of the largest entries are compared."""
-
-    subject: ModuleScore
-    style: ModuleScore
-    k: int
-
-
-@dataclass(frozen=True)
 class Moment:
     """A point of sampling: position τ in a schedule of `steps` steps, and the balance in force."""
 
@@ -72,23 +64,6 @@ class Forward(NamedTuple):
     active: Active
     weight: float
     reuse: int = 1
-
-
-def global_gamma(modules: Sequence[SharedModule]) -> float | None:
-    """γ = Σ_l Σ|ΔW_c| / Σ_l Σ|ΔW_s| over the contested modules (K-LoRA, Eq. 9); None where one side is zero."""
-    subject = math.fsum(module.subject.l1 for module in modules)
-    style = math.fsum(module.style.l1 for module in modules)
-    return subject / style if subject and style else None
-
-
-def trimmed_gamma(modules: Sequence[SharedModule]) -> float | None:
-    """γ as in the authors' code: the mean of the modules' L1 ratios without those of 3 × their mean or more."""
-    ratios = [module.subject.l1 / module.style.l1 for module in modules if module.style.l1]
-    if not ratios:
-        return None
-    mean = math.fsum(ratios) / len(ratios)
-    kept = [ratio for ratio in ratios if ratio < 3 * mean]
-    return math.fsum(kept) / len(kept) if kept else None
 
 
 class Policy(ABC):
@@ -132,9 +107,9 @@ class Policy(ABC):
             raise KeyError(f"no top-{k} sum is stored")
         return value
 
-    def gamma(self, modules: Sequence[SharedModule]) -> float | None:
-        """γ, which makes both LoRAs comparable (K-LoRA, Eq. 9); None where one side is zero everywhere."""
-        return (trimmed_gamma if self.settings.variant == "official" else global_gamma)(modules)
+    def gamma(self, subject: Sequence[float], style: Sequence[float]) -> float | None:
+        """γ (K-LoRA, Eq. 9), of the contested modules' L1 sums; None where one side is zero everywhere."""
+        return (trimmed_gamma if self.settings.variant == "official" else global_gamma)(subject, style)
 
     def notices(self, subject: Sequence[str], style: Sequence[str]) -> Iterable[str]:
         """What a user should know, given the names of the modules of each file."""

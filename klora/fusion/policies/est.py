@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from klora.fusion.policies.base import ScaledPolicy, SharedModule
+from klora.fusion.policies.base import ScaledPolicy
 from klora.fusion.scale import Scale
 from klora.settings import Settings
 
@@ -32,8 +32,8 @@ class Est(ScaledPolicy):
     def importance(self, score: ModuleScore, k: int) -> float:
         return score.fro2
 
-    def gamma(self, modules: Sequence[SharedModule]) -> float | None:
-        gamma = super().gamma(modules)
+    def gamma(self, subject: Sequence[float], style: Sequence[float]) -> float | None:
+        gamma = super().gamma(subject, style)
         return None if gamma is None else gamma**self.settings.gamma_power
 
     def make_scale(self, settings: Settings) -> Scale:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from klora.fusion.policies.base import ScaledPolicy, SharedModule, global_gamma
+from klora.fusion.gamma import unit_gamma
+from klora.fusion.policies.base import ScaledPolicy
 from klora.fusion.scale import Scale
 from klora.settings import Settings
-
-
-def unit_gamma(modules: Sequence[SharedModule]) -> float | None:
-    """γ = 1; None where one side is zero everywhere, as with any other γ."""
-    return None if global_gamma(modules) is None else 1.0
 
 
 class KLora(ScaledPolicy):
@@ -27,8 +23,8 @@ class NoGamma(ScaledPolicy):
     name = "no-gamma"
     title = "K-LoRA without γ"
 
-    def gamma(self, modules: Sequence[SharedModule]) -> float | None:
-        return unit_gamma(modules)
+    def gamma(self, subject: Sequence[float], style: Sequence[float]) -> float | None:
+        return unit_gamma(subject, style)
 
 
 class TopKOnly(ScaledPolicy):
@@ -38,8 +34,8 @@ class TopKOnly(ScaledPolicy):
     title = "Top-K only"
     static = True
 
-    def gamma(self, modules: Sequence[SharedModule]) -> float | None:
-        return unit_gamma(modules)
+    def gamma(self, subject: Sequence[float], style: Sequence[float]) -> float | None:
+        return unit_gamma(subject, style)
 
     def make_scale(self, settings: Settings) -> Scale:
         return Scale("one")
