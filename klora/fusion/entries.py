@@ -25,8 +25,8 @@ SAMPLE = 1 << 16
 """Entries that tell about where a quantile of all lies."""
 
 
-class Kept(Protocol):
-    """A rule that keeps some entries of each ΔW."""
+class Thinning(Protocol):
+    """A rule that keeps some entries of each ΔW and makes the others zero."""
 
     def thin(self, side: int, group: int, rows: Tensor) -> Tensor:
         """What stays of the rows of group `group` (its first row is GROUP·group) of the delta number `side`."""
@@ -96,7 +96,7 @@ class EntryMerge(Delta):
 
     sources: tuple[Delta, ...]
     strengths: tuple[float, ...]
-    kept: Kept
+    thinning: Thinning
     elect: bool
     first: int = 0
 
@@ -121,7 +121,7 @@ class EntryMerge(Delta):
     def _group(self, group: int, low: int, high: int) -> Tensor:
         sides = enumerate(zip(self.sources, self.strengths, strict=True))
         values = torch.stack(
-            [self.kept.thin(side, group, delta.rows(low, high)) * strength for side, (delta, strength) in sides]
+            [self.thinning.thin(side, group, delta.rows(low, high)) * strength for side, (delta, strength) in sides]
         )
         return elected_mean(values) if self.elect else values.sum(0)
 
@@ -130,7 +130,7 @@ class EntryMerge(Delta):
 
 
 def cut_merge(
-    deltas: tuple[Delta, Delta], strengths: tuple[float, float], kept: Kept, elect: bool, rank: int | None
+    deltas: tuple[Delta, Delta], strengths: tuple[float, float], thinning: Thinning, elect: bool, rank: int | None
 ) -> Delta:
     """The merge of two deltas, cut to `rank` (None: the sum of both ranks; 0: not cut, and as large as the weight).
 
@@ -138,7 +138,7 @@ def cut_merge(
     """
     refuse_dora(deltas)
     first = deltas[0]
-    merged = EntryMerge(first.file, first.key, first.rank, 1.0, 1.0, first.shape, deltas, strengths, kept, elect)
+    merged = EntryMerge(first.file, first.key, first.rank, 1.0, 1.0, first.shape, deltas, strengths, thinning, elect)
     if rank == 0:
         return merged
     return cut(merged, sum(delta.rank for delta in deltas) if rank is None else rank).delta

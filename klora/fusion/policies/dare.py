@@ -24,6 +24,6 @@ class Dare(Merge):
     def merged(self, module: str, subject: Delta, style: Delta) -> Delta:
         from klora.fusion.entries import Drawn, cut_merge
 
-        kept = Drawn(f"{self.settings.seed}:{module}", self.density)
+        thinning = Drawn(f"{self.settings.seed}:{module}", self.density)
         elect = self.settings.dare_merge == "ties"
-        return cut_merge((subject, style), self.strengths, kept, elect, rank=self.settings.merge_rank)
+        return cut_merge((subject, style), self.strengths, thinning, elect, rank=self.settings.merge_rank)

@@ -20,5 +20,5 @@ class MagnitudePrune(Merge):
     def merged(self, module: str, subject: Delta, style: Delta) -> Delta:
         from klora.fusion.entries import Largest, cut_merge
 
-        kept = Largest.of((subject, style), self.density)
-        return cut_merge((subject, style), self.strengths, kept, elect=False, rank=self.settings.merge_rank)
+        thinning = Largest.of((subject, style), self.density)
+        return cut_merge((subject, style), self.strengths, thinning, elect=False, rank=self.settings.merge_rank)

@@ -24,5 +24,5 @@ class Ties(Merge):
     def merged(self, module: str, subject: Delta, style: Delta) -> Delta:
         from klora.fusion.entries import Largest, cut_merge
 
-        kept = Largest.of((subject, style), self.density)
-        return cut_merge((subject, style), self.strengths, kept, elect=True, rank=self.settings.merge_rank)
+        thinning = Largest.of((subject, style), self.density)
+        return cut_merge((subject, style), self.strengths, thinning, elect=True, rank=self.settings.merge_rank)
