@@ -65,7 +65,7 @@ class ScoreCache:
         """Scores of all diffusion-model modules of `file`, at the standard K and those `wanted` by module name.
 
         Read from disk where they are there; what is missing is computed, on `device` where that is an accelerator, and
-        added; `on_scored` hears how far that is. Raises LoraValueError for NaN or infinity anywhere in the file.
+        added; `on_scored` is told how far it is. Raises LoraValueError for NaN or infinity anywhere in the file.
         """
         wanted = wanted or {}
         digest = self._digest(Path(os.path.abspath(file.path)), file.identity)

@@ -78,8 +78,8 @@ class Pair:
     ) -> FusionPlan:
         """Score what is contested (or take the scores from the cache) and decide; LoraValueError for NaN or infinity.
 
-        What has to be computed is computed on `device` where that is an accelerator; `on_scored` hears how many modules
-        of both files are done.
+        What has to be computed is computed on `device` where that is an accelerator; `on_scored` is called with
+        how many modules of both files are done, and of how many.
         """
         # A pair under the names of a model shares its plans with the pair as it was opened.
         key = (settings, self.architecture, self.subject, self.style)
@@ -98,10 +98,10 @@ class Pair:
             for name, delta in self.subject.modules.items()
             if name in self.style.modules and kind(name, delta.shape) in kinds
         }
-        told = _Told(on_scored, len(self.subject.modules) + len(self.style.modules))
-        subject = self.cache.scores(self.subject, wanted, device, told.beyond(0))
-        style = self.cache.scores(self.style, wanted, device, told.beyond(len(self.subject.modules)))
-        told.finish()
+        progress = _Progress(on_scored, len(self.subject.modules) + len(self.style.modules))
+        subject = self.cache.scores(self.subject, wanted, device, progress.after(0))
+        style = self.cache.scores(self.style, wanted, device, progress.after(len(self.subject.modules)))
+        progress.finish()
         names = sorted({*self.subject.modules, *self.style.modules}, key=sort_key)
         plan = make_plan(
             (
@@ -134,22 +134,22 @@ class Pair:
         }
 
 
-class _Told:
-    """Tells `on_scored` of both files as one, and in the end that all is done where some of it was known before."""
+class _Progress:
+    """Reports the scoring of both files to `on_scored` as one count, which ends at all where some were known before."""
 
     def __init__(self, on_scored: OnScored | None, total: int) -> None:
         self._on_scored, self._total = on_scored, total
         self._done = 0
 
-    def beyond(self, before: int) -> OnScored:
-        """What hears of a file, whose modules come after `before` others."""
-        return lambda done, _: self._tell(before + done)
+    def after(self, before: int) -> OnScored:
+        """The callback for the scoring of one file, whose modules are counted after `before` others."""
+        return lambda done, _: self._report(before + done)
 
     def finish(self) -> None:
         if 0 < self._done < self._total:
-            self._tell(self._total)
+            self._report(self._total)
 
-    def _tell(self, done: int) -> None:
+    def _report(self, done: int) -> None:
         self._done = done
         if self._on_scored:
             self._on_scored(done, self._total)

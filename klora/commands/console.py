@@ -40,14 +40,14 @@ def scoring_bar() -> Callable[[int, int], None]:
 
     bars: list[tqdm] = []
 
-    def hear(done: int, total: int) -> None:
+    def advance(done: int, total: int) -> None:
         if not bars:
             bars.append(tqdm(total=total, desc="scoring new files", unit="module", leave=False, disable=None))
         bars[0].update(done - bars[0].n)
         if done == total:
             bars.pop().close()
 
-    return hear
+    return advance
 
 
 def never_fail_on_a_character(stream: TextIO) -> None:

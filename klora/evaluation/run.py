@@ -73,7 +73,7 @@ class Batch(NamedTuple):
 def evaluate_study(asked: Evaluation, on_scored: OnScored | None = None) -> Iterator[str]:
     """Generate and score what is not on disk yet, then write the tables and say where (the first process only).
 
-    `on_scored` hears how many modules of a pair of LoRAs have been scored, of how many (in the first process only).
+    `on_scored` is told how many modules of a pair of LoRAs have been scored, of how many (in the first process only).
     Raises KloraError for a model, a file or a setting that does not do, and where no method runs.
     """
     for pair in asked.pairs:

@@ -24,7 +24,7 @@ Floats = NDArray[np.float32]
 Wanted = Mapping[str, "tuple[Delta, Collection[int]]"]
 """Modules to be scored: their deltas and K's by name."""
 OnScored = Callable[[int, int], None]
-"""Hears how many modules have been scored, of how many."""
+"""Is called with how many modules have been scored, and of how many."""
 
 SCORING_VERSION = 2
 PARTNER_RANKS = tuple(2**i for i in range(8))

@@ -46,7 +46,7 @@ def generate(
 ) -> Generator[GeneratedPicture, None, None]:
     """Fuse the pair of a request in `pipe` and generate one picture for each seed.
 
-    `announce` hears the number of each picture, from 1, before it is begun; `on_scored`, how far the scoring of new
+    `announce` is told the number of each picture, from 1, before it is begun; `on_scored`, how far the scoring of new
     files is. Raises KloraError for a pair or a setting that does not do, and where memory does not suffice. Closing the
     generator leaves the pipeline as it was.
     """
