@@ -6,13 +6,13 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from klora.errors import KloraError
+from klora.hub import ModelSource, find_model
 from klora.text import first_line
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -65,7 +65,7 @@ def load_dino(model: str, device: str) -> VisionModel:
 
 
 def _load(
-    read: Callable[[str, bool], Any],
+    read: Callable[[ModelSource], Any],
     model: str,
     device: str,
     features: Callable[[nn.Module, Tensor], Tensor],
@@ -73,43 +73,39 @@ def _load(
 ) -> VisionModel:
     if importlib.util.find_spec("transformers") is None:
         raise KloraError('comparing with references needs transformers; pip install "klora[demo]"')
-    folder = Path(model).expanduser()
-    local = folder.is_dir()
-    source = str(folder) if local else model
+    source = find_model(model)
     try:
         # Hosts sample in inference mode, and gradients must pass.
         with torch.inference_mode(False):
-            # The model first: of what is asked of an unreachable hub, every file costs its time.
-            net = read(source, local).to(device).eval().requires_grad_(False)
-        return VisionModel(net, _processor(source, local), features, usual)
+            net = read(source).to(device).eval().requires_grad_(False)
+        return VisionModel(net, _processor(source), features, usual)
     # What is wrong with a model reaches us as errors of any kind.
     except Exception as error:
-        cure = "give a folder with the model, or a hub id while online"
-        raise KloraError(f"{model}: cannot be loaded ({first_line(error)}); {cure}") from error
+        raise KloraError(f"{model}: cannot be loaded ({first_line(error)}); give another folder or hub id") from error
 
 
-def _read_clip(source: str, local: bool) -> Any:
+def _read_clip(source: ModelSource) -> Any:
     from transformers import AutoConfig, CLIPVisionModelWithProjection
 
-    config = AutoConfig.from_pretrained(source, local_files_only=local)
+    config = source.load(AutoConfig)
     if hasattr(config, "vision_config"):
         # Of a whole CLIP, the image half; how wide its features are is said for both halves alone.
         config.vision_config.projection_dim = config.projection_dim
         config = config.vision_config
-    return CLIPVisionModelWithProjection.from_pretrained(source, config=config, local_files_only=local)
+    return source.load(CLIPVisionModelWithProjection, config=config)
 
 
-def _read_dino(source: str, local: bool) -> Any:
+def _read_dino(source: ModelSource) -> Any:
     from transformers import AutoModel
 
-    return AutoModel.from_pretrained(source, local_files_only=local)
+    return source.load(AutoModel)
 
 
-def _processor(source: str, local: bool) -> Any:
+def _processor(source: ModelSource) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(source, local_files_only=local)
+        return source.load(AutoImageProcessor)
     except (OSError, ValueError):
         return None
 

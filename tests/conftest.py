@@ -17,25 +17,23 @@ settings.register_profile("mutation", deadline=None, derandomize=True, max_examp
 settings.load_profile("klora")
 
 
-@pytest.fixture(scope="session", autouse=True)
-def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Keep the user's cache and every hub out of the tests; gives the folder that stands for the user's cache."""
-    folder = tmp_path_factory.mktemp("user-cache")
-    wanted = {
-        "XDG_CACHE_HOME": str(folder),
-        "HF_HUB_OFFLINE": "1",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "DIFFUSERS_VERBOSITY": "error",
-        "OMP_NUM_THREADS": "1",
-    }
+def pytest_configure() -> None:
+    """Keep every hub out of the tests: its library reads this once, when a test module first imports it."""
+    os.environ.update(
+        HF_HUB_OFFLINE="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        TRANSFORMERS_VERBOSITY="error",
+        DIFFUSERS_VERBOSITY="error",
+        OMP_NUM_THREADS="1",
+    )
     # Tiny models are far slower on several threads, above all on a busy machine.
     torch.set_num_threads(1)
-    before = {name: os.environ.get(name) for name in wanted}
-    os.environ.update(wanted)
-    yield folder
-    for name, value in before.items():
-        if value is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = value
+
+
+@pytest.fixture(scope="session", autouse=True)
+def user_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Keep the user's cache out of the tests; gives the folder that stands for it."""
+    folder = tmp_path_factory.mktemp("user-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder

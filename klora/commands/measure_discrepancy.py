@@ -38,6 +38,8 @@ def run(args: argparse.Namespace) -> None:
     """Make or read the pictures, compare them, and print d."""
     if bool(args.subject_refs) != bool(args.style_refs):
         raise KloraError("--subject-refs: goes with --style-refs; give both, or neither and a --model")
+    if not args.subject_refs:
+        _demand_probe(args)
     need("klora measure-discrepancy", "transformers")
 
     from klora.generation.discrepancy import discrepancy
@@ -45,8 +47,9 @@ def run(args: argparse.Namespace) -> None:
     from klora.vision import load_dino
 
     device = choose_device(args.device)
-    pictures = _read(args) if args.subject_refs else _probe(args)
-    d = discrepancy(load_dino(args.dino_model, device), *pictures)
+    # Before the pictures, which may take minutes: where there is no such model, they are for nothing.
+    dino = load_dino(args.dino_model, device)
+    d = discrepancy(dino, *(_read(args) if args.subject_refs else _probe(args)))
     sys.stdout.write(f"{d:.4f}\n")
 
 
@@ -56,13 +59,15 @@ def _read(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:
     return read_images("subject_refs", args.subject_refs), read_images("style_refs", args.style_refs)
 
 
-def _probe(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:
+def _demand_probe(args: argparse.Namespace) -> None:
     for name in ("subject", "style", "model", "prompt"):
         if not getattr(args, name):
             option = name.upper() if name in ("subject", "style") else f"--{name}"
             raise KloraError(f"{option}: is needed for probe pictures; or give --subject-refs and --style-refs")
     need("klora measure-discrepancy --model", "diffusers")
 
+
+def _probe(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:
     from klora.generation.discrepancy import pixels_of, probe_pictures
     from klora.generation.picture_file import write_picture
     from klora.generation.pipeline import open_pipeline

@@ -14,10 +14,11 @@ import torch
 
 from klora.errors import KloraError
 from klora.generation.request import GenerationRequest
+from klora.hub import find_model
 from klora.settings import AUTO
 from klora.text import first_line
 
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_INDEX = "model_index.json"
 
 
 def open_pipeline(request: GenerationRequest) -> Any:
@@ -49,30 +50,21 @@ def choose_dtype(name: str, device: str, model: str) -> torch.dtype:
 
 def load_pipeline(model: str, dtype: torch.dtype) -> Any:
     """Load a diffusers pipeline from a folder, or from the hub; KloraError saying what is wrong with it."""
-    folder = Path(model).expanduser()
-    local = folder.exists()
-    if folder.is_dir() and not (folder / "model_index.json").is_file():
-        raise KloraError(f"{model}: is not a diffusers pipeline, it has no model_index.json; give the folder that has")
-    if folder.is_file():
-        raise KloraError(f"{model}: is a file; --model takes a diffusers folder or a hub id")
-    if not local and not _HUB_ID.fullmatch(model):
-        raise KloraError(f"{model}: there is no such folder, and it is not a hub id (owner/name) either")
+    source = find_model(model, _INDEX)
+    folder = Path(source.name)
+    if folder.is_dir() and not (folder / _INDEX).is_file():
+        raise KloraError(f"{model}: is not a diffusers pipeline, it has no {_INDEX}; give the folder that has")
     try:
         with quiet_libraries():
             from diffusers import DiffusionPipeline
 
-            pipe = DiffusionPipeline.from_pretrained(
-                str(folder) if local else model, dtype=dtype, local_files_only=local
-            )
+            pipe = source.load(DiffusionPipeline, dtype=dtype)
             # Releases of diffusers that know `dtype` only by its old name load fp32.
             return pipe if pipe.dtype == dtype else pipe.to(dtype=dtype)
     # What is wrong with a model reaches us as errors of any kind, from four libraries.
     except Exception as error:
         detail = f"{type(error).__name__}: {first_line(error)}"
-        if local:
-            raise KloraError(f"{model}: cannot be loaded ({detail})") from error
-        cure = "check the name and the connection, or give a folder"
-        raise KloraError(f"{model}: there is no such folder, and the hub did not give it ({detail}); {cure}") from error
+        raise KloraError(f"{model}: cannot be loaded ({detail}); give another folder or hub id") from error
 
 
 @contextmanager
@@ -100,7 +92,7 @@ def quiet_libraries() -> Iterator[None]:
 def _pipeline_class(model: str) -> str:
     """The pipeline's class where its folder tells, else the model's name."""
     try:
-        index = json.loads((Path(model).expanduser() / "model_index.json").read_text(encoding="utf-8"))
+        index = json.loads((Path(model).expanduser() / _INDEX).read_text(encoding="utf-8"))
         return str(index["_class_name"])
     except (OSError, ValueError, KeyError, TypeError):
         return model
