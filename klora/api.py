@@ -12,9 +12,8 @@ from klora.engine.session import Session
 from klora.engine.weights import KEPT
 from klora.fusion.plan import FusionPlan
 from klora.fusion.scores import OnScored
-from klora.hosts.diffusers import DiffusersHost
-from klora.hosts.diffusers_follow import follow
-from klora.hosts.refiner import make_refiner
+from klora.hosts.diffusers import DiffusersHost, follow
+from klora.hosts.guidance import make_refiner
 from klora.pair import PAIRS
 from klora.settings import Settings
 

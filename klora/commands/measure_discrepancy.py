@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _read(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:
-    from klora.hosts.refiner import read_images
+    from klora.hosts.guidance import read_images
 
     return read_images("subject_refs", args.subject_refs), read_images("style_refs", args.style_refs)
 

@@ -27,7 +27,7 @@ from klora.generation.generate import generate
 from klora.generation.methods import Method
 from klora.generation.pipeline import call_arguments, choose_device, choose_dtype, model_name, open_pipeline
 from klora.generation.request import GenerationRequest
-from klora.hosts.refiner import reference_files
+from klora.hosts.guidance import reference_files
 from klora.pair import Pair
 from klora.report.files import OutputFile, csv_bytes, output_folder
 from klora.settings import Settings

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from klora.generation.generate import GeneratedPicture, generate
 from klora.generation.request import GenerationRequest
-from klora.hosts.refiner import encode_square
+from klora.hosts.guidance import encode_square
 from klora.vision import VisionModel
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from klora.engine.session import Session
 from klora.engine.wrapping import Wrappers
-from klora.hosts.loaded_model import host_of
-from klora.hosts.refiner import make_refiner
-from klora.hosts.webui_host import WebuiHost
-from klora.hosts.webui_refine import DenoiserRefinement
-from klora.hosts.webui_schedule import schedule_of
+from klora.hosts.guidance import make_refiner
+from klora.hosts.webui.guidance import DenoiserRefinement
+from klora.hosts.webui.host import WebuiHost
+from klora.hosts.webui.loaded_model import host_of
+from klora.hosts.webui.schedule import schedule_of
 from klora.webui.attached_sessions import AttachedSessions
 from klora.webui.injection import PLANS
 from klora.webui.lora_tags import add_hashes

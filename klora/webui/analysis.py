@@ -29,7 +29,7 @@ def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
     Where none is loaded, or the pair is for another, which the warnings then say, modules go by the files' own names.
     Raises KloraError where the files do not go together.
     """
-    from klora.hosts.lora_library import Library
+    from klora.hosts.webui.lora_library import Library
     from klora.pair import PAIRS
 
     names = Library()
@@ -43,7 +43,7 @@ def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
 
 def _in_loaded_model(pair: Pair) -> tuple[Pair, list[str]]:
     """The pair under the names of the loaded model, if any, and what of it does not fit that model."""
-    from klora.hosts.loaded_model import loaded_host
+    from klora.hosts.webui.loaded_model import loaded_host
 
     host = loaded_host()
     if host is None:

@@ -100,7 +100,7 @@ def analysis(body: Any) -> dict[str, Any]:
 
 
 def _check_names(request: FusionRequest) -> None:
-    from klora.hosts.lora_library import Library
+    from klora.hosts.webui.lora_library import Library
 
     names = Library()
     for side in ("subject", "style"):

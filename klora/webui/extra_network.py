@@ -10,8 +10,8 @@ from typing import Any
 
 from klora.fusion.policies import make_policy, resolve
 from klora.fusion.policies.base import WEBUI
-from klora.hosts.loaded_model import host_of
-from klora.hosts.lora_library import Library
+from klora.hosts.webui.loaded_model import host_of
+from klora.hosts.webui.lora_library import Library
 from klora.pair import PAIRS
 from klora.webui.active_fusion import ActiveFusion
 from klora.webui.attached_sessions import AttachedSessions

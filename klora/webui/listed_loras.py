@@ -8,7 +8,7 @@ from klora.webui.ui import Names
 def listed() -> Names:
     """The host's LoRAs; none where it knows no LoRAs at all."""
     try:
-        from klora.hosts.lora_library import Library
+        from klora.hosts.webui.lora_library import Library
 
         return Library()
     except ImportError:

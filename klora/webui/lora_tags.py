@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from klora.errors import KloraError
-from klora.hosts.lora_library import Library
+from klora.hosts.webui.lora_library import Library
 from klora.webui.messages import comment
 from klora.webui.prompt_tag import NAME
 from klora.webui.requested_fusion import RequestedFusion

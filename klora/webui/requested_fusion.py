@@ -8,9 +8,9 @@ import torch
 
 from klora.fusion.plan import FusionPlan
 from klora.fusion.scores import OnScored
-from klora.hosts.host_text_encoder import TextPart
-from klora.hosts.lora_library import ListedLora
-from klora.hosts.webui_host import WebuiHost
+from klora.hosts.webui.host import WebuiHost
+from klora.hosts.webui.lora_library import ListedLora
+from klora.hosts.webui.text_encoder import TextPart
 from klora.pair import Pair
 from klora.settings import Settings
 from klora.webui.prompt_tag import Tag

@@ -75,7 +75,7 @@ def _names() -> list[str]:
 
 
 def _confirm_names(_p: Any, values: list[Any]) -> None:
-    from klora.hosts.lora_library import Library
+    from klora.hosts.webui.lora_library import Library
 
     for value in values:
         Library().find(value)

@@ -13,10 +13,10 @@ from klora.engine.dynamic import Rows
 from klora.engine.ensemble import weighted_mean
 from klora.errors import SettingsError
 from klora.fusion.policies import POLICIES
-from klora.hosts.a1111 import A1111Host
 from klora.hosts.diffusers import DiffusersHost
-from klora.hosts.forge import ForgeHost
-from tests.hosts.test_diffusers import SPELLINGS, denoiser, hooks, pair_of_files, same_weights, weights
+from klora.hosts.webui.a1111 import A1111Host
+from klora.hosts.webui.forge import ForgeHost
+from tests.hosts.diffusers.test_pipeline import SPELLINGS, denoiser, hooks, pair_of_files, same_weights, weights
 from tests.support.pipelines import PIPELINES, run, scheduler
 
 SD_POLICIES = [policy for policy in POLICIES if policy != "b-lora"]

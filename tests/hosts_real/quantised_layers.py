@@ -27,7 +27,7 @@ from klora.cache import ScoreCache
 from klora.engine.bypass import Site
 from klora.engine.session import Session
 from klora.errors import MismatchError
-from klora.hosts.forge import ForgeHost
+from klora.hosts.webui.forge import ForgeHost
 from klora.pair import Pair
 from klora.settings import Settings
 from tests.support.lora_files import write_lora

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from klora.errors import MismatchError
-from klora.hosts.loaded_model import host_of
-from klora.hosts.webui_schedule import schedule_of
+from klora.hosts.webui.loaded_model import host_of
+from klora.hosts.webui.schedule import schedule_of
 from klora.lora.deltas import Delta
 from tests.support.lora_files import write_lora
 from tests.support.pairs import ATTENTION, FEED_FORWARD, shapes

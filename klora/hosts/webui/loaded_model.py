@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-from klora.hosts.a1111 import A1111Host
-from klora.hosts.forge import ForgeHost
-from klora.hosts.webui_host import WebuiHost
+from klora.hosts.webui.a1111 import A1111Host
+from klora.hosts.webui.forge import ForgeHost
+from klora.hosts.webui.host import WebuiHost
 
 
 def host_of(sd_model: Any) -> WebuiHost:

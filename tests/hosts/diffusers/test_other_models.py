@@ -15,7 +15,7 @@ from torch import nn
 import klora
 from klora.engine.dynamic import Rows
 from klora.errors import KloraError
-from klora.hosts.diffusers import TEXT_ENCODERS, DiffusersHost
+from klora.hosts.diffusers.pipeline import TEXT_ENCODERS, DiffusersHost
 from klora.lora.file import LoraFile
 from tests.support.other_pipelines import OTHERS, make, make_latents
 from tests.support.pipelines import clip_text_model, t5

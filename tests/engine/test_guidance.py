@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from klora.engine.refine import Goal, Refiner
+from klora.engine.guidance import Goal, Refiner
 
 
 def encode(images: Tensor) -> Tensor:

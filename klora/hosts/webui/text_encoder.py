@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from klora.errors import MismatchError
-from klora.hosts.lora_library import ListedLora
+from klora.hosts.webui.lora_library import ListedLora
 from klora.lora.deltas import Delta
 from klora.lora.deltas.dora import DoraDelta
 

@@ -8,11 +8,11 @@ from typing import Any, Protocol
 from torch import nn
 
 from klora.engine.ensemble import Ensemble
-from klora.engine.refine import Refiner
+from klora.engine.guidance import Refiner
 from klora.engine.session import Session
-from klora.hosts.diffusers import DiffusersHost
-from klora.hosts.diffusers_refine import LatentRefinement
-from klora.hosts.diffusers_time import Schedule
+from klora.hosts.diffusers.guidance import LatentRefinement
+from klora.hosts.diffusers.pipeline import DiffusersHost
+from klora.hosts.diffusers.time import Schedule
 
 
 def follow(host: DiffusersHost, session: Session, refiner: Refiner | None = None) -> Handles:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from klora.engine.bypass import Site, module_shape
 from klora.engine.dynamic import Rows
 from klora.errors import KloraError
-from klora.hosts.diffusers_names import translator
+from klora.hosts.diffusers.names import translator
 from klora.lora.model_index import ModelIndex
 from klora.lora.tables import ARCHITECTURE_OF_WIDTH
 

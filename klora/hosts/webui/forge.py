@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
 from klora.errors import KloraError, MismatchError
-from klora.hosts.forge_weights import with_plain_weight
-from klora.hosts.host_text_encoder import TextPart, host_tensors, kohya_text_key
-from klora.hosts.webui_host import WebuiHost, trainable_copy
+from klora.hosts.webui.forge_weights import with_plain_weight
+from klora.hosts.webui.host import WebuiHost, trainable_copy
+from klora.hosts.webui.text_encoder import TextPart, host_tensors, kohya_text_key
 from klora.lora.text_names import t5_path
 
 

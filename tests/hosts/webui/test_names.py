@@ -15,8 +15,8 @@ from torch import nn
 
 from klora.cache import ScoreCache
 from klora.engine.session import Session
-from klora.hosts.loaded_model import host_of
-from klora.hosts.webui_host import WebuiHost
+from klora.hosts.webui.host import WebuiHost
+from klora.hosts.webui.loaded_model import host_of
 from klora.lora.model_index import ModelIndex, Place, slice_name
 from klora.pair import Pair
 from klora.settings import Settings

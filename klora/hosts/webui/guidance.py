@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from klora.engine.refine import Refiner
+from klora.engine.guidance import Refiner
 from klora.engine.session import Session
-from klora.hosts.webui_host import WebuiHost
+from klora.hosts.webui.host import WebuiHost
 
 
 class DenoiserRefinement:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from klora.engine.refine import Refiner
+from klora.engine.guidance import Refiner
 from klora.engine.session import Session
 from klora.engine.wrapping import Wrappers
-from klora.hosts.diffusers import DiffusersHost
+from klora.hosts.diffusers.pipeline import DiffusersHost
 
 
 def x0_coefficients(scheduler: Any, timestep: Tensor | float) -> tuple[float, float]:

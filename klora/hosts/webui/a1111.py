@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from klora.engine.dynamic import Rows
-from klora.hosts.host_text_encoder import TextPart, host_tensors, kohya_text_key
-from klora.hosts.ldm_sites import third_of, weight_shape
-from klora.hosts.webui_host import WebuiHost
+from klora.hosts.webui.host import WebuiHost
+from klora.hosts.webui.sites import third_of, weight_shape
+from klora.hosts.webui.text_encoder import TextPart, host_tensors, kohya_text_key
 
 _PROJECTION = re.compile(r"_[qkv]_proj$")
 

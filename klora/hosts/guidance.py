@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from klora.engine.refine import Goal, Refiner
+from klora.engine.guidance import Goal, Refiner
 from klora.errors import KloraError, SettingsError
 from klora.fusion.policies import POLICIES
 from klora.settings import Settings

@@ -12,11 +12,11 @@ from PIL import Image
 import klora
 from klora.errors import SettingsError
 from klora.hosts.diffusers import DiffusersHost
-from klora.hosts.diffusers_refine import x0_coefficients
-from klora.hosts.refiner import encode_square, make_refiner, read_images
+from klora.hosts.diffusers.guidance import x0_coefficients
+from klora.hosts.guidance import encode_square, make_refiner, read_images
 from klora.settings import Settings
 from klora.vision import load_clip
-from tests.hosts.test_diffusers import SPELLINGS, hooks, pair_of_files
+from tests.hosts.diffusers.test_pipeline import SPELLINGS, hooks, pair_of_files
 from tests.support.pipelines import PIPELINES, run, scheduler
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from klora.engine.refine import Goal, Refiner
-from klora.hosts.a1111 import A1111Host
-from klora.hosts.forge import ForgeHost
-from klora.hosts.webui_refine import DenoiserRefinement
+from klora.engine.guidance import Goal, Refiner
+from klora.hosts.webui.a1111 import A1111Host
+from klora.hosts.webui.forge import ForgeHost
+from klora.hosts.webui.guidance import DenoiserRefinement
 
 SCALE = 0.18215
 
