@@ -15,9 +15,11 @@ from klora.fusion.plan import ROLES, FileModule, FusionPlan, make_plan, wanted_k
 from klora.fusion.policies import resolve
 from klora.fusion.policies.base import Active
 from klora.fusion.scores import OnScored
+from klora.lora.checks import check_partner
+from klora.lora.coverage import Coverage, coverage
 from klora.lora.deltas import Delta
 from klora.lora.disk import Identity, identity
-from klora.lora.file import Coverage, LoraFile, check_partner, coverage
+from klora.lora.file import LoraFile
 from klora.lora.model_index import ModelIndex
 from klora.lora.names import kind_of, slice_of, sort_key
 from klora.settings import Settings

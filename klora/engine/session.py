@@ -18,8 +18,9 @@ from klora.engine.weights import KEPT, Room
 from klora.errors import MismatchError
 from klora.fusion.plan import FusionPlan
 from klora.fusion.policies.base import BOTH, Active, Moment
+from klora.lora.checks import check_model
 from klora.lora.deltas import Delta
-from klora.lora.file import LoraFile, check_model
+from klora.lora.file import LoraFile
 from klora.pair import Pair
 
 ConditionalRows = Callable[[tuple[Any, ...], dict[str, Any]], "Rows | None"]

@@ -8,7 +8,6 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from klora.errors import LoraFileError, LoraValueError, MismatchError, Unsupport
 from klora.lora import peft_alpha
 from klora.lora.container import TensorFile
 from klora.lora.deltas import Delta, Group, load_delta
-from klora.lora.deltas.base import size, squeeze
+from klora.lora.deltas.base import size
 from klora.lora.keys import is_numbered, refused_family, split_key
 from klora.lora.model_index import ModelIndex, Place, flat
 from klora.lora.names import Target, bare, is_text, kernel_of, resolve, sort_key
@@ -72,6 +71,16 @@ class LoraFile:
 
     def __repr__(self) -> str:
         return f"LoraFile({str(self.path)!r}, {len(self.modules)} modules, {self.architecture})"
+
+    @property
+    def label(self) -> str:
+        """How messages call it: its path, on one line."""
+        return printable(str(self.path))
+
+    @property
+    def made_for(self) -> str:
+        """How messages call the model that it was made for."""
+        return self.architecture or ("an unknown UNet" if self.table == "unet" else "an unknown architecture")
 
     @cached_property
     def sha256(self) -> str:
@@ -142,7 +151,7 @@ class LoraFile:
         height = found[-1].rows[1] if found[-1].rows else delta.shape[0]
         if height != delta.shape[0]:
             raise MismatchError(
-                f"{_label(self)} is for {_model(self)}: its {delta.key} is {size(delta.shape)}, in the model it has"
+                f"{self.label} is for {self.made_for}: its {delta.key} is {size(delta.shape)}, in the model it has"
                 f" {height} rows; choose a LoRA made for this model"
             )
         return found
@@ -271,77 +280,3 @@ def _no_modules(file: str, keys: list[str]) -> LoraFileError:
     example = f" (such as {printable(min(keys, key=len))})" if keys else ""
     reason = f"zero modules matched: none of its {len(keys)} keys{example} is of a known LoRA"
     return LoraFileError(file, reason, "give a LoRA, not a checkpoint or an embedding")
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """What two files touch: canonical names of both, of one only, of text encoders; keys that were not understood."""
-
-    contested: list[str]
-    subject_only: list[str]
-    style_only: list[str]
-    text_encoder: list[str]
-    unmatched: list[str]
-
-
-def coverage(subject: LoraFile, style: LoraFile) -> Coverage:
-    """Compare two files module by module; every list is in network order."""
-    ours, theirs = subject.modules, style.modules
-    return Coverage(
-        contested=[name for name in ours if name in theirs],
-        subject_only=[name for name in ours if name not in theirs],
-        style_only=[name for name in theirs if name not in ours],
-        text_encoder=sorted({*subject.text_encoder, *style.text_encoder}, key=sort_key),
-        unmatched=list(dict.fromkeys([*subject.unmatched, *style.unmatched])),
-    )
-
-
-def check_partner(subject: LoraFile, style: LoraFile) -> None:
-    """Raise MismatchError when two files are for different models, saying which is which."""
-    differ = any(
-        ours is not None and theirs is not None and ours != theirs
-        for ours, theirs in ((subject.table, style.table), (subject.architecture, style.architecture))
-    )
-    if subject.modules and style.modules and differ:
-        raise MismatchError(
-            f"{_label(subject)} is for {_model(subject)} and {_label(style)} is for {_model(style)};"
-            " choose two LoRAs for the same model"
-        )
-    for tables in ((subject.modules, style.modules), (subject.text_encoder, style.text_encoder)):
-        for name, delta in tables[0].items():
-            other = tables[1].get(name)
-            if other is not None and other.shape != delta.shape:
-                raise MismatchError(
-                    f"{_label(subject)} ({_model(subject)}) has {name} as {size(delta.shape)}, {_label(style)}"
-                    f" ({_model(style)}) as {size(other.shape)}; choose two LoRAs for the same model"
-                )
-
-
-def check_model(file: LoraFile, shapes: Mapping[str, tuple[int, ...]], model: str) -> None:
-    """Raise MismatchError when a file does not fit a model, whose weight `shapes` go by canonical name.
-
-    Modules that the model lacks are allowed as long as it has one of them. 1×1 kernels count as (out, in). `model`
-    is what to call the model in the message.
-    """
-    matched = [name for name in file.modules if name in shapes]
-    for name in matched:
-        theirs = squeeze(tuple(shapes[name]))
-        if file.modules[name].shape != theirs:
-            raise MismatchError(
-                f"{_label(file)} is for {_model(file)}: its {name} is {size(file.modules[name].shape)},"
-                f" in {model} it is {size(theirs)}; choose a LoRA made for this model"
-            )
-    if file.modules and not matched:
-        example = next(iter(file.modules))
-        raise MismatchError(
-            f"{_label(file)} is for {_model(file)}: zero modules matched in {model}, which has no {example};"
-            " choose a LoRA made for this model"
-        )
-
-
-def _label(file: LoraFile) -> str:
-    return printable(str(file.path))
-
-
-def _model(file: LoraFile) -> str:
-    return file.architecture or ("an unknown UNet" if file.table == "unet" else "an unknown architecture")

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from klora.errors import LoraFileError, LoraValueError, MismatchError, UnsupportedFormatError
-from klora.lora.file import LoraFile, check_model, check_partner, coverage
+from klora.lora.checks import check_model, check_partner
+from klora.lora.coverage import coverage
+from klora.lora.file import LoraFile
 from klora.lora.names import sort_key
 from tests.lora.hostile import refused
 from tests.support.lora_files import FLUX_SPELLINGS, UNET_SPELLINGS, fused_prefix, lora_tensors, write_lora

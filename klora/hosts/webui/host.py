@@ -19,7 +19,7 @@ from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
 from klora.hosts.webui.sites import Weights, is_flux_model, weights_by_host, weights_by_rule
 from klora.hosts.webui.text_encoder import TextPart
-from klora.lora.file import check_model
+from klora.lora.checks import check_model
 from klora.lora.model_index import ModelIndex
 from klora.pair import Pair
 

@@ -1,0 +1,31 @@
+"""What two LoRA files touch, module by module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from klora.lora.file import LoraFile
+from klora.lora.names import sort_key
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What two files touch: canonical names of both, of one only, of text encoders; keys that were not understood."""
+
+    contested: list[str]
+    subject_only: list[str]
+    style_only: list[str]
+    text_encoder: list[str]
+    unmatched: list[str]
+
+
+def coverage(subject: LoraFile, style: LoraFile) -> Coverage:
+    """Compare two files module by module; every list is in network order."""
+    ours, theirs = subject.modules, style.modules
+    return Coverage(
+        contested=[name for name in ours if name in theirs],
+        subject_only=[name for name in ours if name not in theirs],
+        style_only=[name for name in theirs if name not in ours],
+        text_encoder=sorted({*subject.text_encoder, *style.text_encoder}, key=sort_key),
+        unmatched=list(dict.fromkeys([*subject.unmatched, *style.unmatched])),
+    )
