@@ -222,8 +222,8 @@ def sort_key(name: str) -> tuple[int, tuple[int, ...], str]:
     """Sorts names in the order in which the network runs them; unknown names go last, numbers in them as numbers."""
     first = name.split(".")[0]
     top = _TOP_ORDER.index(first) if first in _TOP_ORDER else len(_TOP_ORDER)
-    if place := unet_names.place_of(name.replace(".", "_")):
-        return (top, unet_names.order(place), name)
+    if position := unet_names.position_of(name.replace(".", "_")):
+        return (top, unet_names.order(position), name)
     if is_flux(name):
         return (top, flux_names.order(name), name)
     if top == len(_TOP_ORDER):

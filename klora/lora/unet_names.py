@@ -49,7 +49,7 @@ _RESNET_LDM = {
 }
 
 
-class Place(NamedTuple):
+class Position(NamedTuple):
     """Where a module sits in a UNet: a level's side ("down", "mid", "up"), what is there, and the leaf inside."""
 
     side: str
@@ -93,17 +93,17 @@ def _leaf(what: str, layer: int | None, flat: str) -> str | None:
     return _TRANSFORMER.get(flat) or _TRANSFORMER.get(f"{flat}_0")
 
 
-def place_of(flat: str) -> Place | None:
+def position_of(flat: str) -> Position | None:
     """Read a flattened diffusers name inside the blocks; None for any other."""
     match = _UNET.fullmatch(flat)
     if match is None:
         return None
     side, level, what, index, layer, rest = match.groups()
     leaf = _leaf(what, _number(layer), rest)
-    return Place(side or "mid", int(level or 0), what, int(index), _number(layer), leaf) if leaf else None
+    return Position(side or "mid", int(level or 0), what, int(index), _number(layer), leaf) if leaf else None
 
 
-def _from_ldm(flat: str) -> Place | None:
+def _from_ldm(flat: str) -> Position | None:
     match = _LDM.fullmatch(flat)
     if match is None:
         return None
@@ -111,35 +111,35 @@ def _from_ldm(flat: str) -> Place | None:
     layer = _number(layer_text)
     if side is None:
         found = (("resnets", 0), ("attentions", 0), ("resnets", 1))[int(middle)]
-        return _ldm_place("mid", 0, *found, layer, rest)
+        return _ldm_position("mid", 0, *found, layer, rest)
     if side == "in":
-        return _down_place(int(number), int(beside), layer, rest)
-    return _up_place(int(number), int(beside), layer, rest)
+        return _down_position(int(number), int(beside), layer, rest)
+    return _up_position(int(number), int(beside), layer, rest)
 
 
-def _down_place(number: int, beside: int, layer: int | None, rest: str) -> Place | None:
+def _down_position(number: int, beside: int, layer: int | None, rest: str) -> Position | None:
     # input_blocks.0 is conv_in; every level then takes its layers and one downsampler.
     level, index = divmod(number - 1, _LAYERS + 1)
     if number == 0 or beside > 1:
         return None
     if index == _LAYERS:
-        return Place("down", level, "downsamplers", 0, None, "conv") if (beside, rest) == (0, "op") else None
-    return _ldm_place("down", level, "attentions" if beside else "resnets", index, layer, rest)
+        return Position("down", level, "downsamplers", 0, None, "conv") if (beside, rest) == (0, "op") else None
+    return _ldm_position("down", level, "attentions" if beside else "resnets", index, layer, rest)
 
 
-def _up_place(number: int, beside: int, layer: int | None, rest: str) -> Place | None:
+def _up_position(number: int, beside: int, layer: int | None, rest: str) -> Position | None:
     # The way up has one layer more than the way down; the upsampler sits behind the last, after its attention if any.
     level, index = divmod(number, _LAYERS + 1)
     if beside and rest == "conv" and layer is None:
-        return Place("up", level, "upsamplers", 0, None, "conv") if index == _LAYERS else None
+        return Position("up", level, "upsamplers", 0, None, "conv") if index == _LAYERS else None
     if beside > 1:
         return None
-    return _ldm_place("up", level, "attentions" if beside else "resnets", index, layer, rest)
+    return _ldm_position("up", level, "attentions" if beside else "resnets", index, layer, rest)
 
 
-def _ldm_place(side: str, level: int, what: str, index: int, layer: int | None, rest: str) -> Place | None:
+def _ldm_position(side: str, level: int, what: str, index: int, layer: int | None, rest: str) -> Position | None:
     leaf = _leaf(what, layer, _RESNET_FROM_LDM.get(rest, "") if what == "resnets" else rest)
-    return Place(side, level, what, index, layer, leaf) if leaf else None
+    return Position(side, level, what, index, layer, leaf) if leaf else None
 
 
 _RESNET_FROM_LDM = {ldm.replace(".", "_"): name for name, ldm in _RESNET_LDM.items()}
@@ -148,43 +148,43 @@ _TOP_FROM_LDM = {ldm.replace(".", "_"): name for name, ldm in _TOP_LDM.items()}
 
 def find(flat: str) -> str | None:
     """The diffusers name of a flattened diffusers or LDM name, or None."""
-    if place := place_of(flat) or _from_ldm(flat):
-        return place.name
+    if position := position_of(flat) or _from_ldm(flat):
+        return position.name
     return _TOP.get(flat) or _TOP_FROM_LDM.get(flat)
 
 
 def ldm_paths(name: str) -> tuple[str, ...]:
     """The LDM path(s) of a diffusers name; two for the first upsampler, none where LDM has no such module."""
-    if place := place_of(name.replace(".", "_")):
-        return _ldm_paths(place)
+    if position := position_of(name.replace(".", "_")):
+        return _ldm_paths(position)
     return (_TOP_LDM[name],) if name in _TOP_LDM else ()
 
 
-def _ldm_paths(place: Place) -> tuple[str, ...]:
-    if place.what in ("downsamplers", "upsamplers"):
-        return _ldm_sampler(place)
+def _ldm_paths(position: Position) -> tuple[str, ...]:
+    if position.what in ("downsamplers", "upsamplers"):
+        return _ldm_sampler(position)
     per_level = _LAYERS + 1
     container = {
-        "down": f"input_blocks.{place.level * per_level + place.number + 1}",
+        "down": f"input_blocks.{position.level * per_level + position.number + 1}",
         "mid": "middle_block",
-        "up": f"output_blocks.{place.level * per_level + place.number}",
-    }[place.side]
-    attentions = place.what == "attentions"
-    if place.number >= {"down": _LAYERS, "mid": 1 if attentions else 2, "up": per_level}[place.side]:
+        "up": f"output_blocks.{position.level * per_level + position.number}",
+    }[position.side]
+    attentions = position.what == "attentions"
+    if position.number >= {"down": _LAYERS, "mid": 1 if attentions else 2, "up": per_level}[position.side]:
         return ()
-    beside = 1 if attentions else 0 if place.side != "mid" else 2 * place.number
-    layer = "" if place.layer is None else f".transformer_blocks.{place.layer}"
-    leaf = place.leaf if attentions else _RESNET_LDM[place.leaf]
+    beside = 1 if attentions else 0 if position.side != "mid" else 2 * position.number
+    layer = "" if position.layer is None else f".transformer_blocks.{position.layer}"
+    leaf = position.leaf if attentions else _RESNET_LDM[position.leaf]
     return (f"{container}.{beside}{layer}.{leaf}",)
 
 
-def _ldm_sampler(place: Place) -> tuple[str, ...]:
-    last = place.level * (_LAYERS + 1) + _LAYERS
-    if place.side == "down":
+def _ldm_sampler(position: Position) -> tuple[str, ...]:
+    last = position.level * (_LAYERS + 1) + _LAYERS
+    if position.side == "down":
         return (f"input_blocks.{last + 1}.0.op",)
-    if place.side == "up":
+    if position.side == "up":
         # SD1 and SD2 have no attention in their first up block; SDXL has.
-        return tuple(f"output_blocks.{last}.{beside}.conv" for beside in ((1, 2) if place.level == 0 else (2,)))
+        return tuple(f"output_blocks.{last}.{beside}.conv" for beside in ((1, 2) if position.level == 0 else (2,)))
     return ()
 
 
@@ -193,11 +193,11 @@ _ORDER = {leaf: place for place, leaf in enumerate(_LEAVES)}
 _BEFORE_ALL, _AFTER_ALL = -1, 1000
 
 
-def order(place: Place) -> tuple[int, int, int, int]:
-    """Sorts places of one side in the order in which the network runs them.
+def order(position: Position) -> tuple[int, int, int, int]:
+    """Sorts positions on one side in the order in which the network runs them.
 
     A resnet runs before the attention of its number, whose leaves come after its own; the samplers come last.
     """
-    number = _AFTER_ALL if place.leaf == "conv" else place.number
-    layer = _BEFORE_ALL if place.layer is None else place.layer
-    return (place.level, number, _AFTER_ALL if place.leaf == "proj_out" else layer, _ORDER[place.leaf])
+    number = _AFTER_ALL if position.leaf == "conv" else position.number
+    layer = _BEFORE_ALL if position.layer is None else position.layer
+    return (position.level, number, _AFTER_ALL if position.leaf == "proj_out" else layer, _ORDER[position.leaf])
