@@ -17,7 +17,6 @@ from torch import Tensor
 from klora.errors import MismatchError
 from klora.fusion.cut import cut
 from klora.lora.deltas import Delta
-from klora.lora.deltas.base import Group
 
 GROUP = 64
 """Rows that are formed, and drawn for, at a time."""
@@ -101,11 +100,6 @@ class EntryMerge(Delta):
     first: int = 0
 
     family = "merge of entries"
-
-    @classmethod
-    def load(cls, group: Group) -> EntryMerge | None:
-        """No file holds any."""
-        return None
 
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         row = self.first + start

@@ -6,7 +6,7 @@ import math
 
 from klora.errors import LoraFileError
 from klora.lora.container import Stored
-from klora.lora.deltas.base import Delta, Factors, Group, size
+from klora.lora.deltas.base import Delta, Factors, FileDelta, Group, size
 from klora.lora.deltas.dora import DoraDelta
 from klora.lora.deltas.full import FullDelta
 from klora.lora.deltas.loha import LohaDelta
@@ -18,6 +18,7 @@ __all__ = [
     "Delta",
     "DoraDelta",
     "Factors",
+    "FileDelta",
     "FullDelta",
     "Group",
     "LohaDelta",
@@ -28,14 +29,14 @@ __all__ = [
 ]
 
 # DoRA first: its direction looks like any other family.
-FAMILIES: tuple[type[Delta], ...] = (DoraDelta, LoraDelta, LohaDelta, LokrDelta, FullDelta)
+FAMILIES: tuple[type[FileDelta], ...] = (DoraDelta, LoraDelta, LohaDelta, LokrDelta, FullDelta)
 
 
 # Larger than any layer of a known model; small factors can have a product that fills the memory.
 MAX_SIDE, MAX_ENTRIES = 2**16, 2**27
 
 
-def load_delta(group: Group) -> Delta | None:
+def load_delta(group: Group) -> FileDelta | None:
     """The delta that a group of tensors makes, or None when no family knows it.
 
     Raises LoraFileError where a tensor is missing, empty or of a shape that does not multiply, or the product is larger

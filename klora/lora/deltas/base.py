@@ -16,6 +16,7 @@ from klora.errors import LoraFileError, LoraValueError
 from klora.lora.container import Stored
 
 D = TypeVar("D", bound="Delta")
+F = TypeVar("F", bound="FileDelta")
 
 FULL_RANK = 64
 # Times the strongest strength, it must still be a number in half precision.
@@ -148,11 +149,6 @@ class Delta(ABC):
     family: ClassVar[str]
     needs_base: ClassVar[bool] = False
 
-    @classmethod
-    @abstractmethod
-    def load(cls: type[D], group: Group) -> D | None:
-        """Read a group of tensors, or return None when they are of another family. Raises LoraFileError."""
-
     @abstractmethod
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         """Write scale·ΔW[start:stop] into `block`, fp32 (stop - start, in·kh·kw)."""
@@ -215,11 +211,8 @@ class Delta(ABC):
         return self._part(start, stop, (stop - start, *self.shape[1:]))
 
     def stored(self) -> Iterator[Stored]:
-        """The tensors of the file that it is made of."""
-        for entry in fields(self):
-            value = getattr(self, entry.name)
-            if isinstance(value, Stored):
-                yield value
+        """The tensors of the file that it is made of; none of what a policy has made."""
+        return iter(())
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The tensors it is made of, in memory: as long as somebody holds them, the file is not read again."""
@@ -247,3 +240,19 @@ class Delta(ABC):
                 raise LoraValueError(
                     self.file, "holds NaN or infinity", "the training diverged: use another file or epoch", stored.key
                 )
+
+
+class FileDelta(Delta):
+    """A delta of a family that files hold."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls: type[F], group: Group) -> F | None:
+        """Read a group of tensors, or return None when they are of another family. Raises LoraFileError."""
+
+    def stored(self) -> Iterator[Stored]:
+        """The tensors of the file among its fields."""
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Stored):
+                yield value

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import Delta, Factors, Group, Stored
+from klora.lora.deltas.base import Delta, Factors, Stored
 from klora.lora.deltas.lora import LoraDelta
 
 
@@ -37,11 +37,6 @@ class FactorDelta(Delta):
         down = down.reshape(rank, *delta.shape[1:])
         return cls(delta.file, delta.key, rank, scale * rank, scale, delta.shape, up, down)
 
-    @classmethod
-    def load(cls, group: Group) -> FactorDelta | None:
-        """No file holds any."""
-        return None
-
     def factors(self) -> Factors | None:
         """The tensors."""
         return Factors(self.up, self.down)
@@ -63,11 +58,6 @@ class ProjectedDelta(Delta):
     fraction: float
 
     family = "projected"
-
-    @classmethod
-    def load(cls, group: Group) -> ProjectedDelta | None:
-        """No file holds any."""
-        return None
 
     def stored(self) -> Iterator[Stored]:
         """Those of the source."""

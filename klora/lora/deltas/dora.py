@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from klora.errors import MismatchError, UnsupportedFormatError
-from klora.lora.deltas.base import Delta, Group, Stored, size
+from klora.lora.deltas.base import Delta, FileDelta, Group, Stored, size
 from klora.lora.deltas.loha import LohaDelta
 from klora.lora.deltas.lokr import LokrDelta
 from klora.lora.deltas.lora import LoraDelta
 
-_DIRECTIONS: tuple[type[Delta], ...] = (LoraDelta, LohaDelta, LokrDelta)
+_DIRECTIONS: tuple[type[FileDelta], ...] = (LoraDelta, LohaDelta, LokrDelta)
 
 
 @dataclass(eq=False)
-class DoraDelta(Delta):
+class DoraDelta(FileDelta):
     """`magnitude` is one number per output row, or per input column where `by_column` (LyCORIS' older default)."""
 
     direction: Delta

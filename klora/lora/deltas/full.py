@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from klora.lora.deltas.base import FULL_RANK, Delta, Group, Stored, squeeze
+from klora.lora.deltas.base import FULL_RANK, FileDelta, Group, Stored, squeeze
 
 
 @dataclass(eq=False)
-class FullDelta(Delta):
+class FullDelta(FileDelta):
     """`diff` is (out, in[, kh, kw]); the scale is 1 and the rank counts as min(out, in, 64)."""
 
     diff: Stored

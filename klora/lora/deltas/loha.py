@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 
 from klora.errors import LoraFileError
-from klora.lora.deltas.base import Delta, Group, Stored, cp_down, size, squeeze, with_kernel
+from klora.lora.deltas.base import FileDelta, Group, Stored, cp_down, size, squeeze, with_kernel
 
 _SLOTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")
 
 
 @dataclass(eq=False)
-class LohaDelta(Delta):
+class LohaDelta(FileDelta):
     """`w1_a` is (out, r), `w1_b` (r, in·kh·kw); with the core `t1` (r, r, kh, kw): (r, out) and (r, in). 2 likewise.
 
     `row` is the first row of the product that is meant.

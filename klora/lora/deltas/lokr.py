@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import FULL_RANK, Delta, Group, Stored, cp_down, size, squeeze, with_kernel
+from klora.lora.deltas.base import FULL_RANK, FileDelta, Group, Stored, cp_down, size, squeeze, with_kernel
 
 
 @dataclass(eq=False)
-class LokrDelta(Delta):
+class LokrDelta(FileDelta):
     """w1 (a, b) and w2 (c, d[, kh, kw]) give (a·c, b·d[, kh, kw]); `row` is the first row of it that is meant.
 
     `w1` and `w2` hold either the whole factor or a pair (left, right): w1 (a, r)·(r, b), w2 (c, r)·(r, d·kh·kw), and

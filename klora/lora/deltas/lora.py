@@ -7,11 +7,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import Delta, Factors, Group, Stored, cp_down, size, squeeze
+from klora.lora.deltas.base import Factors, FileDelta, Group, Stored, cp_down, size, squeeze
 
 
 @dataclass(eq=False)
-class LoraDelta(Delta):
+class LoraDelta(FileDelta):
     """`up` is (out, r), `down` (r, in[, kh, kw]); with `mid` (r, r, kh, kw), `down` is (r, in)."""
 
     up: Stored
