@@ -68,10 +68,11 @@ class ScoreCache:
         added; `on_scored` is told how far it is. Raises LoraValueError for NaN or infinity anywhere in the file.
         """
         wanted = wanted or {}
-        digest = self._digest(Path(os.path.abspath(file.path)), file.identity)
+        digest = self.digest(file)
         stored = self._load_scores(digest, file)
         # Whatever is kept was looked at as a whole before.
-        file.finite = file.finite or bool(stored)
+        if stored:
+            file.know_finite()
         scores = _complete(file, stored, wanted, device, on_scored)
         file.check_finite(scored=True)
         if scores != stored:
@@ -85,6 +86,12 @@ class ScoreCache:
         """
         path = Path(os.path.abspath(path))
         return self._digest(path, disk.identity(path))
+
+    def digest(self, file: LoraFile) -> str:
+        """Hex digest of an opened LoRA, remembered as that of a file is; LoraFileError where it has changed since."""
+        if file.path is None or not isinstance(file.identity, disk.Identity):
+            return file.sha256
+        return self._digest(Path(os.path.abspath(file.path)), file.identity)
 
     def _digest(self, path: Path, identity: disk.Identity) -> str:
         """The digest of the file that had this identity; LoraFileError where it is not known and the file changed."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from os import PathLike
 from pathlib import Path
 
 import torch
@@ -19,13 +18,18 @@ from klora.lora.checks import check_partner
 from klora.lora.coverage import Coverage, coverage
 from klora.lora.deltas import Delta
 from klora.lora.disk import Identity, identity
-from klora.lora.file import LoraFile
+from klora.lora.file import LoraFile, LoraSource
+from klora.lora.memory import TensorsInMemory
 from klora.lora.model_index import ModelIndex
 from klora.lora.names import kind_of, slice_of, sort_key
+from klora.lora.source import TensorSource
 from klora.settings import Settings
 
 MAX_PLANS = 8
 """How many plans a pair keeps."""
+SUBJECT, STYLE = "subject (in memory)", "style (in memory)"
+"""How messages call state dicts."""
+Known = tuple[Path | None, Identity | str]
 SAME_FILE = "subject and style are the same file, so that there is nothing to choose between"
 KINDS_IN_SCOPE = {
     "attention": {"attention"},
@@ -47,12 +51,14 @@ class Pair:
     )
 
     @classmethod
-    def open(cls, subject: str | PathLike[str], style: str | PathLike[str], cache: ScoreCache | None = None) -> Pair:
+    def open(
+        cls, subject: LoraSource | TensorSource, style: LoraSource | TensorSource, cache: ScoreCache | None = None
+    ) -> Pair:
         """Open both files; LoraFileError for a bad one, MismatchError where they belong to different models.
 
         Without a model at hand, files of an unknown architecture are compared by bare names.
         """
-        pair = cls(LoraFile.open(subject), LoraFile.open(style), cache or ScoreCache())
+        pair = cls(LoraFile.open(subject, SUBJECT), LoraFile.open(style, STYLE), cache or ScoreCache())
         if None in (pair.subject.table, pair.style.table):
             pair = dataclasses.replace(pair, subject=pair.subject.bare(), style=pair.style.bare())
         check_partner(pair.subject, pair.style)
@@ -162,21 +168,30 @@ def _key(modules: Mapping[str, Delta], name: str) -> str | None:
 
 
 class Pairs:
-    """The pairs opened last, at most `limit`; a file that has changed on disk is opened anew."""
+    """The pairs opened last, at most `limit`; a file that has changed on disk or in memory is opened anew."""
 
     def __init__(self, limit: int = 2) -> None:
         self._limit = limit
-        self._pairs: dict[tuple[Path, Identity, Path, Identity, Path], Pair] = {}
+        self._pairs: dict[tuple[Known, Known, Path], Pair] = {}
 
-    def open(self, subject: str | PathLike[str], style: str | PathLike[str], cache: ScoreCache | None = None) -> Pair:
+    def open(self, subject: LoraSource, style: LoraSource, cache: ScoreCache | None = None) -> Pair:
         """Open two files as `Pair.open` does, or give them as they were opened before."""
-        subject, style, cache = Path(subject), Path(style), cache or ScoreCache()
-        key = (subject, identity(subject), style, identity(style), cache.folder)
-        pair = self._pairs.pop(key, None) or Pair.open(subject, style, cache)
+        ours, theirs, cache = _taken(subject, SUBJECT), _taken(style, STYLE), cache or ScoreCache()
+        key = (_known(ours), _known(theirs), cache.folder)
+        pair = self._pairs.pop(key, None) or Pair.open(ours, theirs, cache)
         self._pairs[key] = pair
         while len(self._pairs) > self._limit:
             self._pairs.pop(next(iter(self._pairs)), None)
         return pair
+
+
+def _taken(lora: LoraSource, name: str) -> Path | TensorsInMemory:
+    return TensorsInMemory(lora, name) if isinstance(lora, Mapping) else Path(lora)
+
+
+def _known(lora: Path | TensorsInMemory) -> Known:
+    """What a LoRA is known again by."""
+    return (lora, identity(lora)) if isinstance(lora, Path) else (None, lora.identity)
 
 
 PAIRS = Pairs()

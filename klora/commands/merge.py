@@ -86,7 +86,7 @@ def _metadata(pair: Pair, settings: Settings, made: MergedLora) -> dict[str, str
         "version": __version__,
         "policy": settings.policy,
         "settings": settings.changed(),
-        **{side: {"file": file.path.name, "sha256": pair.cache.sha256(file.path)} for side, file in sides.items()},
+        **{side: {"file": file.file_name, "sha256": pair.cache.digest(file)} for side, file in sides.items()},
         "lost_energy": made.lost_share,
     }
     bases = {file.metadata.get("ss_base_model_version") for file in sides.values()}

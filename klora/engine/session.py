@@ -234,7 +234,7 @@ def _check_text_encoder(file: LoraFile, sites: Mapping[str, Site]) -> None:
     for name, delta in file.text_encoder.items():
         if name in sites and sites[name].shape != delta.shape:
             raise MismatchError(
-                f"{file.path}: {delta.key}: its shape {delta.shape} does not fit the text encoder's"
+                f"{file.where}: {delta.key}: its shape {delta.shape} does not fit the text encoder's"
                 f" {sites[name].shape}; use a LoRA made for this model"
             )
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import weakref
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO
@@ -13,36 +11,31 @@ from torch import Tensor
 
 from klora.errors import LoraFileError, UnsupportedFormatError
 from klora.lora import disk
-from klora.lora.header import DAMAGED, MAX_HEADER, NOT_LORA, NUMBERS, WEIGHTS, Entry, parse
-from klora.text import printable
+from klora.lora.header import DAMAGED, MAX_HEADER, NOT_LORA, NUMBERS, Entry, parse
+from klora.lora.source import TensorSource
 
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 
 
-class TensorFile:
+class TensorFile(TensorSource):
     """A safetensors file whose header has been read and checked. It is opened anew for what is read of it later."""
 
     def __init__(self, path: Path) -> None:
         """Read the header of `path`. Raises LoraFileError (UnsupportedFormatError for pickles) naming file and key."""
-        self.path = path
+        self.path: Path = path
         self.file = str(path)
+        self.name = path.stem
+        self.identity: disk.Identity
         with disk.reading(path) as (stream, self.identity):
             if path.suffix.lower() in _PICKLE_SUFFIXES:
                 raise _pickle(self.file)
             header, self._start = _read_header(stream, self.identity.size, self.file)
         self.metadata, self.entries = parse(header, self.identity.size - self._start, self.file)
 
-    def weight(self, key: str) -> Stored:
-        """A floating-point tensor, not yet read. Raises LoraFileError for another dtype."""
-        entry = self.entries[key]
-        if entry.dtype not in WEIGHTS:
-            raise LoraFileError(self.file, f"has dtype {entry.dtype}", "weights must be fp32, fp16, bf16 or fp8", key)
-        return Stored(printable(key), self, entry)
-
     def numbers(self, keys: Iterable[str]) -> dict[str, float]:
         """The values of tensors of one number each, read at once. Raises LoraFileError where one holds none or more."""
         with disk.reading(self.path, self.identity) as (stream, _):
-            return {key: self._number(stream, key) for key in keys}
+            return {key: float(self._read(stream, self._number(key)).item()) for key in keys}
 
     def read(self, entry: Entry) -> Tensor:
         """A tensor of this file, in memory of its own. Raises LoraFileError where the file is not what it was."""
@@ -57,62 +50,10 @@ class TensorFile:
         """The same of what follows the header."""
         return disk.sha256(self.path, self.identity, self._start)
 
-    def _number(self, stream: BinaryIO, key: str) -> float:
-        entry = self.entries[key]
-        if math.prod(entry.shape) != 1 or entry.dtype not in NUMBERS:
-            reason = f"should be one number, is {entry.dtype} of shape {list(entry.shape)}"
-            raise LoraFileError(self.file, reason, DAMAGED, key)
-        return float(self._read(stream, entry).item())
-
     def _read(self, stream: BinaryIO, entry: Entry) -> Tensor:
         data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
         disk.read_into(stream, self._start + entry.begin, data.numpy().data)
         return data.view(NUMBERS[entry.dtype]).view(entry.shape)
-
-
-class Stored:
-    """A tensor of a file under its full key: read when it is used, and kept as long as somebody holds it."""
-
-    def __init__(self, key: str, source: TensorFile, entry: Entry) -> None:
-        self.key = key
-        self._source = source
-        self._entry = entry
-        self._kept: weakref.ref[Tensor] | None = None
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape as stored."""
-        return self._entry.shape
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return self._entry.end - self._entry.begin
-
-    def data(self) -> Tensor:
-        """The tensor in the file's dtype: the same object for all who hold it at one time."""
-        tensor = self._kept() if self._kept else None
-        if tensor is None:
-            tensor = self._source.read(self._entry)
-            self._kept = weakref.ref(tensor)
-        return tensor
-
-    def native(self) -> Tensor:
-        """The tensor in the file's dtype, but fp8, which cannot be computed with, as fp32."""
-        data = self.data()
-        return data if data.dtype.itemsize > 1 else data.float()
-
-    def fp32(self) -> Tensor:
-        """The tensor in fp32."""
-        return self.data().float()
-
-    def view(self, *shape: int) -> Stored:
-        """The same tensor in another shape."""
-        return Stored(self.key, self._source, self._entry.view(*shape))
-
-    def rows(self, start: int, stop: int) -> Stored:
-        """The rows [start, stop) of it."""
-        return Stored(self.key, self._source, self._entry.rows(start, stop))
 
 
 def _pickle(file: str) -> UnsupportedFormatError:

@@ -56,9 +56,9 @@ def document(pair: Pair, plan: FusionPlan, overlap: Overlap) -> dict[str, Any]:
 
 def _file(pair: Pair, file: LoraFile) -> dict[str, Any]:
     return {
-        "file": str(file.path),
+        "file": file.where,
         # The cache remembers digests, and a file of scored modules need not be read for it.
-        "sha256": pair.cache.sha256(file.path),
+        "sha256": pair.cache.digest(file),
         "modules": len(file.modules),
         "ranks": ranks(file),
     }

@@ -76,7 +76,7 @@ def _describe_file(file: LoraFile) -> str:
     rank = f", rank {'/'.join(map(str, found))}" if len(found) <= 4 else f", ranks {found[0]} to {found[-1]}"
     families = sorted({delta.family for delta in file.modules.values()})
     kind = f"{rank if found else ''} ({', '.join(families) or 'none'})"
-    return f"{one_line(file.path.name)}: {len(file.modules)} modules{kind}"
+    return f"{one_line(file.file_name)}: {len(file.modules)} modules{kind}"
 
 
 def _describe_coverage(pair: Pair) -> str:

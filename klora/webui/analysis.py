@@ -49,7 +49,7 @@ def _in_loaded_model(pair: Pair) -> tuple[Pair, list[str]]:
     if host is None:
         return pair, []
     try:
-        with named_by(pair.subject.path, pair.style.path):
+        with named_by(Path(pair.subject.where), Path(pair.style.where)):
             pair = host.fit(pair)
     except KloraError as error:
         return pair, [str(error)]

@@ -10,6 +10,7 @@ import importlib
 import io
 import secrets
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from klora import __version__
@@ -86,7 +87,7 @@ def analysis(body: Any) -> dict[str, Any]:
     request = read_values({name: value for name, value in values.items() if name not in ("enabled", "show_map")})
     _check_names(request)
     pair, plan = plan_of(request)
-    files = {"subject": pair.subject.path, "style": pair.style.path}
+    files = {"subject": Path(pair.subject.where), "style": Path(pair.style.where)}
     with named_by(*files.values()):
         found = document(pair, plan, overlap_of(pair, plan))
     for side, path in files.items():

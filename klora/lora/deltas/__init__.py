@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 
 from klora.errors import LoraFileError
-from klora.lora.container import Stored
 from klora.lora.deltas.base import Delta, Factors, FileDelta, Group, size
 from klora.lora.deltas.dora import DoraDelta
 from klora.lora.deltas.full import FullDelta
 from klora.lora.deltas.loha import LohaDelta
 from klora.lora.deltas.lokr import LokrDelta
 from klora.lora.deltas.lora import LoraDelta
+from klora.lora.source import Stored
 
 __all__ = [
     "FAMILIES",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from klora.errors import LoraFileError, LoraValueError
-from klora.lora.container import Stored
+from klora.lora.source import Stored
 
 D = TypeVar("D", bound="Delta")
 F = TypeVar("F", bound="FileDelta")

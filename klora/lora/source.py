@@ -1,0 +1,108 @@
+"""Where the tensors of a LoRA come from: what a file and a state dict in memory have in common."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from klora.errors import LoraFileError
+from klora.lora.disk import Identity
+from klora.lora.header import DAMAGED, NUMBERS, WEIGHTS, Entry
+from klora.text import printable
+
+
+class TensorSource(ABC):
+    """Tensors by their full key.
+
+    `file` is what messages call it, `name` the same in short; `path` where it lies on disk, if it does; `identity`
+    differs from that of any other content; `entries` says what there is.
+    """
+
+    file: str
+    name: str
+    path: Path | None
+    identity: Identity | str
+    metadata: Mapping[str, str]
+    entries: Mapping[str, Entry]
+    finite: bool = False
+    """Whether its values are known to be numbers, neither NaN nor infinity."""
+
+    @abstractmethod
+    def read(self, entry: Entry) -> Tensor:
+        """A tensor, in memory of K-LoRA's own. Raises LoraFileError where it is not what it was."""
+
+    @abstractmethod
+    def sha256(self) -> str:
+        """Hex digest of all of it; LoraFileError where it has changed."""
+
+    @abstractmethod
+    def tensors_sha256(self) -> str:
+        """The same of the tensors alone."""
+
+    def weight(self, key: str) -> Stored:
+        """A floating-point tensor, not yet read. Raises LoraFileError for another dtype."""
+        entry = self.entries[key]
+        if entry.dtype not in WEIGHTS:
+            raise LoraFileError(self.file, f"has dtype {entry.dtype}", "weights must be fp32, fp16, bf16 or fp8", key)
+        return Stored(printable(key), self, entry)
+
+    def numbers(self, keys: Iterable[str]) -> dict[str, float]:
+        """The values of tensors of one number each. Raises LoraFileError where one holds none or more."""
+        return {key: float(self.read(self._number(key)).item()) for key in keys}
+
+    def _number(self, key: str) -> Entry:
+        entry = self.entries[key]
+        if math.prod(entry.shape) != 1 or entry.dtype not in NUMBERS:
+            reason = f"should be one number, is {entry.dtype} of shape {list(entry.shape)}"
+            raise LoraFileError(self.file, reason, DAMAGED, key)
+        return entry
+
+
+class Stored:
+    """A tensor of a file under its full key: read when it is used, and kept as long as somebody holds it."""
+
+    def __init__(self, key: str, source: TensorSource, entry: Entry) -> None:
+        self.key = key
+        self._source = source
+        self._entry = entry
+        self._kept: weakref.ref[Tensor] | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape as stored."""
+        return self._entry.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the file."""
+        return self._entry.end - self._entry.begin
+
+    def data(self) -> Tensor:
+        """The tensor in the file's dtype: the same object for all who hold it at one time."""
+        tensor = self._kept() if self._kept else None
+        if tensor is None:
+            tensor = self._source.read(self._entry)
+            self._kept = weakref.ref(tensor)
+        return tensor
+
+    def native(self) -> Tensor:
+        """The tensor in the file's dtype, but fp8, which cannot be computed with, as fp32."""
+        data = self.data()
+        return data if data.dtype.itemsize > 1 else data.float()
+
+    def fp32(self) -> Tensor:
+        """The tensor in fp32."""
+        return self.data().float()
+
+    def view(self, *shape: int) -> Stored:
+        """The same tensor in another shape."""
+        return Stored(self.key, self._source, self._entry.view(*shape))
+
+    def rows(self, start: int, stop: int) -> Stored:
+        """The rows [start, stop) of it."""
+        return Stored(self.key, self._source, self._entry.rows(start, stop))
