@@ -13,7 +13,7 @@ from klora.engine.weights import KEPT
 from klora.fusion.plan import FusionPlan
 from klora.fusion.scores import OnScored
 from klora.hosts.diffusers import DiffusersHost, follow
-from klora.hosts.guidance import make_refiner
+from klora.hosts.guidance import make_guidance
 from klora.pair import PAIRS
 from klora.settings import Settings
 
@@ -59,8 +59,8 @@ def fuse(
     session = Session(
         pair, plan, host.sites(), host.text_sites(), host.model_name, host.denoiser, host.conditional_rows
     )
-    refiner = make_refiner(plan.settings, host.device)
-    follower = follow(host, session, refiner)
+    guidance = make_guidance(plan.settings, host.device)
+    follower = follow(host, session, guidance)
     try:
         with session:
             yield session

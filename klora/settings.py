@@ -230,13 +230,13 @@ class Settings:
     style_refs: str = _setting(
         "",
         "Style references",
-        "pictures, or a folder of them, that latents are refined towards by CLIP; several with ;",
+        "pictures, or a folder of them, that latents are guided towards by CLIP; several with ;",
         free=True,
     )
     subject_refs: str = _setting(
         "",
         "Subject references",
-        "pictures, or a folder of them, that latents are refined towards by DINO; several with ;",
+        "pictures, or a folder of them, that latents are guided towards by DINO; several with ;",
         free=True,
     )
     clip_model: str = _setting(
@@ -254,10 +254,10 @@ class Settings:
     style_pull: float = _setting(1.0, "Style pull", "weight of the style references", low=0.0, high=100.0)
     subject_pull: float = _setting(1.0, "Subject pull", "weight of the subject references", low=0.0, high=100.0)
     refine_step: float = _setting(
-        1.0, "Refinement step", "how far latents move per step of sampling", low=0.0, high=100.0
+        1.0, "Guidance step", "how far latents move per step of sampling", low=0.0, high=100.0
     )
-    refine_from: float = _setting(0.0, "Refine from τ", "where refinement begins", low=0.0, high=1.0)
-    refine_to: float = _setting(1.0, "Refine to τ", "where refinement ends", low=0.0, high=1.0)
+    refine_from: float = _setting(0.0, "Guidance from τ", "where reference guidance begins", low=0.0, high=1.0)
+    refine_to: float = _setting(1.0, "Guidance to τ", "where reference guidance ends", low=0.0, high=1.0)
     discrepancy: float = _setting(
         0.5,
         "Discrepancy",

@@ -1,4 +1,4 @@
-"""CLIP and DINO, which compare pictures with reference pictures: loaded here for evaluation and refinement alike."""
+"""CLIP and DINO, which compare pictures with references: loaded here for evaluation and guidance alike."""
 
 from __future__ import annotations
 

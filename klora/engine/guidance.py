@@ -1,4 +1,4 @@
-"""Latent refinement, the second part of Dynamic Training-Free Fusion (arXiv 2602.15539), as an interpretation.
+"""Reference guidance, the second part of Dynamic Training-Free Fusion (arXiv 2602.15539), as an interpretation.
 
 x0 → image → loss = w_s·(1 − cos CLIP(x0, style references)) + w_c·(1 − cos DINO(x0, subject references));
 x_t ← x_t − m·∇loss/‖∇loss‖, in a window of τ, with the gradient through x0 while the model's output is held fixed.
@@ -33,7 +33,7 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Refiner:
+class ReferenceGuidance:
     """What moves latents towards the goals: by a distance of `step` (m) at a time, while start ≤ τ ≤ stop."""
 
     goals: Sequence[Goal]

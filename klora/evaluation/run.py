@@ -41,7 +41,7 @@ class Evaluation:
     """What `klora evaluate` was asked for.
 
     `request` holds what is the same for every picture; its pair and prompt are each pair's in turn. `teaching` has the
-    pairs, and the references that refinements look at. `scorer` makes what scores, on a device.
+    pairs, and the references that reference guidance looks at. `scorer` makes what scores, on a device.
     """
 
     title: str

@@ -15,7 +15,7 @@ from klora.vision import IMAGE_SUFFIXES
 
 TEMPLATE = "{subject} {style}"
 TEACH = "teach"
-"""The folder beside the reference pictures of those that only refinements look at."""
+"""The folder beside the reference pictures of those that only reference guidance looks at."""
 _PLAIN = {"subjects": "a {}", "styles": "in {} style"}
 """The words of what is given none, made of its name."""
 _LAYOUT = "subjects/NAME and styles/NAME, each with a .safetensors LoRA and reference pictures"
@@ -30,7 +30,7 @@ class Concept:
     words: str
     references: tuple[Path, ...] = ()
     teachers: tuple[Path, ...] = ()
-    """Pictures that only refinements look at, where some are kept apart for them."""
+    """Pictures that only reference guidance looks at, where some are kept apart for them."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""References that teach a refinement, kept apart from those that score what comes of it.
+"""References that guide pictures, kept apart from those that score what comes of it.
 
 A picture that was moved towards a reference by CLIP is near it under the same CLIP, whatever it shows: the scorer must
 not be the teacher. So either other pictures score, for every method of the table, or another encoder does.
@@ -81,14 +81,14 @@ def arrange(pairs: Sequence[StudyPair], methods: Iterable[Method], scorers: Mapp
         pairs = [_scored_by(pair, side, split) for pair in pairs]
         names = ", ".join(method.name for method in taught)
         how = "references that do not score" if same else "another encoder than the one that scores"
-        notes.append(f"{side.name}: {names} refined towards the pair's own references, with {how}")
+        notes.append(f"{side.name}: {names} guided towards the pair's own references, with {how}")
     return Teaching(tuple(pairs), teachers, tuple(notes))
 
 
 def _refuse_the_unteachable(methods: Iterable[Method]) -> None:
     for method in methods:
-        if not POLICIES[method.settings.policy].refines:
-            able = ", ".join(name for name, policy in POLICIES.items() if policy.refines)
+        if not POLICIES[method.settings.policy].takes_references:
+            able = ", ".join(name for name, policy in POLICIES.items() if policy.takes_references)
             raise KloraError(f"--policies: {method.name}: takes no references; use {able}")
 
 

@@ -1,4 +1,4 @@
-"""The refiner that settings ask for: reference pictures, and the models that compare with them."""
+"""The reference guidance that settings ask for: the pictures, and the models that compare with them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from klora.engine.guidance import Goal, Refiner
+from klora.engine.guidance import Goal, ReferenceGuidance
 from klora.errors import KloraError, SettingsError
 from klora.fusion.policies import POLICIES
 from klora.settings import Settings
@@ -17,12 +17,12 @@ from klora.text import first_line
 from klora.vision import IMAGE_SUFFIXES, VisionModel, load_clip, load_dino
 
 
-def make_refiner(settings: Settings, device: torch.device | str) -> Refiner | None:
-    """Make what `settings` ask for; None without references, or under a policy that does not refine.
+def make_guidance(settings: Settings, device: torch.device | str) -> ReferenceGuidance | None:
+    """Make what `settings` ask for; None without references, or under a policy that takes none.
 
     Raises SettingsError for references that cannot be read and models that cannot be loaded.
     """
-    if not POLICIES[settings.policy].refines or not (settings.style_refs or settings.subject_refs):
+    if not POLICIES[settings.policy].takes_references or not (settings.style_refs or settings.subject_refs):
         return None
     if settings.refine_from > settings.refine_to:
         raise SettingsError("refine_from", f"{settings.refine_from:g} lies behind refine_to, {settings.refine_to:g}")
@@ -40,7 +40,7 @@ def make_refiner(settings: Settings, device: torch.device | str) -> Refiner | No
             with torch.inference_mode(False), torch.no_grad():
                 references = torch.cat([encode(image[None]) for image in images])
             goals.append(Goal(encode, references, weight))
-    return Refiner(goals, settings.refine_step, settings.refine_from, settings.refine_to) if goals else None
+    return ReferenceGuidance(goals, settings.refine_step, settings.refine_from, settings.refine_to) if goals else None
 
 
 def encode_square(model: VisionModel, images: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ from typing import Any
 
 from klora.engine.session import Session
 from klora.engine.wrapping import Wrappers
-from klora.hosts.guidance import make_refiner
-from klora.hosts.webui.guidance import DenoiserRefinement
+from klora.hosts.guidance import make_guidance
+from klora.hosts.webui.guidance import DenoiserGuidance
 from klora.hosts.webui.host import WebuiHost
 from klora.hosts.webui.loaded_model import host_of
 from klora.hosts.webui.schedule import schedule_of
@@ -36,7 +36,7 @@ class ActiveFusion:
         self.evaluation: Any = None
         """What the host's callback was told of the evaluation that is under way."""
         self._session: Session | None = None
-        self._refinement: DenoiserRefinement | None = None
+        self._guidance: DenoiserGuidance | None = None
         self._bound_to: tuple[Any, ...] | None = None
         self._wrappers = Wrappers()
         self._encoder = ExitStack()
@@ -95,15 +95,15 @@ class ActiveFusion:
                 conditional=lambda args, kwargs: host.conditional_rows(self.evaluation, args, kwargs),
             )
         with named_by(folder=reference_folder()):
-            refiner = make_refiner(plan.settings, self.evaluation.x.device if self.evaluation else "cpu")
+            guidance = make_guidance(plan.settings, self.evaluation.x.device if self.evaluation else "cpu")
         if sampling is None:
             session.start_pass(schedule_of(denoiser))
         else:
             # The model has changed within a pass: a refiner.
             session.follow(sampling)
         self._session = session
-        if refiner is not None:
-            self._refinement = DenoiserRefinement(host, session, refiner, denoiser)
+        if guidance is not None:
+            self._guidance = DenoiserGuidance(host, session, guidance, denoiser)
         self._report(session)
 
     def _report(self, session: Session) -> None:
@@ -140,9 +140,9 @@ class ActiveFusion:
         if self._session is not None:
             self._attached.detach(self._session)
             self._note_decisions(self._session)
-        if self._refinement is not None:
-            self._refinement.remove()
-        self._session = self._refinement = None
+        if self._guidance is not None:
+            self._guidance.remove()
+        self._session = self._guidance = None
         self._bound_to = None
 
     @contextmanager

@@ -1,4 +1,4 @@
-"""References that teach a refinement do not score it; references and code decide a picture, and so its name."""
+"""References that guide a picture do not score it; references and code decide a picture, and so its name."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ def test_without_a_method_that_asks_for_them_all_references_score() -> None:
 
 
 def test_under_the_same_encoder_no_picture_teaches_and_scores() -> None:
-    [k_lora, refined] = both = methods(f"k-lora,{BOTH}")
+    [k_lora, guided] = both = methods(f"k-lora,{BOTH}")
     found = arrange([pair(5)], both, MODELS)
-    settings = found.settings(refined, found.pairs[0])
+    settings = found.settings(guided, found.pairs[0])
     for side, given in (("style", settings.style_refs), ("subject", settings.subject_refs)):
         scoring = {str(path) for path in getattr(found.pairs[0], side).references}
         assert set(given.split(";")).isdisjoint(scoring)
@@ -81,7 +81,7 @@ def test_a_single_reference_cannot_teach_and_score() -> None:
         arrange([pair(0)], methods(BOTH), {})
 
 
-def test_only_policies_that_refine_take_references() -> None:
+def test_only_policies_that_are_guided_take_references() -> None:
     with pytest.raises(KloraError, match="k-lora:style_refs=study: takes no references; use dynamic"):
         arrange([pair()], methods("k-lora:style_refs=study"), MODELS)
 
@@ -114,7 +114,7 @@ def test_the_code_that_makes_a_picture_is_known_by_its_contents(
 
 @pytest.fixture
 def study(tmp_path: Path) -> tuple[str, ...]:
-    """Arguments for one pair and seed, refined towards its own references by the encoders that score."""
+    """Arguments for one pair and seed, guided towards its own references by the encoders that score."""
     write_study(tmp_path / "study", write_model(tmp_path))
     clip, dino = map(str, write_encoders(tmp_path))
     for style in ("ink", "pop_art"):
@@ -125,13 +125,13 @@ def study(tmp_path: Path) -> tuple[str, ...]:
     return ("evaluate", str(tmp_path / "study"), *models, *options, "--out", str(tmp_path / "out"))
 
 
-def test_a_replaced_reference_makes_the_refined_pictures_anew_and_no_others(
+def test_a_replaced_reference_makes_the_guided_pictures_anew_and_no_others(
     study: tuple[str, ...], tmp_path: Path
 ) -> None:
     assert cli.main(study) == 0
     text = (tmp_path / "out" / "results.md").read_text()
     assert "1 of 2 pairs, drawn with seed 0" in text
-    assert "refined towards the pair's own references, with references that do not score" in text
+    assert "guided towards the pair's own references, with references that do not score" in text
     first = {path: path.stat().st_mtime_ns for path in (tmp_path / "out/pictures").rglob("*.png")}
     assert len(first) == 2
     drawn = json.loads(next((tmp_path / "out/pictures").rglob("*.json")).read_text())["record"]["style"]

@@ -71,7 +71,7 @@ class Policy(ABC):
 
     `hosts`: the kinds of host on which the policy runs. `forwards`: how many forwards of the denoiser one evaluation
     takes at most. `static`: what is active is so at every step. `measured`: the engine decides contested modules by
-    their outputs, among the LoRAs that `decide` gives. `refines`: latents are moved towards references.
+    their outputs, among the LoRAs that `decide` gives. `takes_references`: latents are moved towards references.
     `folds_strengths`: what `combine` gives has the user's strengths in it. `own_settings`: settings that only this
     policy and others that name them heed. `defaults`: what "auto" means for a setting where it is not what it usually
     means.
@@ -83,7 +83,7 @@ class Policy(ABC):
     forwards: ClassVar[int] = 1
     static: ClassVar[bool] = False
     measured: ClassVar[bool] = False
-    refines: ClassVar[bool] = False
+    takes_references: ClassVar[bool] = False
     folds_strengths: ClassVar[bool] = False
     own_settings: ClassVar[frozenset[str]] = frozenset()
     defaults: ClassVar[Mapping[str, str]] = MappingProxyType({})

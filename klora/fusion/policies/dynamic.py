@@ -16,7 +16,7 @@ class Dynamic(Policy):
     name = "dynamic"
     title = "Dynamic feature-level selection"
     measured = True
-    refines = True
+    takes_references = True
     own_settings = frozenset(
         {"distance", "tokens", "reuse", "style_refs", "subject_refs", "clip_model", "dino_model"}
         | {"style_pull", "subject_pull", "refine_step", "refine_from", "refine_to"}

@@ -8,17 +8,17 @@ from typing import Any, Protocol
 from torch import nn
 
 from klora.engine.ensemble import Ensemble
-from klora.engine.guidance import Refiner
+from klora.engine.guidance import ReferenceGuidance
 from klora.engine.session import Session
-from klora.hosts.diffusers.guidance import LatentRefinement
+from klora.hosts.diffusers.guidance import SchedulerGuidance
 from klora.hosts.diffusers.pipeline import DiffusersHost
 from klora.hosts.diffusers.time import Schedule
 
 
-def follow(host: DiffusersHost, session: Session, refiner: Refiner | None = None) -> Handles:
+def follow(host: DiffusersHost, session: Session, guidance: ReferenceGuidance | None = None) -> Handles:
     """Tell `session` the noise level at every call of the denoiser; the handles' `remove` ends that.
 
-    Where its policy asks for several forwards per call, they are made and averaged. A `refiner` moves the latents
+    Where its policy asks for several forwards per call, they are made and averaged. A `guidance` moves the latents
     before each step.
     """
     ensemble = Ensemble(session, host.condition)
@@ -27,8 +27,8 @@ def follow(host: DiffusersHost, session: Session, refiner: Refiner | None = None
     handles = Handles([host.denoiser.register_forward_pre_hook(follower, with_kwargs=True)])
     if several:
         handles.add(host.denoiser.register_forward_hook(ensemble.finish, with_kwargs=True, prepend=True))
-    if refiner is not None:
-        handles.add(LatentRefinement(host, session, refiner))
+    if guidance is not None:
+        handles.add(SchedulerGuidance(host, session, guidance))
     return handles
 
 

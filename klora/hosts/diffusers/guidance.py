@@ -1,4 +1,4 @@
-"""Latent refinement in a diffusers pipeline: around the `step` of the scheduler's instance."""
+"""Reference guidance in a diffusers pipeline: around the `step` of the scheduler's instance."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from klora.engine.guidance import Refiner
+from klora.engine.guidance import ReferenceGuidance
 from klora.engine.session import Session
 from klora.engine.wrapping import Wrappers
 from klora.hosts.diffusers.pipeline import DiffusersHost
@@ -50,15 +50,15 @@ def _sigma(scheduler: Any, timestep: Tensor | float) -> float | None:
     return float(sigmas[int(at)])
 
 
-class LatentRefinement:
-    """Refines every sample that a pipeline's scheduler is about to step from.
+class SchedulerGuidance:
+    """Guides every sample that a pipeline's scheduler is about to step from.
 
     The wrapper lies on the instance and comes off by `remove`; a scheduler put in its place while sampling goes on is
     wrapped when the denoiser is next called.
     """
 
-    def __init__(self, host: DiffusersHost, session: Session, refiner: Refiner) -> None:
-        self._host, self._session, self._refiner = host, session, refiner
+    def __init__(self, host: DiffusersHost, session: Session, guidance: ReferenceGuidance) -> None:
+        self._host, self._session, self._guidance = host, session, guidance
         self._wrappers = Wrappers()
         self._grid: tuple[int, int] | None = None
         self._hook = host.denoiser.register_forward_pre_hook(self._on_denoiser, with_kwargs=True)
@@ -76,25 +76,25 @@ class LatentRefinement:
             self._grid = (rows, columns)
         scheduler = self._host.pipe.scheduler
         if not self._wrappers.has(scheduler):
-            self._wrappers.wrap(scheduler, "step", lambda original: self._refining(scheduler, original))
+            self._wrappers.wrap(scheduler, "step", lambda original: self._guiding(scheduler, original))
 
-    def _refining(self, scheduler: Any, original: Any) -> Any:
+    def _guiding(self, scheduler: Any, original: Any) -> Any:
         # Pipelines look at the signature to see what they may pass.
         @functools.wraps(original)
         def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
-            refined = self._refined(scheduler, model_output, timestep, sample)
-            return original(model_output, timestep, refined, *args, **kwargs)
+            guided = self._guided(scheduler, model_output, timestep, sample)
+            return original(model_output, timestep, guided, *args, **kwargs)
 
         return step
 
-    def _refined(self, scheduler: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
+    def _guided(self, scheduler: Any, model_output: Tensor, timestep: Any, sample: Tensor) -> Tensor:
         tau = self._session.tau
         # The second call of a second-order step starts from the sample of the first.
-        if tau is None or not self._refiner.acts(tau) or not getattr(scheduler, "state_in_first_order", True):
+        if tau is None or not self._guidance.acts(tau) or not getattr(scheduler, "state_in_first_order", True):
             return sample
         a, b = x0_coefficients(scheduler, timestep)
         fixed = b * model_output.detach().float()
-        shift = self._refiner.shift(
+        shift = self._guidance.shift(
             sample, lambda x: a * x + fixed, lambda x0: self._host.decode_latents(x0, self._grid)
         )
         return sample - shift

@@ -127,8 +127,8 @@ class DiffusersHost:
         scaling, channels = (getattr(vae.config, name, None) for name in ("scaling_factor", "latent_channels"))
         if scaling is None or latents.ndim != 4 or latents.shape[1] != channels:
             raise KloraError(
-                f"{type(self.pipe).__name__}: its latents are in a form that the refinement cannot decode; leave out"
-                " the reference pictures"
+                f"{type(self.pipe).__name__}: its latents are in a form that reference guidance cannot decode;"
+                " leave out the reference pictures"
             )
         latents = latents / scaling + (getattr(vae.config, "shift_factor", None) or 0.0)
         images: Tensor = vae.decode(latents.to(vae.dtype), return_dict=False)[0]

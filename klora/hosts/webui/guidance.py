@@ -1,4 +1,4 @@
-"""Latent refinement in a WebUI: around the denoiser that its sampler calls, on the instance."""
+"""Reference guidance in a WebUI: around the denoiser that its sampler calls, on the instance."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from klora.engine.guidance import Refiner
+from klora.engine.guidance import ReferenceGuidance
 from klora.engine.session import Session
 from klora.hosts.webui.host import WebuiHost
 
 
-class DenoiserRefinement:
+class DenoiserGuidance:
     """Moves the sampler's latents in place, before it makes its step with what the denoiser says of them.
 
     A denoiser gives x0 (k-diffusion samplers) or the noise (DDIM and its kin). The noise is held fixed, so that an x0
     moves with the latents.
     """
 
-    def __init__(self, host: WebuiHost, session: Session, refiner: Refiner, denoiser: nn.Module) -> None:
-        self._host, self._session, self._refiner = host, session, refiner
+    def __init__(self, host: WebuiHost, session: Session, guidance: ReferenceGuidance, denoiser: nn.Module) -> None:
+        self._host, self._session, self._guidance = host, session, guidance
         self._hook = denoiser.register_forward_hook(self._on_denoised, with_kwargs=True)
 
     def remove(self) -> None:
@@ -31,7 +31,7 @@ class DenoiserRefinement:
         self, denoiser: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
     ) -> Tensor | None:
         tau = self._session.tau
-        if tau is None or not self._refiner.acts(tau):
+        if tau is None or not self._guidance.acts(tau):
             return None
         x = args[0] if args else kwargs["x"]
         sigma = args[1] if len(args) > 1 else kwargs["sigma"]
@@ -41,7 +41,7 @@ class DenoiserRefinement:
         def x0_of(moved: Tensor) -> Tensor:
             return _x0_of_noise(denoiser, moved, fixed, sigma) if gives_noise else fixed + (moved - start)
 
-        shift = self._refiner.shift(x, x0_of, self._host.decode_latents)
+        shift = self._guidance.shift(x, x0_of, self._host.decode_latents)
         x.sub_(shift)
         return None if gives_noise else output - shift.to(output.dtype)
 

@@ -1,4 +1,4 @@
-"""Refinement towards reference pictures on real pipelines, with tiny random CLIP and ViT models of the real classes."""
+"""Reference guidance on real pipelines, with tiny random CLIP and ViT models of the real classes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import klora
 from klora.errors import SettingsError
 from klora.hosts.diffusers import DiffusersHost
 from klora.hosts.diffusers.guidance import x0_coefficients
-from klora.hosts.guidance import encode_square, make_refiner, read_images
+from klora.hosts.guidance import encode_square, make_guidance, read_images
 from klora.settings import Settings
 from klora.vision import load_clip
 from tests.hosts.diffusers.test_pipeline import SPELLINGS, hooks, pair_of_files
@@ -95,15 +95,15 @@ def test_pictures_come_nearer_to_their_references(
     pipe, subject, style = made["sd"]
     host = DiffusersHost(pipe)
     settings = Settings(policy="dynamic", **models, **references)
-    goals = make_refiner(settings, "cpu").goals
+    goals = make_guidance(settings, "cpu").goals
 
     def loss(latents: torch.Tensor) -> float:
         with torch.no_grad():
             return float(sum(goal.loss(host.decode_latents(latents)).sum() for goal in goals))
 
     without = fused(pipe, subject, style)
-    refined = fused(pipe, subject, style, **models, **references, refine_from=0, refine_to=1, refine_step=2)
-    assert loss(refined) < loss(without)
+    guided = fused(pipe, subject, style, **models, **references, refine_from=0, refine_to=1, refine_step=2)
+    assert loss(guided) < loss(without)
 
 
 @pytest.mark.parametrize(
@@ -178,8 +178,8 @@ def test_an_interrupt_leaves_nothing(made: dict, models: dict[str, str], referen
 
 
 def test_without_references_no_model_is_asked_for(made: dict) -> None:
-    assert make_refiner(Settings(policy="dynamic", clip_model="/nowhere"), "cpu") is None
-    assert make_refiner(Settings(policy="k-lora", style_refs="/nowhere"), "cpu") is None
+    assert make_guidance(Settings(policy="dynamic", clip_model="/nowhere"), "cpu") is None
+    assert make_guidance(Settings(policy="k-lora", style_refs="/nowhere"), "cpu") is None
 
 
 @pytest.mark.parametrize(

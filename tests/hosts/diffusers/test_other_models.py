@@ -215,14 +215,14 @@ def test_a_lora_of_the_t5_acts_in_the_t5_whichever_encoder_it_is(
 @pytest.mark.parametrize(
     ("name", "shape"), [("qwen_image", (1, 64, 16)), ("wan", (1, 4, 1, 4, 4)), ("flux2", (1, 64, 16))]
 )
-def test_latents_that_the_refinement_cannot_decode_are_refused_by_name(name: str, shape: tuple[int, ...]) -> None:
+def test_latents_that_reference_guidance_cannot_decode_are_refused_by_name(name: str, shape: tuple[int, ...]) -> None:
     pipe, _ = make(name)
-    with pytest.raises(KloraError, match=rf"{type(pipe).__name__}: its latents .* refinement cannot decode"):
+    with pytest.raises(KloraError, match=rf"{type(pipe).__name__}: its latents .* reference guidance cannot decode"):
         DiffusersHost(pipe).decode_latents(torch.zeros(shape), (8, 8))
 
 
 @pytest.mark.parametrize("name", ["sd3", "lumina2", "sana"])
-def test_latents_of_images_decode_for_the_refinement(name: str) -> None:
+def test_latents_of_images_decode_for_reference_guidance(name: str) -> None:
     pipe, _ = make(name)
     assert DiffusersHost(pipe).decode_latents(torch.zeros(1, 4, 4, 4)).shape[:2] == (1, 3)
 

@@ -1,4 +1,4 @@
-"""Refinement in WebUIs: the sampler's latents move in place, whichever way its denoiser answers."""
+"""Reference guidance in WebUIs: the sampler's latents move in place, whichever way its denoiser answers."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from klora.engine.guidance import Goal, Refiner
+from klora.engine.guidance import Goal, ReferenceGuidance
 from klora.hosts.webui.a1111 import A1111Host
 from klora.hosts.webui.forge import ForgeHost
-from klora.hosts.webui.guidance import DenoiserRefinement
+from klora.hosts.webui.guidance import DenoiserGuidance
 
 SCALE = 0.18215
 
@@ -51,9 +51,9 @@ class Denoiser(nn.Module):
         return 0.5 * x
 
 
-def refiner(step: float = 0.3) -> Refiner:
+def guidance(step: float = 0.3) -> ReferenceGuidance:
     reference = torch.tensor([[1.0, 0.2, 0.0]])
-    return Refiner([Goal(lambda images: images.mean((-1, -2)), reference, 1.0)], step, 0.2, 0.8)
+    return ReferenceGuidance([Goal(lambda images: images.mean((-1, -2)), reference, 1.0)], step, 0.2, 0.8)
 
 
 def session_at(tau: float | None) -> Any:
@@ -80,7 +80,7 @@ def test_latents_move_in_place_and_an_x0_moves_with_them(kind: str, answer: str)
         denoiser.inner_model = types.SimpleNamespace(inner_model=types.SimpleNamespace(alphas_cumprod=alphas))
     before = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     sigma = torch.full((2,), 300.0)
-    refinement = DenoiserRefinement(host, session_at(0.5), refiner(), denoiser)
+    attached = DenoiserGuidance(host, session_at(0.5), guidance(), denoiser)
     with torch.inference_mode() if kind == "forge" else torch.no_grad():
         x = before.clone()
         output = denoiser(x, sigma, cond=None)
@@ -88,8 +88,8 @@ def test_latents_move_in_place_and_an_x0_moves_with_them(kind: str, answer: str)
     assert torch.allclose(shift.flatten(1).norm(dim=1), torch.full((2,), 0.3), atol=1e-4)
     expected = 0.5 * before - (shift if answer == "x0" else 0)
     assert torch.allclose(output, expected, atol=1e-6)
-    refinement.remove()
-    refinement.remove()
+    attached.remove()
+    attached.remove()
     assert torch.equal(denoiser(before.clone(), sigma), 0.5 * before)
     assert not denoiser._forward_hooks
 
@@ -99,14 +99,14 @@ def test_outside_the_window_nothing_moves(tau: float | None) -> None:
     denoiser = Denoiser()
     x = torch.randn(1, 4, 8, 8)
     before = x.clone()
-    DenoiserRefinement(host_of("a1111"), session_at(tau), refiner(), denoiser)
+    DenoiserGuidance(host_of("a1111"), session_at(tau), guidance(), denoiser)
     assert torch.equal(denoiser(x, torch.ones(1)), 0.5 * before)
     assert torch.equal(x, before)
 
 
 def test_repeated_steps_come_nearer_to_the_references() -> None:
-    host, denoiser, rule = host_of("a1111"), Denoiser(), refiner(0.5)
-    DenoiserRefinement(host, session_at(0.5), rule, denoiser)
+    host, denoiser, rule = host_of("a1111"), Denoiser(), guidance(0.5)
+    DenoiserGuidance(host, session_at(0.5), rule, denoiser)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
     losses = []
     with torch.no_grad():
