@@ -101,6 +101,19 @@ class TestTheFile:
         assert made.energy == pytest.approx(total, rel=1e-4)
         assert made.lost_share == pytest.approx(lost / total, abs=1e-5)
 
+    @pytest.mark.parametrize("strength", [0.5, -3.0])
+    def test_what_a_full_difference_loses_is_the_same_share_at_every_strength(
+        self, tmp_path: Path, strength: float
+    ) -> None:
+        shapes = {ATTENTION: SHAPES[ATTENTION]}
+        subject = write_lora(tmp_path / "dog.safetensors", shapes, family="full", seed=1)
+        files = Pair.open(subject, write_lora(tmp_path / "ink.safetensors", shapes, rank=1, seed=2))
+        alone, _ = merge(files, Settings(policy="direct", style_strength=0.0), rank=2)
+        made, _ = merge(files, Settings(policy="direct", subject_strength=strength, style_strength=0.0), rank=2)
+        assert made.energy == pytest.approx(strength**2 * alone.energy, rel=1e-4)
+        assert made.lost_share == pytest.approx(alone.lost_share, rel=1e-4)
+        assert 0 < made.lost_share < 1
+
     def test_half_precision_changes_little_and_is_the_default(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
         target = tmp_path / "half.safetensors"
         assert cli.main(["merge", *map(str, pair), "--policy", "direct", "-o", str(target)]) == 0

@@ -71,6 +71,18 @@ class TestFeatures:
             wanted = np.mean([cosine(own, features_of(encoder, noise(seed)).numpy()[0]) for seed in seeds])
             assert scores[name] == pytest.approx(wanted, abs=1e-5)
 
+    def test_the_key_tells_which_side_a_reference_belongs_to(self, encoders: tuple[Path, Path], tmp_path: Path) -> None:
+        files = tuple(tmp_path / f"{i}.png" for i in range(3))
+        for i, file in enumerate(files):
+            noise(i).save(file)
+        scorer = ClipDino(*map(str, encoders), "cpu")
+
+        def key(subject: tuple[Path, ...], style: tuple[Path, ...]) -> str:
+            return scorer.key(StudyPair(Concept("a", files[0], "", subject), Concept("b", files[0], "", style), ""))
+
+        assert key(files[:1], files[1:]) == key(files[:1], files[1:])
+        assert len({key(files[:1], files[1:]), key(files[:2], files[2:]), key(files[1:2], files[1:])}) == 3
+
     def test_a_model_that_is_not_there_is_one_line_with_its_option(
         self, encoders: tuple[Path, Path], tmp_path: Path
     ) -> None:

@@ -19,8 +19,8 @@ from tests.support.lora_files import write_lora
 from tests.support.pairs import ATTENTION, shapes, write_pair
 
 
-def part(cosine: float, inside: float = 0.0) -> Interference:
-    return Interference(cosine, 1.0, 1.0, 0.1, 0.2, inside, inside)
+def part(cosine: float, inside: float = 0.0, style_inside: float | None = None) -> Interference:
+    return Interference(cosine, 1.0, 1.0, 0.1, 0.2, inside, inside if style_inside is None else style_inside)
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,9 @@ def part(cosine: float, inside: float = 0.0) -> Interference:
         ({"mid_block": part(0.0), "up_blocks.1": part(-0.4)}, "fight in up_blocks.1, elsewhere apart (cosine -0.20"),
         ({"mid_block": part(0.5)}, "reinforce each other in mid_block (cosine +0.50"),
         ({"mid_block": part(0.0, 0.5)}, "use the same directions in mid_block (cosine +0.00, 50%"),
+        # One file inside the other is enough, whichever it is.
+        ({"mid_block": part(0.0, 0.5, 0.1)}, "use the same directions in mid_block (cosine +0.00, 50%"),
+        ({"mid_block": part(0.0, 0.1, 0.5)}, "use the same directions in mid_block (cosine +0.00, 10%"),
         (
             {f"up_blocks.{i}": part(-0.2) for i in range(5)},
             "fight in up_blocks.0, up_blocks.1, up_blocks.2 and 2 more blocks (cosine -0.20",

@@ -88,6 +88,8 @@ def test_np_lora_with_mu_0_or_a_style_of_zeros_leaves_the_subject_as_it_is() -> 
     assert torch.equal(combined("np-lora", subject, style, mu=0)[0].matrix(), subject.matrix())
     zero = FactorDelta.like(LIKE, torch.zeros(12, 2), style.down, 1.0)
     assert torch.equal(combined("np-lora", subject, zero)[0].matrix(), subject.matrix())
+    silent = FactorDelta.like(LIKE, style.up, style.down, 0.0)
+    assert torch.equal(combined("np-lora", subject, silent)[0].matrix(), subject.matrix())
 
 
 def test_np_lora_takes_the_span_of_the_styles_down_whatever_its_up_reaches() -> None:
