@@ -14,12 +14,35 @@ from klora.hosts.webui.guidance import DenoiserGuidance
 from klora.hosts.webui.host import WebuiHost
 from klora.hosts.webui.loaded_model import host_of
 from klora.hosts.webui.schedule import schedule_of
-from klora.webui.attached_sessions import AttachedSessions
 from klora.webui.injection import PLANS
 from klora.webui.lora_tags import add_hashes
 from klora.webui.messages import ABSENT, comment, fail, left_out, logger, named_by, reason_of
 from klora.webui.options import reference_folder
 from klora.webui.requested_fusion import RequestedFusion
+
+
+class AttachedSessions:
+    """The sessions whose hooks are on: at most one, unless a host ends a picture in a way that is not known here."""
+
+    def __init__(self) -> None:
+        self._sessions: list[Session] = []
+
+    def attach(self, session: Session) -> None:
+        """Put a session's hooks on; does nothing when they are on."""
+        if session not in self._sessions:
+            self._sessions.append(session)
+            session.attach()
+
+    def detach(self, session: Session) -> None:
+        """Take a session's hooks off; does nothing when they are off."""
+        session.detach()
+        if session in self._sessions:
+            self._sessions.remove(session)
+
+    def detach_all(self) -> None:
+        """Take every hook off."""
+        for session in list(self._sessions):
+            self.detach(session)
 
 
 class ActiveFusion:

@@ -13,8 +13,7 @@ from klora.fusion.policies.base import WEBUI
 from klora.hosts.webui.loaded_model import host_of
 from klora.hosts.webui.lora_library import Library
 from klora.pair import PAIRS
-from klora.webui.active_fusion import ActiveFusion
-from klora.webui.attached_sessions import AttachedSessions
+from klora.webui.active_fusion import ActiveFusion, AttachedSessions
 from klora.webui.infotext import to_infotext
 from klora.webui.lora_tags import yield_to
 from klora.webui.messages import comment, fail, named_by, reason_of, scoring_shown
