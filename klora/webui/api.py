@@ -15,9 +15,8 @@ from typing import Any
 
 from klora import __version__
 from klora.errors import KloraError, SettingsError
-from klora.webui.args import FusionRequest, read_values, truth
+from klora.webui.args import FusionRequest, json_schema, read_values, truth
 from klora.webui.messages import named_by
-from klora.webui.schema import json_schema
 
 BASE = "/klora/v1"
 VERSION, SCHEMA, ANALYZE = f"{BASE}/version", f"{BASE}/schema", f"{BASE}/analyze"

@@ -18,6 +18,7 @@ from klora.webui.args import (
     FusionRequest,
     asks_for_more,
     choices_of,
+    json_schema,
     override,
     override_tag,
     read_args,
@@ -27,7 +28,6 @@ from klora.webui.args import (
 )
 from klora.webui.injection import add_tag, apply_request, rewrite
 from klora.webui.prompt_tag import Tag, find_tag
-from klora.webui.schema import json_schema
 
 PUBLISHED = [
     *("enabled", "subject", "style", "subject_strength", "style_strength", "balance", "share"),
