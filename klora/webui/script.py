@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from klora.errors import KloraError
+from klora.hosts.webui.lora_library import Library
 from klora.webui.args import named, truth
 from klora.webui.balance_grid import BalanceGrid
 from klora.webui.infotext import PASTERS
 from klora.webui.injection import PLANS, apply_request, pair_of
-from klora.webui.listed_loras import listed
 from klora.webui.options import defaults, map_always_wanted
 from klora.webui.ui import TITLE, Header, build
 
@@ -36,7 +36,7 @@ def make_script() -> type:
             from klora.webui.analysis import analyse
 
             tab = "img2img" if is_img2img else "txt2img"
-            found = build(tab, listed, analyse, defaults(), header_of_the_host())
+            found = build(tab, Library, analyse, defaults(), header_of_the_host())
             self.grid = BalanceGrid(tab, found)
             self.infotext_fields = [(found.args[name], paste) for name, paste in PASTERS.items()]
             self.paste_field_names = list(PASTERS.values())

@@ -8,10 +8,10 @@ from pathlib import PurePath
 from typing import Any
 
 from klora.errors import KloraError
+from klora.hosts.webui.lora_library import Library
 from klora.settings import Option
 from klora.webui.args import choices_of, setting_options
 from klora.webui.injection import OVERRIDES
-from klora.webui.listed_loras import listed
 
 PREFIX = "[K-LoRA] "
 SETTINGS = ("balance", "alpha", "beta", "scale", "policy", "subject_strength", "style_strength", "scope")
@@ -71,11 +71,9 @@ def _confirm(name: str, option: Option) -> Callable[[Any, list[Any]], None]:
 
 
 def _names() -> list[str]:
-    return listed().names()
+    return Library().names()
 
 
 def _confirm_names(_p: Any, values: list[Any]) -> None:
-    from klora.hosts.webui.lora_library import Library
-
     for value in values:
         Library().find(value)

@@ -6,6 +6,7 @@ import difflib
 import importlib
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from klora.errors import KloraError
@@ -21,10 +22,13 @@ class ListedLora:
 
 
 class Library:
-    """The LoRA files that the host lists, by the names and aliases that `<lora:…>` accepts."""
+    """The LoRA files that the host lists, by the names and aliases that `<lora:…>` accepts.
+
+    A host whose LoRA extension is switched off lists none.
+    """
 
     def __init__(self) -> None:
-        self._networks = importlib.import_module("networks")
+        self._networks = _networks()
 
     def names(self) -> list[str]:
         """List the names, as the host's own menus do."""
@@ -53,3 +57,15 @@ class Library:
         if name.lower() in networks.forbidden_network_aliases:
             return networks.available_networks.get(name)
         return networks.available_network_aliases.get(name)
+
+
+def _networks() -> Any:
+    try:
+        return importlib.import_module("networks")
+    except ImportError:
+        return SimpleNamespace(
+            available_networks={},
+            available_network_aliases={},
+            forbidden_network_aliases={},
+            list_available_networks=lambda: None,
+        )
