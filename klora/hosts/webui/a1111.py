@@ -11,9 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from klora.engine.dynamic import Rows
+from klora.hosts.sites import third_of, weight_shape
+from klora.hosts.text_tensors import host_tensors, kohya_text_key
 from klora.hosts.webui.host import WebuiHost
-from klora.hosts.webui.sites import third_of, weight_shape
-from klora.hosts.webui.text_encoder import TextPart, host_tensors, kohya_text_key
+from klora.hosts.webui.text_encoder import TextPart
 
 _PROJECTION = re.compile(r"_[qkv]_proj$")
 

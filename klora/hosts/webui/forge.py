@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
 from klora.errors import KloraError, MismatchError
+from klora.hosts.text_tensors import host_tensors, text_keys
 from klora.hosts.webui.forge_weights import with_plain_weight
 from klora.hosts.webui.host import WebuiHost, trainable_copy
-from klora.hosts.webui.text_encoder import TextPart, host_tensors, kohya_text_key
-from klora.lora.text_names import t5_path
+from klora.hosts.webui.text_encoder import TextPart
 
 
 class ForgeHost(WebuiHost):
@@ -94,7 +94,7 @@ def _patched(clip: Any, part: TextPart) -> Any:
     tensors = {
         f"{key}.{ending}": tensor
         for name, delta in part.deltas.items()
-        for key in _text_keys(name)
+        for key in text_keys(name)
         if key in known
         for ending, tensor in host_tensors(delta).items()
     }
@@ -112,12 +112,6 @@ def _patched(clip: Any, part: TextPart) -> Any:
     name = {"filename": f"klora:{part.sha256}"} if named else {}
     clip.add_patches(patches=patches, strength_patch=part.strength, **name)
     return clip
-
-
-def _text_keys(name: str) -> list[str]:
-    """Kohya's keys of a text encoder's module; the host numbers the T5 by its place among the encoders."""
-    path = t5_path(name).replace(".", "_")
-    return [f"lora_te{number}_{path}" for number in (1, 2, 3)] if path else [kohya_text_key(name, several=True)]
 
 
 def _lora_code() -> Any:

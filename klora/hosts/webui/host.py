@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
-from klora.hosts.webui.sites import Weights, is_flux_model, weights_by_host, weights_by_rule
+from klora.hosts.sites import Weights, is_flux_model, weights_by_host, weights_by_rule
 from klora.hosts.webui.text_encoder import TextPart
 from klora.lora.checks import check_model
 from klora.lora.model_index import ModelIndex

@@ -1,4 +1,4 @@
-"""The modules of a diffusion model as WebUIs load it, and the names under which LoRA files may mean them."""
+"""A diffusion model's modules as WebUIs and ComfyUI load it, and the names by which LoRA files may mean them."""
 
 from __future__ import annotations
 
@@ -41,6 +41,16 @@ def weights_by_rule(diffusion_model: nn.Module) -> Weights:
         for target in resolve(path) or ():
             rows = target.rows(*shape[:2]) if target.fused else None
             weights.sites[target.name] = Site(module, rows, known_shape=shape)
+    return weights
+
+
+def weights_by_table(diffusion_model: nn.Module, names: Mapping[str, str]) -> Weights:
+    """The weights of a model whose host has a table of its paths, under the canonical `names` that it gives of them."""
+    weights = Weights()
+    for path, module, shape in _modules(diffusion_model):
+        name = names.get(path, path)
+        weights.sites[name] = Site(module, known_shape=shape)
+        weights.aliases[path] = [name]
     return weights
 
 
