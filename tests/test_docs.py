@@ -1,0 +1,61 @@
+"""The pages for people: their links lead somewhere, and their prose is wrapped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import klora
+
+ROOT = Path(klora.__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "training" / "README.md"])
+WIDTH, BYTES = 110, 120
+"""Of a line of prose; the bytes are what some programs count for its length."""
+
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+
+
+def prose(page: Path) -> Iterator[str]:
+    """The lines outside blocks of code."""
+    code = False
+    for line in page.read_text(encoding="utf-8").splitlines():
+        if line.lstrip().startswith("```"):
+            code = not code
+        elif not code:
+            yield line
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    titles = [line.lstrip("#").strip() for line in prose(page) if re.match(r"#+ ", line)]
+    plain = [re.sub(r"\[(.*?)\]\(.*?\)", r"\1", title).lower() for title in titles]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in plain}
+
+
+@pages
+def test_every_link_within_the_project_leads_somewhere(page: Path) -> None:
+    text = re.sub(r"`[^`]*`", "", "\n".join(prose(page)))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"https?:", target):
+            continue
+        place, _, anchor = target.partition("#")
+        there = (page.parent / place).resolve() if place else page
+        assert there.exists(), target
+        assert there.is_relative_to(ROOT.resolve()), target
+        assert not anchor or anchor in anchors(there), target
+
+
+@pages
+def test_only_tables_links_and_code_are_wider_than_prose(page: Path) -> None:
+    wide = [line for line in prose(page) if len(line) > WIDTH or len(line.encode()) > BYTES]
+    assert [line for line in wide if not re.match(r"\||!?\[[^]]*\]\([^)]*\)\W*$", line.strip())] == []
+
+
+def test_every_page_is_named_where_a_reader_begins() -> None:
+    start = ROOT / "docs" / "README.md"
+    text = start.read_text(encoding="utf-8")
+    others = [page for page in PAGES if page.parent == start.parent and page != start]
+    assert [page.name for page in others if f"]({page.name}" not in text] == []
