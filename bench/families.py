@@ -40,7 +40,7 @@ GB = 1e9
 class Rig(NamedTuple):
     """A block, its layers by canonical name, and one forward of it."""
 
-    layers: dict[str, nn.Module]
+    layers: Mapping[str, nn.Linear | nn.Conv2d]
     forward: Callable[[], Tensor]
 
 
@@ -120,7 +120,7 @@ def memory(files: list[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str
             for layer in layers.values():
                 layer(torch.ones(1, layer.in_features))
     return {
-        "files": float(sum(file.path.stat().st_size for file in (pair.subject, pair.style))),
+        "files": float(sum(path.stat().st_size for path in files)),
         "all ΔW": 4.0 * sum(out * inner for out, inner in shapes.values()),
         "peak": float(peak() - alone),
     }

@@ -52,16 +52,21 @@ def measure(rank: int, step: int, rounds: int, folder: Path) -> dict[str, float]
     shapes = dict(list(sdxl_shapes("linears").items())[::step])
     files = write_pair(folder, shapes, rank)
     cache = ScoreCache(folder / "cache")
-    pair = PAIRS.open(*files, cache)
+    subject, style = files
+    pair = PAIRS.open(subject, style, cache)
     with torch.device("meta"):
         sites = {name: Site(nn.Linear(inner, out, bias=False)) for name, (out, inner) in shapes.items()}
     plan = pair.plan(Settings())
     session = Session(pair, plan, sites)
 
     def fuse_again() -> None:
-        again = PAIRS.open(*files, cache)
+        again = PAIRS.open(subject, style, cache)
         with Session(again, again.plan(Settings()), sites):
             pass
+
+    def switch_twice() -> None:
+        session.set_tau(0.9)
+        session.set_tau(0.1)
 
     deltas = {name: (delta, {*standard_ks(rank), rank**2}) for name, delta in pair.subject.modules.items()}
     some = dict(list(deltas.items())[:: max(1, len(deltas) // 20)])
@@ -79,9 +84,7 @@ def measure(rank: int, step: int, rounds: int, folder: Path) -> dict[str, float]
         ),
         "a linear layer with K-LoRA / without": forward,
         "a tiny layer, which costs what Python costs, with K-LoRA / without": tiny_layer(rounds, folder),
-        "switching all modules / a session": ratio(
-            rounds, lambda: (session.set_tau(0.9), session.set_tau(0.1)), lambda: Session(pair, plan, sites)
-        ),
+        "switching all modules / a session": ratio(rounds, switch_twice, lambda: Session(pair, plan, sites)),
     }
     KEPT.clear()
     return found

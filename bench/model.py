@@ -126,7 +126,7 @@ def _tensors(family: str, out: int, inner: int, kernel: tuple[int, ...], rank: i
 
 
 @contextmanager
-def merged(layers: Mapping[str, nn.Module], *files: LoraFile) -> Iterator[None]:
+def merged(layers: Mapping[str, nn.Linear | nn.Conv2d], *files: LoraFile) -> Iterator[None]:
     """Ordinary LoRAs in the weights of layers by canonical name, and out of them again."""
     before = {name: layer.weight.data.clone() for name, layer in layers.items()}
     for file in files:
@@ -138,6 +138,6 @@ def merged(layers: Mapping[str, nn.Module], *files: LoraFile) -> Iterator[None]:
         layer.weight.data.copy_(before[name])
 
 
-def linears_of(pipe: Any, names: dict[str, tuple[int, ...]]) -> dict[str, nn.Module]:
+def linears_of(pipe: Any, names: Mapping[str, tuple[int, ...]]) -> dict[str, nn.Linear | nn.Conv2d]:
     """The modules by canonical name."""
     return {name: site.module for name, site in DiffusersHost(pipe).sites().items() if name in names}

@@ -46,7 +46,8 @@ STEPS = 30
 
 def make_block(channels: int, heads: int) -> nn.Module:
     """One of SDXL's transformer blocks with random weights."""
-    return BasicTransformerBlock(channels, heads, channels // heads, cross_attention_dim=CONTEXT).eval()
+    block: nn.Module = BasicTransformerBlock(channels, heads, channels // heads, cross_attention_dim=CONTEXT)
+    return block.eval()
 
 
 def write_file(path: Path, linears: dict[str, nn.Linear], rank: int, seed: int) -> Path:
@@ -138,7 +139,8 @@ def measure(
             if isinstance(module, nn.Linear) and kind_of(f"{path}.{name}") == "attention"
         }
         files = [write_file(folder / f"{channels}_{rank}_{s}.safetensors", linears, rank, s) for s in (1, 2)]
-        pair = Pair.open(*files, ScoreCache(folder / "cache"))
+        subject, style = files
+        pair = Pair.open(subject, style, ScoreCache(folder / "cache"))
         sites = {name: Site(linear) for name, linear in linears.items()}
         sessions = [
             Session(pair, pair.plan(Settings(policy=policy)), sites, denoiser=block, conditional=second_half)

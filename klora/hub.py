@@ -55,7 +55,7 @@ def find_model(model: str, config: str = "config.json") -> ModelSource:
 def hub_answers() -> bool:
     """Whether the hub gives an answer, of any kind, in time; no where HF_HUB_OFFLINE forbids to ask."""
     from huggingface_hub import constants
-    from huggingface_hub.utils import get_session
+    from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 
     answers: list[Any] = []
 

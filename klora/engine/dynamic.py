@@ -29,7 +29,8 @@ def kl(y: Tensor, y_lora: Tensor) -> Tensor:
 
 def l2(y: Tensor, y_lora: Tensor) -> Tensor:
     """‖y_lora − y‖₂."""
-    return torch.linalg.vector_norm(y_lora - y, dim=-1)
+    distance: Tensor = torch.linalg.vector_norm(y_lora - y, dim=-1)
+    return distance
 
 
 def dot(y: Tensor, y_lora: Tensor) -> Tensor:

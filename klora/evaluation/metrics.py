@@ -110,6 +110,7 @@ def _open(path: Path) -> Image:
 
     try:
         with Images.open(path) as image:
-            return image.convert("RGB")
+            picture: Image = image.convert("RGB")
+            return picture
     except OSError as error:
         raise KloraError(f"{path}: cannot be read as a picture ({first_line(error)}); replace it") from None

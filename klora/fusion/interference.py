@@ -85,7 +85,8 @@ class _Small:
 
 def _root(H: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(H)
-    return vectors * values.clamp_min(0).sqrt() @ vectors.t()
+    root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.t()
+    return root
 
 
 def interference(subject: Delta, style: Delta) -> Interference | None:

@@ -42,7 +42,7 @@ def subject_wins(rho: float, scale: float, balance: float = 0.0, strict: bool = 
     Every decision of K-LoRA, in planning and in sampling, is made here. `strict` asks for > instead of ≥, as
     the authors' code does.
     """
-    threshold = scale * 2.0**balance
+    threshold: float = scale * 2.0**balance
     return rho > threshold if strict else rho >= threshold
 
 

@@ -190,7 +190,8 @@ def top_k_sums(values: Floats, ks: list[int]) -> list[float]:
     start = np.cumsum(np.where(split, size, 0))[at] - size[at]
     inside = k - (count[at] - size[at])
     before = np.where(at > 0, total[at - 1], 0.0)
-    return (before + (prefix[start + inside] - prefix[start])).tolist()
+    sums: list[float] = (before + (prefix[start + inside] - prefix[start])).tolist()
+    return sums
 
 
 def _read(delta: Delta, k: int, margin: float, workspace: Workspace) -> tuple[float, float, Floats, bool]:

@@ -30,7 +30,7 @@ def make_extra_network() -> Any:
     """Make the host's handler of `<klora:…>` tags."""
     extra_networks: Any = importlib.import_module("modules.extra_networks")
 
-    class ExtraNetworkKlora(extra_networks.ExtraNetwork):
+    class ExtraNetworkKlora(extra_networks.ExtraNetwork):  # type: ignore[misc]
         """Starts a fusion for every processing object whose prompt holds the tag."""
 
         def __init__(self) -> None:

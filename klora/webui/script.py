@@ -20,7 +20,7 @@ def make_script() -> type:
     """Make the class that the host instantiates for each tab; needs the host's modules."""
     scripts: Any = importlib.import_module("modules.scripts")
 
-    class KLoraScript(scripts.Script):
+    class KLoraScript(scripts.Script):  # type: ignore[misc]
         """The host's side of the accordion."""
 
         def title(self) -> str:

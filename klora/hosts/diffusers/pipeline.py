@@ -201,9 +201,8 @@ def _replaced_by_fused(attention: nn.Module, name: str) -> bool:
 def _weight(module: Any) -> Tensor:
     """A module's weight, fetched from accelerate's store where sequential offload keeps it away."""
     weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
-    if weights_map is not None and module.weight.is_meta:
-        return weights_map["weight"]
-    return module.weight
+    weight: Tensor = module.weight
+    return weights_map["weight"] if weights_map is not None and weight.is_meta else weight
 
 
 def _with_text_model(path: str) -> str:

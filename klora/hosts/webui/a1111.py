@@ -25,7 +25,8 @@ class A1111Host(WebuiHost):
     @property
     def diffusion_model(self) -> nn.Module:
         """The UNet."""
-        return self.sd_model.model.diffusion_model
+        model: nn.Module = self.sd_model.model.diffusion_model
+        return model
 
     def lora_keys(self) -> Mapping[str, Any]:
         """The modules that A1111 has named for its own LoRA code; of SD3 also by their names in diffusers."""

@@ -29,7 +29,8 @@ class ForgeHost(WebuiHost):
     @property
     def diffusion_model(self) -> nn.Module:
         """The UNet or transformer."""
-        return self.sd_model.forge_objects.unet.model.diffusion_model
+        model: nn.Module = self.sd_model.forge_objects.unet.model.diffusion_model
+        return model
 
     def lora_keys(self) -> Mapping[str, Any]:
         """Forge's map, or reForge's and Classic's, which lies elsewhere."""

@@ -32,4 +32,5 @@ def schedule_of(denoiser: Any) -> list[float]:
 
 def _img2img_steps(p: Any, steps: int | None) -> int:
     common = importlib.import_module("modules.sd_samplers_common")
-    return common.setup_img2img_steps(p, steps)[0]
+    of_the_schedule: int = common.setup_img2img_steps(p, steps)[0]
+    return of_the_schedule

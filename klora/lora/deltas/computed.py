@@ -8,8 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import Delta, Factors, Stored
+from klora.lora.deltas.base import Delta, Factors
 from klora.lora.deltas.lora import LoraDelta
+from klora.lora.source import Stored
 
 
 def low_rank(delta: Delta) -> tuple[Tensor, Tensor] | None:

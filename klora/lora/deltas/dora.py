@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from klora.errors import MismatchError, UnsupportedFormatError
-from klora.lora.deltas.base import Delta, FileDelta, Group, Stored, size
+from klora.lora.deltas.base import Delta, FileDelta, Group, size
 from klora.lora.deltas.loha import LohaDelta
 from klora.lora.deltas.lokr import LokrDelta
 from klora.lora.deltas.lora import LoraDelta
+from klora.lora.source import Stored
 
 _DIRECTIONS: tuple[type[FileDelta], ...] = (LoraDelta, LohaDelta, LokrDelta)
 

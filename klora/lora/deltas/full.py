@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from klora.lora.deltas.base import FULL_RANK, FileDelta, Group, Stored, squeeze
+from klora.lora.deltas.base import FULL_RANK, FileDelta, Group, squeeze
+from klora.lora.source import Stored
 
 
 @dataclass(eq=False)

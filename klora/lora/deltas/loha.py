@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from klora.errors import LoraFileError
-from klora.lora.deltas.base import FileDelta, Group, Stored, cp_down, size, squeeze, with_kernel
+from klora.lora.deltas.base import FileDelta, Group, cp_down, size, squeeze, with_kernel
+from klora.lora.source import Stored
 
 _SLOTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 _CORES = ("hada_t1", "hada_t2")

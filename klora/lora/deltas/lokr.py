@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import FULL_RANK, FileDelta, Group, Stored, cp_down, size, squeeze, with_kernel
+from klora.lora.deltas.base import FULL_RANK, FileDelta, Group, cp_down, size, squeeze, with_kernel
+from klora.lora.source import Stored
 
 
 @dataclass(eq=False)

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import Factors, FileDelta, Group, Stored, cp_down, size, squeeze
+from klora.lora.deltas.base import Factors, FileDelta, Group, cp_down, size, squeeze
+from klora.lora.source import Stored
 
 
 @dataclass(eq=False)

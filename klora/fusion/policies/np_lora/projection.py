@@ -15,7 +15,8 @@ def orthonormal(A: Tensor) -> Tensor:
     Q, R = torch.linalg.qr(A.double().t())
     U, sigma, _ = torch.linalg.svd(R, full_matrices=False)
     tolerance = torch.finfo(torch.float32).eps * max(A.shape)
-    return (Q @ U[:, sigma > tolerance * sigma.max()]).float()
+    basis: Tensor = (Q @ U[:, sigma > tolerance * sigma.max()]).float()
+    return basis
 
 
 def shrink(A: Tensor, Q: Tensor, mu: float) -> Tensor:
