@@ -113,7 +113,7 @@ class Operations(TorchDispatchMode):
     """Counts the operations inside its block that compute something: on a GPU each is at least one launch."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

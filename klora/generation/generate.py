@@ -57,7 +57,7 @@ def generate(
             announce(number, session)
             # On the CPU whatever the device, so that a seed means the same noise everywhere.
             generator = torch.Generator("cpu").manual_seed(seed)
-            with _counted(DiffusersHost(pipe).denoiser) as calls:
+            with _counted(DiffusersHost(pipe).diffusion_model) as calls:
                 start = time.perf_counter()
                 image = pipe(**call, generator=generator).images[0]
                 seconds = time.perf_counter() - start

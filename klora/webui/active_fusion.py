@@ -59,6 +59,7 @@ class ActiveFusion:
         self.evaluation: Any = None
         """What the host's callback was told of the evaluation that is under way."""
         self._session: Session | None = None
+        self._host: WebuiHost | None = None
         self._guidance: DenoiserGuidance | None = None
         self._bound_to: tuple[Any, ...] | None = None
         self._wrappers = Wrappers()
@@ -90,8 +91,9 @@ class ActiveFusion:
         bound_to = (fusion, denoiser, host.diffusion_model)
         if self._bound_to is None or any(a is not b for a, b in zip(self._bound_to, bound_to, strict=True)):
             self._bind(fusion, denoiser, host, hires)
-            self._bound_to = bound_to
-        if self._session is not None:
+            self._bound_to, self._host = bound_to, host
+        if self._session is not None and self._host is not None:
+            self._host.evaluation = self.evaluation
             # A picture made inside this one (by another extension) may have taken the hooks off.
             self._attached.attach(self._session)
             self._session.at_level(level)
@@ -109,14 +111,7 @@ class ActiveFusion:
         with named_by(fusion.subject.path, fusion.style.path):
             fusion = fusion.for_model(host)
             plan = fusion.plan(host.device, hires)
-            session = Session(
-                fusion.pair,
-                plan,
-                host.sites(),
-                model=host.model_name,
-                denoiser=host.diffusion_model,
-                conditional=lambda args, kwargs: host.conditional_rows(self.evaluation, args, kwargs),
-            )
+            session = host.session(fusion.pair, plan)
         with named_by(folder=reference_folder()):
             guidance = make_guidance(plan.settings, self.evaluation.x.device if self.evaluation else "cpu")
         if sampling is None:
@@ -165,7 +160,7 @@ class ActiveFusion:
             self._note_decisions(self._session)
         if self._guidance is not None:
             self._guidance.remove()
-        self._session = self._guidance = None
+        self._session = self._host = self._guidance = None
         self._bound_to = None
 
     @contextmanager

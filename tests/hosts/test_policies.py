@@ -226,7 +226,8 @@ class Evaluation:
 )
 def test_a1111_batches_the_conditional_rows_first(whole: int, uncond: Any, batch: int, expected: Rows | None) -> None:
     host = A1111Host(None)
-    assert host.conditional_rows(Evaluation(whole, uncond), (torch.zeros(batch, 4, 2, 2),), {}) == expected
+    host.evaluation = Evaluation(whole, uncond)
+    assert host.conditional_rows((torch.zeros(batch, 4, 2, 2),), {}) == expected
 
 
 @pytest.mark.parametrize(
@@ -243,7 +244,7 @@ def test_a1111_batches_the_conditional_rows_first(whole: int, uncond: Any, batch
 def test_forge_says_which_rows_are_conditional(parts: list[int], batch: int, expected: Rows | None) -> None:
     host = ForgeHost(None)
     kwargs = {"transformer_options": {"cond_or_uncond": parts}}
-    assert host.conditional_rows(None, (torch.zeros(batch, 4, 2, 2),), kwargs) == expected
+    assert host.conditional_rows((torch.zeros(batch, 4, 2, 2),), kwargs) == expected
 
 
 def test_a_mean_has_the_form_of_what_it_is_made_of(made: dict) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 from torch import nn
 
@@ -15,44 +16,23 @@ from klora.hosts.diffusers.pipeline import DiffusersHost
 from klora.hosts.diffusers.time import Schedule
 
 
-def follow(host: DiffusersHost, session: Session, guidance: ReferenceGuidance | None = None) -> Handles:
-    """Tell `session` the noise level at every call of the denoiser; the handles' `remove` ends that.
+@contextmanager
+def follow(host: DiffusersHost, session: Session, guidance: ReferenceGuidance | None = None) -> Iterator[None]:
+    """Tell `session` the noise level at every call of the diffusion model inside the block.
 
     Where its policy asks for several forwards per call, they are made and averaged. A `guidance` moves the latents
     before each step.
     """
-    ensemble = Ensemble(session, host.condition)
+    model, ensemble = host.diffusion_model, Ensemble(session, host.condition)
     several = session.plan.policy.forwards > 1
     follower = _Follower(host, session, ensemble.begin if several else None)
-    handles = Handles([host.denoiser.register_forward_pre_hook(follower, with_kwargs=True)])
-    if several:
-        handles.add(host.denoiser.register_forward_hook(ensemble.finish, with_kwargs=True, prepend=True))
-    if guidance is not None:
-        handles.add(SchedulerGuidance(host, session, guidance))
-    return handles
-
-
-class Removable(Protocol):
-    """What can be taken off."""
-
-    def remove(self) -> None:
-        """Take it off."""
-
-
-class Handles:
-    """Hooks that are taken off together."""
-
-    def __init__(self, handles: list[Removable]) -> None:
-        self._handles = handles
-
-    def add(self, handle: Removable) -> None:
-        """Take one more."""
-        self._handles.append(handle)
-
-    def remove(self) -> None:
-        """Take all of them off; does nothing when they are off."""
-        while self._handles:
-            self._handles.pop().remove()
+    with ExitStack() as hooks:
+        hooks.enter_context(model.register_forward_pre_hook(follower, with_kwargs=True))
+        if several:
+            hooks.enter_context(model.register_forward_hook(ensemble.finish, with_kwargs=True, prepend=True))
+        if guidance is not None:
+            hooks.callback(SchedulerGuidance(host, session, guidance).remove)
+        yield
 
 
 class _Follower:

@@ -61,7 +61,7 @@ class SchedulerGuidance:
         self._host, self._session, self._guidance = host, session, guidance
         self._wrappers = Wrappers()
         self._grid: tuple[int, int] | None = None
-        self._hook = host.denoiser.register_forward_pre_hook(self._on_denoiser, with_kwargs=True)
+        self._hook = host.diffusion_model.register_forward_pre_hook(self._on_denoiser, with_kwargs=True)
 
     def remove(self) -> None:
         """Take everything off; does nothing when it is off."""

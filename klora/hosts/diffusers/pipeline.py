@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from klora.engine.bypass import Site, module_shape
 from klora.engine.dynamic import Rows
 from klora.errors import KloraError
+from klora.hosts.base import Host
 from klora.hosts.diffusers.names import translator
 from klora.lora.model_index import ModelIndex
 from klora.lora.tables import ARCHITECTURE_OF_WIDTH
@@ -29,7 +30,7 @@ FUSED_PROJECTIONS = {
 }
 
 
-class DiffusersHost:
+class DiffusersHost(Host):
     """A diffusers pipeline, seen as a host.
 
     Reads the pipeline's scheduler at every call of the denoiser, so a scheduler may be exchanged at any time.
@@ -46,12 +47,17 @@ class DiffusersHost:
             raise KloraError(
                 f"{name} denoises with two transformers, and K-LoRA fuses in one; use a pipeline without transformer_2"
             )
-        self.denoiser: nn.Module = denoiser
+        self._diffusion_model: nn.Module = denoiser
         if not set(TIMES) & set(self.inputs):
             raise KloraError(
                 f"{type(denoiser).__name__} is not told the time as {', '.join(TIMES)}, so that how far sampling is"
                 " cannot be told; use another pipeline"
             )
+
+    @property
+    def diffusion_model(self) -> nn.Module:
+        """The UNet or transformer."""
+        return self._diffusion_model
 
     @property
     def model_name(self) -> str:
@@ -61,9 +67,9 @@ class DiffusersHost:
     @property
     def architecture(self) -> str | None:
         """SD1, SD2, SDXL or FLUX, from the denoiser's class and the width of its text conditioning; None for others."""
-        if any(kind.__name__ == "FluxTransformer2DModel" for kind in type(self.denoiser).__mro__):
+        if any(kind.__name__ == "FluxTransformer2DModel" for kind in type(self.diffusion_model).__mro__):
             return "FLUX"
-        width = getattr(self.denoiser.config, "cross_attention_dim", None)
+        width = getattr(self.diffusion_model.config, "cross_attention_dim", None)
         unet = getattr(self.pipe, "unet", None) is not None
         return ARCHITECTURE_OF_WIDTH.get(width) if unet and isinstance(width, int) else None
 
@@ -77,7 +83,7 @@ class DiffusersHost:
 
     def sites(self) -> Mapping[str, Site]:
         """The denoiser's Linear and Conv modules by canonical name, which is their path."""
-        return dict(_sites(self.denoiser))
+        return dict(_sites(self.diffusion_model))
 
     def text_sites(self) -> Mapping[str, Site]:
         """The text encoders' Linear modules by canonical name."""
@@ -145,13 +151,13 @@ class DiffusersHost:
     @property
     def device(self) -> torch.device:
         """Where the pipeline computes, also where its parts are offloaded."""
-        device = getattr(self.pipe, "_execution_device", None) or next(self.denoiser.parameters()).device
+        device = getattr(self.pipe, "_execution_device", None) or next(self.diffusion_model.parameters()).device
         return torch.device(device)
 
     @cached_property
     def inputs(self) -> list[str]:
         """The names of the denoiser's arguments, in order."""
-        return list(inspect.signature(type(self.denoiser).forward).parameters)[1:]
+        return list(inspect.signature(type(self.diffusion_model).forward).parameters)[1:]
 
     def argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """An argument of a call of the denoiser, however it was passed; None where it was not, or has none."""

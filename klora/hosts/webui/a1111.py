@@ -59,13 +59,13 @@ class A1111Host(WebuiHost):
         finally:
             networks.loaded_networks[:] = [net for net in networks.loaded_networks if net not in added]
 
-    def conditional_rows(self, evaluation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
+    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
         """The host batches [conditional …, unconditional]; where it makes several calls, a conditional one comes first.
 
         None where the call is not the whole evaluation: then the first call decides.
         """
-        whole, batch = evaluation.x.shape[0], args[0].shape[0]
-        unconditional = getattr(evaluation, "text_uncond", ())
+        whole, batch = self.evaluation.x.shape[0], args[0].shape[0]
+        unconditional = getattr(self.evaluation, "text_uncond", ())
         if isinstance(unconditional, Mapping):
             unconditional = unconditional["crossattn"]
         conditional = whole - len(unconditional)

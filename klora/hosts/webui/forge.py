@@ -62,7 +62,7 @@ class ForgeHost(WebuiHost):
             if objects.clip is clip:
                 objects.clip = before
 
-    def conditional_rows(self, evaluation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
+    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
         """The host says of each equal part of the batch whether it is conditional (0) or not (1), in its own order.
 
         A call that is unconditional alone may come first.

@@ -6,7 +6,7 @@ Differences lie in `a1111` and `forge`; `loaded_model` chooses by what a loaded 
 from __future__ import annotations
 
 import copy
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -16,19 +16,19 @@ import torch
 from torch import Tensor, nn
 
 from klora.engine.bypass import Site
-from klora.engine.dynamic import Rows
+from klora.hosts.base import Host
 from klora.hosts.sites import Weights, is_flux_model, weights_by_host, weights_by_rule
 from klora.hosts.webui.text_encoder import TextPart
-from klora.lora.checks import check_model
 from klora.lora.model_index import ModelIndex
-from klora.pair import Pair
 
 
-class WebuiHost(ABC):
+class WebuiHost(Host):
     """A WebUI with a loaded model."""
 
     def __init__(self, sd_model: Any) -> None:
         self.sd_model = sd_model
+        self.evaluation: Any = None
+        """What the host's callback was told of the evaluation of the model that is under way."""
 
     @property
     def model_name(self) -> str:
@@ -42,11 +42,6 @@ class WebuiHost(ABC):
             if getattr(self.sd_model, flag, False):
                 return name
         return "FLUX" if is_flux_model(self.diffusion_model) else None
-
-    @property
-    @abstractmethod
-    def diffusion_model(self) -> nn.Module:
-        """The UNet or transformer."""
 
     @property
     def device(self) -> torch.device:
@@ -70,14 +65,6 @@ class WebuiHost(ABC):
         shapes = {name: site.shape for name, site in self._weights.sites.items()}
         return ModelIndex(shapes, self._weights.aliases, self.architecture)
 
-    def fit(self, pair: Pair) -> Pair:
-        """The pair under the names of the loaded model; MismatchError where one of its files is for another model."""
-        index = self.index
-        pair = pair.for_model(index)
-        for file in (pair.subject, pair.style):
-            check_model(file, index.shapes, self.model_name)
-        return pair
-
     @cached_property
     def _weights(self) -> Weights:
         if self.architecture is not None:
@@ -87,13 +74,6 @@ class WebuiHost(ABC):
     @abstractmethod
     def text_encoder_with(self, parts: list[TextPart]) -> AbstractContextManager[None]:
         """Have the host's own LoRA code apply `parts` to what is encoded inside the block, and to nothing else."""
-
-    @abstractmethod
-    def conditional_rows(self, evaluation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
-        """The rows that follow the prompt in a call of the diffusion model; None for all of them.
-
-        `evaluation` is what the host's callback was told of the evaluation that the call is part of.
-        """
 
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
