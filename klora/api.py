@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from klora.cache import ScoreCache
 from klora.engine.session import Session
@@ -14,24 +13,28 @@ from klora.fusion.plan import FusionPlan
 from klora.fusion.scores import OnScored
 from klora.hosts.diffusers import DiffusersHost, follow
 from klora.hosts.guidance import make_guidance
+from klora.keywords import SettingsKeywords
+from klora.lora.file import LoraSource
 from klora.pair import PAIRS
 from klora.settings import Settings
 
-Path = str | PathLike[str]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 def plan(
-    subject: Path,
-    style: Path,
+    subject: LoraSource,
+    style: LoraSource,
     *,
     cache: ScoreCache | None = None,
     on_scored: OnScored | None = None,
-    **settings: Any,
+    **settings: Unpack[SettingsKeywords],
 ) -> FusionPlan:
-    """Say which of two LoRA files would act in which module at which step.
+    """Say which of two LoRAs would act in which module at which step.
 
-    `settings` are the fields of `klora.settings.Settings`; `on_scored` hears how many modules of both files have been
-    scored, of how many, when a file is new. Raises SettingsError, LoraFileError or MismatchError.
+    `subject` and `style` are paths of .safetensors files, or state dicts in memory. `settings` are the fields of
+    `klora.Settings`; `on_scored` is called with how many modules of both are scored, and of how many, where they are
+    new. Raises what `fuse` raises of settings and files.
     """
     return PAIRS.open(subject, style, cache).plan(Settings.parse(settings), on_scored=on_scored)
 
@@ -39,33 +42,39 @@ def plan(
 @contextmanager
 def fuse(
     pipe: Any,
-    subject: Path,
-    style: Path,
+    subject: LoraSource,
+    style: LoraSource,
     *,
     cache: ScoreCache | None = None,
     on_scored: OnScored | None = None,
-    **settings: Any,
+    **settings: Unpack[SettingsKeywords],
 ) -> Iterator[Session]:
-    """Fuse two LoRA files in a diffusers pipeline while the `with` block runs; the pipeline is as before afterwards.
+    """Fuse two LoRAs in a diffusers pipeline while the `with` block runs; the pipeline is as before afterwards.
 
-    `settings` are the fields of `klora.settings.Settings`. Yields the session, whose `plan` tells what acted where.
-    `on_scored` hears how many modules of both files have been scored, of how many, when a pair is new. Files used last
-    are kept for the next time, unless they have changed on disk; `release_memory` lets go of them.
-    Raises SettingsError, LoraFileError or MismatchError before anything is touched.
+    `subject` and `style` are paths of .safetensors files, or state dicts in memory. `settings` are the fields of
+    `klora.Settings`. Yields the session, whose `plan` tells what acts where, and `observed` what did. `on_scored` is
+    called with how many modules of both are scored, and of how many, where they are new. Files used last are kept for
+    the next time, unless they have changed on disk; `release_memory` lets go of them.
+
+    Raises, before anything is touched:
+        SettingsError: a setting is unknown, has an impossible value, or asks for what cannot be done with this model;
+            reference pictures or their models cannot be loaded.
+        LoraFileError: a file cannot be read or understood; UnsupportedFormatError for a kind of LoRA, or a pickle,
+            that K-LoRA does not fuse, LoraValueError for NaN or infinity.
+        MismatchError: the two belong to different models, or to another than the pipeline's.
+        KloraError: the pipeline has no denoiser, has two of them, or does not tell it the time.
+    And, from a call of the pipeline inside the block:
+        KloraError: the pipeline tells the time in a unit that its scheduler does not have, or nothing that should act
+            was called, as in a model that was compiled before.
+        LoraFileError: a file that was too large to hold has changed on disk.
     """
     host = DiffusersHost(pipe)
-    pair = PAIRS.open(subject, style, cache).for_model(host.index)
+    pair = host.fit(PAIRS.open(subject, style, cache))
     plan = pair.plan(Settings.parse(settings), host.device, on_scored)
-    session = Session(
-        pair, plan, host.sites(), host.text_sites(), host.model_name, host.denoiser, host.conditional_rows
-    )
+    session = host.session(pair, plan)
     guidance = make_guidance(plan.settings, host.device)
-    follower = follow(host, session, guidance)
-    try:
-        with session:
-            yield session
-    finally:
-        follower.remove()
+    with follow(host, session, guidance), session:
+        yield session
 
 
 def release_memory() -> None:
