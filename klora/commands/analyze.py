@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from klora.commands.console import need, scoring_bar, warn
-from klora.commands.options import add_settings, read_settings
+from klora.commands.options import add_settings, check_loras, read_settings
 from klora.errors import KloraError
 from klora.report.files import OutputFile, png_bytes
 
@@ -45,6 +45,8 @@ def run(args: argparse.Namespace) -> None:
     if len(set(files)) < len(files):
         twice = next(file for file in files if files.count(file) > 1)
         raise KloraError(f"{twice.path}: is named for two of the results; name two files")
+
+    check_loras(args.subject, args.style)
 
     from klora.pair import Pair
     from klora.report.document import document

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from klora import __version__
 from klora.commands.console import warn
-from klora.commands.options import add_settings, read_settings, whole
+from klora.commands.options import add_settings, check_loras, read_settings, whole
 from klora.errors import KloraError, SettingsError
 from klora.report.files import OutputFile
 
@@ -48,6 +48,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.output.lower().endswith(".safetensors"):
         raise KloraError(f"--output: {args.output} must end in .safetensors, which is what is written")
     target = OutputFile.check(args.output, (args.subject, args.style))
+    check_loras(args.subject, args.style)
 
     import torch
     from safetensors.torch import save

@@ -17,6 +17,7 @@ from klora.fusion.threads import single_threaded_pool
 from klora.lora.deltas import Delta
 from klora.lora.deltas.computed import low_rank
 
+INTERFERENCE_VERSION = 1
 EPSILON = 1e-5
 """Singular values below this fraction of the largest are none."""
 
