@@ -1,12 +1,10 @@
-"""The benchmark of an analysis runs, and a file that is not there costs next to nothing."""
+"""The benchmark of an analysis runs."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
-
-from bench.analysis import command, overlaps
+from bench.analysis import overlaps
 from bench.scoring import write_file
 from klora.lora.file import LoraFile
 
@@ -16,7 +14,3 @@ SHAPES = {f"mid_block.attentions.0.transformer_blocks.0.attn1.{name}": (24, 16) 
 def test_overlaps_are_found_in_both_ways(tmp_path: Path) -> None:
     subject, style = (LoraFile.open(write_file(tmp_path / f"{seed}.safetensors", SHAPES, 4, seed)) for seed in (1, 2))
     assert all(seconds > 0 for seconds in overlaps(subject, style, 1))
-
-
-def test_a_file_that_is_not_there_is_noticed_before_torch_is_imported(tmp_path: Path) -> None:
-    assert command(tmp_path, "nowhere.safetensors", "nowhere.safetensors") == pytest.approx(0.1, abs=0.4)
