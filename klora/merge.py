@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from safetensors.torch import save
 
+from klora import __version__
 from klora.errors import KloraError, SettingsError
 from klora.fusion.cut import cut
 from klora.fusion.entries import EntryMerge, refuse_dora
@@ -17,6 +20,7 @@ from klora.fusion.policies.base import Active
 from klora.lora.deltas import Delta
 from klora.lora.deltas.base import FULL_RANK
 from klora.lora.deltas.computed import FactorDelta, low_rank
+from klora.lora.write import file_tensors
 from klora.pair import Pair
 from klora.settings import Settings
 
@@ -147,3 +151,39 @@ def energy(delta: FactorDelta) -> float:
     """‖ΔW‖_F², from the factors."""
     up, down = delta.up.double(), delta.down.reshape(delta.rank, -1).double()
     return delta.scale**2 * float(((up.t() @ up) * (down @ down.t())).sum())
+
+
+def fused_file(pair: Pair, settings: Settings, made: MergedLora, dtype: torch.dtype, spelling: str = "kohya") -> bytes:
+    """What was made of a pair as the bytes of a file, with `spelling` of `klora.lora.write.file_tensors`.
+
+    Raises KloraError where a value leaves the range of `dtype`.
+    """
+    kernels = pair.subject.kernels | pair.style.kernels
+    tensors = file_tensors(made.deltas, spelling, kernels, dtype, flux=pair.architecture == "FLUX")
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise KloraError(f"{key}: leaves the range of {str(dtype).removeprefix('torch.')}; use float32")
+    data: bytes = save(tensors, _metadata(pair, settings, made))
+    return data
+
+
+def _metadata(pair: Pair, settings: Settings, made: MergedLora) -> dict[str, str]:
+    """What made the file; the keys that WebUIs show are those of kohya's trainer."""
+    sides = {"subject": pair.subject, "style": pair.style}
+    facts = {
+        "version": __version__,
+        "policy": settings.policy,
+        "settings": settings.changed(),
+        **{side: {"file": file.file_name, "sha256": pair.cache.digest(file)} for side, file in sides.items()},
+        "lost_energy": made.lost_share,
+    }
+    bases = {file.metadata.get("ss_base_model_version") for file in sides.values()}
+    shared = next(iter(bases)) if len(bases) == 1 else None
+    return {
+        "format": "pt",
+        "klora": json.dumps(facts, sort_keys=True),
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(made.rank),
+        "ss_network_alpha": str(made.rank),
+        **({"ss_base_model_version": shared} if shared else {}),
+    }
