@@ -48,7 +48,7 @@ POLICIES: dict[str, type[Policy]] = {
 
 
 def policies_on(host: str) -> tuple[str, ...]:
-    """The policies that run on a kind of host, `base.DIFFUSERS` or `base.WEBUI`."""
+    """The policies that run on a kind of host, such as `base.DIFFUSERS`."""
     return tuple(name for name, policy in POLICIES.items() if host in policy.hosts)
 
 
@@ -81,7 +81,7 @@ def make_policy(settings: Settings, host: str | None = None) -> Policy:
     policy = POLICIES[settings.policy]
     if host is not None and host not in policy.hosts:
         reason = f"{policy.name} takes {policy.forwards} forwards of the model per evaluation"
-        raise SettingsError("policy", f"{reason}, which runs with diffusers only; use {', '.join(policies_on(host))}")
+        raise SettingsError("policy", f"{reason}, which a WebUI does not make; use {', '.join(policies_on(host))}")
     if settings.share is not None and not issubclass(policy, ScaledPolicy):
         raise SettingsError("share", f"the policy {policy.name} takes no share target; leave it at auto")
     return policy(settings)

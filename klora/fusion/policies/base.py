@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from klora.fusion.scores import ModuleScore
     from klora.lora.deltas import Delta
 
-DIFFUSERS, WEBUI = "diffusers", "webui"
+DIFFUSERS, WEBUI, COMFYUI = "diffusers", "webui", "comfyui"
 """The kinds of host; A1111 and the Forge family are WebUIs."""
 
 
@@ -79,7 +79,7 @@ class Policy(ABC):
 
     name: ClassVar[str]
     title: ClassVar[str]
-    hosts: ClassVar[frozenset[str]] = frozenset({DIFFUSERS, WEBUI})
+    hosts: ClassVar[frozenset[str]] = frozenset({DIFFUSERS, WEBUI, COMFYUI})
     forwards: ClassVar[int] = 1
     static: ClassVar[bool] = False
     measured: ClassVar[bool] = False

@@ -1,0 +1,1 @@
+"""K-LoRA's nodes for ComfyUI."""

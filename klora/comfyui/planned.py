@@ -1,0 +1,109 @@
+"""A pair that nodes have opened and planned: what goes from node to node as a plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from klora.comfyui.messages import scoring_bar
+from klora.fusion.plan import FusionPlan
+from klora.hosts.comfyui.loras import lora_path
+from klora.hosts.comfyui.model import ComfyHost
+from klora.hosts.comfyui.text_encoder import clip_with
+from klora.lora.disk import identity
+from klora.pair import PAIRS, Pair
+from klora.report.summary import absent_share, notices
+from klora.settings import Settings
+from klora.text import count_of
+
+
+@dataclass(frozen=True)
+class PlannedFusion:
+    """Two LoRA files, under the names of a model where there is one, and what of them acts when.
+
+    `settings` are the user's, with what is left to K-LoRA; `absent`: modules of the files that the model lacks.
+    """
+
+    pair: Pair
+    plan: FusionPlan
+    settings: Settings
+    files: tuple[Path, Path]
+    absent: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """The names of both files, for pictures."""
+        return f"{self.pair.subject.name} × {self.pair.style.name}"
+
+    def with_steps(self, steps: int) -> FusionPlan:
+        """The plan of a sampler that makes so many steps."""
+        return self.plan.with_steps(steps)
+
+    def warnings(self) -> list[str]:
+        """What the user should know, one line each."""
+        found = notices(self.pair, self.plan)
+        if self.absent:
+            found.append(
+                f"{count_of(len(self.absent), 'module')} of the LoRAs, such as {self.absent[0]}, are not in the model"
+            )
+        return found
+
+    def in_short(self) -> str:
+        """What meets and who gets how much of it, on one line."""
+        contested, all_modules = len(self.plan.contested), len(self.plan.modules)
+        share = absent_share(self.plan) if self.plan.share is None else f"subject {self.plan.share:.0%}"
+        return f"{contested} of {all_modules} modules contested; {share}"
+
+
+def open_fusion(subject: str, style: str, settings: Settings, model: Any = None) -> PlannedFusion:
+    """Open two listed LoRAs and plan their fusion, in a ModelPatcher's model where one is given.
+
+    Raises KloraError for what cannot be opened, does not go together or does not fit the model.
+    """
+    files = lora_path(subject), lora_path(style)
+    pair = PAIRS.open(*files)
+    absent: tuple[str, ...] = ()
+    device = None
+    if model is not None:
+        host = ComfyHost(model)
+        pair, device = host.fit(pair), host.device
+        sites = host.sites()
+        absent = tuple(name for name in {**pair.subject.modules, **pair.style.modules} if name not in sites)
+    plan = pair.plan(settings, device, scoring_bar())
+    return PlannedFusion(pair, plan, settings, files, absent)
+
+
+def state_of(*names: str) -> str:
+    """What changes when one of the listed files is replaced, or comes or goes."""
+    found = []
+    for name in names:
+        try:
+            found.append(repr(identity(lora_path(name))))
+        except Exception as error:  # The node itself says what is wrong with the file.
+            found.append(type(error).__name__)
+    return "; ".join(found)
+
+
+def clip_of(fusion: PlannedFusion, clip: Any) -> tuple[Any, list[str]]:
+    """A CLIP in which the files' text-encoder parts act as the settings say, and what of them does nothing.
+
+    `clip` is None where the node is given none.
+    """
+    active = fusion.pair.text_encoder_active(fusion.settings)
+    sides = (
+        (fusion.pair.subject, 0, fusion.settings.subject_strength),
+        (fusion.pair.style, 1, fusion.settings.style_strength),
+    )
+    said = []
+    for file, side, strength in sides:
+        deltas = {name: delta for name, delta in file.text_encoder.items() if active[name][side]}
+        if not deltas or not strength:
+            continue
+        if clip is None:
+            said.append(f"{file.name} has a text-encoder part, which does nothing without a clip")
+            continue
+        clip, missing = clip_with(clip, deltas, strength)
+        if missing:
+            said.append(f"{count_of(len(missing), 'module')} of {file.name}, such as {missing[0]}, are not in the clip")
+    return clip, said

@@ -1,0 +1,1 @@
+"""ComfyUI as a host: a model between its loader and its samplers."""
