@@ -74,7 +74,8 @@ class FusionPlan:
 
     `settings` are resolved; `steps` is the N of the reports (τ = i/N); `balance` is the b in force, found from the
     share target if there is one; `gamma` is None where nothing is contested or one side is zero everywhere. `record`
-    holds the selections of modules that were decided while sampling, once they are known.
+    holds the selections of modules that were decided while sampling, once they are known. `made`: the steps of the
+    schedule that a pass makes (img2img begins late, an interrupt ends early), None for all; the share is theirs.
     """
 
     settings: Settings
@@ -83,6 +84,7 @@ class FusionPlan:
     steps: int
     warnings: tuple[str, ...] = ()
     record: Mapping[str, str] | None = None
+    made: range | None = None
 
     @cached_property
     def policy(self) -> Policy:
@@ -113,9 +115,14 @@ class FusionPlan:
         """Whether contested modules are decided while sampling, and nothing of it is known yet."""
         return self.policy.measured and not self.record
 
+    @property
+    def chooses(self) -> bool:
+        """Whether a contested module ever has one LoRA without the other, so that a share means something."""
+        return any({"c", "s"} & set(self.selections[module.name]) for module in self.contested)
+
     def with_steps(self, steps: int) -> FusionPlan:
         """The same plan for a schedule of `steps` steps."""
-        return self if steps == self.steps else dataclasses.replace(self, steps=steps, record=None)
+        return self if steps == self.steps else dataclasses.replace(self, steps=steps, record=None, made=None)
 
     def decide(self, name: str, tau: float) -> Active:
         """Say what acts on module `name` at position `tau` of the schedule; KeyError for a module of neither file."""
@@ -162,8 +169,9 @@ class FusionPlan:
 
     @cached_property
     def share(self) -> float | None:
-        """The fraction of all (contested module, step) decisions that go to the subject."""
-        per_step = [share for share in self.subject_share() if share is not None]
+        """The fraction of (contested module, step) decisions that go to the subject, over the steps made."""
+        shares = self.subject_share()
+        per_step = [share for i in self.made or range(self.steps) if (share := shares[i]) is not None]
         return math.fsum(per_step) / len(per_step) if per_step else None
 
 

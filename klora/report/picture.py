@@ -157,8 +157,8 @@ class _Drawing:
         if self.plan.modules:
             self._fill(axes)
         else:
-            axes.set(xlim=(0, 1), ylim=(self.plan.steps, 0))
-        axes.set_xticks([])
+            axes.set(xlim=(0, 1))
+        axes.set(xticks=[], ylim=self._rows)
         axes.set_ylabel("step", color=self.theme.ink, **FONT)
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True, steps=(1, 2, 5, 10)))
         self._share()
@@ -182,12 +182,18 @@ class _Drawing:
             extent=(0, len(self.plan.modules), self.plan.steps, 0),
         )
 
+    @property
+    def _rows(self) -> tuple[int, int]:
+        """The last and the first row, of the steps that are made."""
+        made = self.plan.made or range(self.plan.steps)
+        return made.stop, made.start
+
     def _share(self) -> None:
         axes = self._place(LEFT + self.width + 14, self.top, SIDE, MAP)
         shares = [math.nan if share is None else share for share in self.plan.subject_share()]
         rows = np.arange(self.plan.steps + 1)
         axes.fill_betweenx(rows, 0, [*shares, shares[-1]], step="post", color=self.theme.cells["c"], linewidth=0)
-        axes.set(xlim=(0, 1), ylim=(self.plan.steps, 0), yticks=[], xticks=[0, 1])
+        axes.set(xlim=(0, 1), ylim=self._rows, yticks=[], xticks=[0, 1])
         axes.set_xticklabels(["0", "100 %"], ha="right")
         axes.get_xticklabels()[0].set_horizontalalignment("left")
         axes.set_title("share", color=self.theme.ink, pad=8, **FONT)
@@ -293,6 +299,8 @@ def literal(text: str) -> str:
 def describe_share(plan: FusionPlan) -> str:
     """Say on one line what came of it: the subject's share, when it has it, and of how many steps."""
     steps = f"{plan.steps} steps"
+    if plan.made and len(plan.made) < plan.steps:
+        steps = f"steps {plan.made.start + 1} to {plan.made.stop} of {plan.steps}"
     if plan.share is None:
         return f"{absent_share(plan)} · {steps}"
     share, when = share_in_words(plan)
@@ -310,11 +318,11 @@ def blocks(plan: FusionPlan) -> list[Block]:
 
 
 def _thresholds(plan: FusionPlan) -> list[float]:
-    """What ρ must reach at each step, and at the end; nothing where the policy has no scale."""
-    policy = plan.policy
+    """What ρ must reach at each step made, and at the end; nothing where the policy has no scale."""
+    policy, made = plan.policy, plan.made or range(plan.steps)
     if not isinstance(policy, ScaledPolicy):
         return []
-    return [policy.scale(i / plan.steps) * 2.0**plan.balance for i in range(plan.steps + 1)]
+    return [policy.scale(i / plan.steps) * 2.0**plan.balance for i in range(made.start, made.stop + 1)]
 
 
 def _limits(plan: FusionPlan, thresholds: list[float]) -> tuple[float, float]:

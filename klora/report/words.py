@@ -83,7 +83,8 @@ def share_in_words(plan: FusionPlan) -> tuple[str, str]:
     """
     if plan.share is None:
         raise ValueError("the plan has no share")
-    counts = _thirds([share or 0.0 for share in plan.subject_share()])
+    shares = plan.subject_share()
+    counts = _thirds([shares[i] or 0.0 for i in plan.made or range(plan.steps)])
     return f"{100 * plan.share:.0f} %", _when(counts)
 
 

@@ -47,6 +47,10 @@ POLICIES: dict[str, type[Policy]] = {
 }
 
 
+OF_SCALES = frozenset({"balance", "share", "scale", "alpha", "beta", "k", "gamma", "variant"})
+"""Settings that only a policy heeds that compares a ratio with a scale."""
+
+
 def policies_on(host: str) -> tuple[str, ...]:
     """The policies that run on a kind of host, such as `base.DIFFUSERS`."""
     return tuple(name for name, policy in POLICIES.items() if host in policy.hosts)
@@ -59,7 +63,7 @@ def policies_with(setting: str) -> tuple[str, ...]:
 
 def is_heeded(setting: str, policy: str) -> bool:
     """Whether a setting has a meaning under a policy."""
-    if setting in ("balance", "share"):
+    if setting in OF_SCALES:
         return policy not in POLICIES or issubclass(POLICIES[policy], ScaledPolicy)
     owners = policies_with(setting)
     return not owners or policy in owners
