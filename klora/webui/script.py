@@ -49,16 +49,20 @@ def make_script() -> type:
 
         def process(self, p: Any, *args: Any) -> None:
             """Write the tag into the prompts, before anything reads them."""
+            from klora.webui.messages import fail
+            from klora.webui.picture_text import begin_job, keep_for_job
+
+            vars(p).pop(PLANS, None)
+            begin_job(p)
             try:
                 apply_request(p, args)
             except KloraError as error:
-                from klora.webui.messages import fail
-
                 fail(p, str(error))
+            keep_for_job(p)
 
         def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
-            """Add the selection map to the pictures, where it is wanted."""
-            if getattr(p, PLANS, None) and (map_always_wanted() or map_wanted(args)):
+            """Add the selection map to the pictures, where it is wanted and nothing takes it for one of them."""
+            if getattr(p, PLANS, None) and not script_runs(p) and (map_always_wanted() or map_wanted(args)):
                 add_maps(p, processed)
 
     return KLoraScript
@@ -80,20 +84,27 @@ def map_wanted(args: Sequence[Any]) -> bool:
         return False
 
 
+def script_runs(p: Any) -> bool:
+    """Whether a script that a user has chosen (a grid, an upscaler) makes its own of this job's pictures."""
+    chosen = next(iter(getattr(p, "script_args", None) or ()), 0)
+    return isinstance(chosen, int) and chosen > 0
+
+
 def add_maps(p: Any, processed: Any) -> None:
-    """Append one picture for each different plan that ran."""
+    """Show one picture for each different plan that ran, behind the others, or apart from them where the host can."""
     from klora.webui.analysis import gallery_map, map_text
     from klora.webui.messages import comment
 
     seen: list[Any] = []
     for plan in getattr(p, PLANS):
-        if plan in seen:
-            continue
-        seen.append(plan)
-        try:
-            picture = gallery_map(plan, pair_of(p))
-        except KloraError as error:
-            comment(p, str(error))
-            return
-        processed.images.append(picture)
-        processed.infotexts.append(map_text(plan, pair_of(p)))
+        if plan not in seen:
+            seen.append(plan)
+    try:
+        maps = [gallery_map(plan, pair_of(p)) for plan in seen]
+    except KloraError as error:
+        comment(p, str(error))
+        return
+    # Replaced, never appended to: Forge's list may be one that all jobs share.
+    name = "extra_images" if hasattr(processed, "extra_images") else "images"
+    setattr(processed, name, [*getattr(processed, name), *maps])
+    processed.infotexts = [*processed.infotexts, *(map_text(plan, pair_of(p)) for plan in seen)]
