@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -9,15 +10,17 @@ from typing import Any
 
 from klora.engine.session import Session
 from klora.engine.wrapping import Wrappers
+from klora.fusion.plan import FusionPlan
 from klora.hosts.guidance import make_guidance
 from klora.hosts.webui.guidance import DenoiserGuidance
 from klora.hosts.webui.host import WebuiHost
 from klora.hosts.webui.loaded_model import host_of
 from klora.hosts.webui.schedule import schedule_of
+from klora.settings import Settings
 from klora.webui.injection import PLANS
-from klora.webui.lora_tags import add_hashes
 from klora.webui.messages import ABSENT, comment, fail, left_out, logger, named_by, reason_of
 from klora.webui.options import reference_folder
+from klora.webui.picture_text import add_hashes, tell
 from klora.webui.requested_fusion import RequestedFusion
 
 
@@ -65,10 +68,17 @@ class ActiveFusion:
         self._wrappers = Wrappers()
         self._encoder = ExitStack()
         self._encoded_with: tuple[Any, ...] = ()
+        self._hires = False
+        self._steps: set[int] = set()
+        # By pass, the second one True.
+        self._acted: dict[bool, list[FusionPlan]] = {False: [], True: []}
+        self._given: dict[bool, Settings] = {}
 
     def begin(self, fusion: RequestedFusion | None) -> None:
         """Take what the prompt of the coming pass asks for."""
         self.fusion = fusion
+        if not getattr(self.p, "is_hr_pass", False):
+            self._acted = {False: [], True: []}
         if not self._wrappers:
             for name, around in (
                 ("setup_conds", self._encoding),
@@ -97,6 +107,8 @@ class ActiveFusion:
             # A picture made inside this one (by another extension) may have taken the hooks off.
             self._attached.attach(self._session)
             self._session.at_level(level)
+            moment = self._session.moment
+            self._steps.add(min(moment.step, moment.steps - 1))
 
     def stop(self, error: Exception) -> None:
         """Go on without K-LoRA and say why."""
@@ -120,16 +132,12 @@ class ActiveFusion:
             # The model has changed within a pass: a refiner.
             session.follow(sampling)
         self._session = session
+        self._hires, self._given[hires] = hires, fusion.tag.settings
         if guidance is not None:
             self._guidance = DenoiserGuidance(host, session, guidance, denoiser)
         self._report(session)
 
     def _report(self, session: Session) -> None:
-        plans = getattr(self.p, PLANS, None)
-        if plans is None:
-            plans = []
-            setattr(self.p, PLANS, plans)
-        plans.append(session.plan)
         coverage = session.pair.coverage
         share = "–" if session.plan.share is None else f"{session.plan.share:.0%}"
         logger.info(
@@ -148,16 +156,18 @@ class ActiveFusion:
             if names:
                 comment(self.p, left_out(names, what))
 
-    def _note_decisions(self, session: Session) -> None:
-        """Put what was decided while sampling in the place of the plan that could not know it."""
-        plans = getattr(self.p, PLANS, [])
-        if session.decisions:
-            plans[:] = [session.observed if plan is session.plan else plan for plan in plans]
+    def _note(self, session: Session) -> None:
+        """Keep what acted, with what was decided while sampling, for the steps that were made."""
+        if self._steps:
+            plan = dataclasses.replace(session.observed, made=range(min(self._steps), max(self._steps) + 1))
+            self._acted[self._hires].append(plan)
+            setattr(self.p, PLANS, [*getattr(self.p, PLANS, ()), plan])
+        self._steps.clear()
 
     def _release(self) -> None:
         if self._session is not None:
             self._attached.detach(self._session)
-            self._note_decisions(self._session)
+            self._note(self._session)
         if self._guidance is not None:
             self._guidance.remove()
         self._session = self._host = self._guidance = None
@@ -165,11 +175,22 @@ class ActiveFusion:
 
     @contextmanager
     def _sampling(self) -> Iterator[None]:
+        # A host may have loaded its LoRAs again after the text was encoded.
+        self._take_out()
         try:
             yield
         finally:
             self._release()
             self._wrappers.remove()
+            tell(self.p, self._acted[False], self._acted[True], self._given)
+
+    def _take_out(self) -> None:
+        """Leave the two files to K-LoRA alone, whatever else has the host load them."""
+        if self.fusion is None:
+            return
+        host = host_of(importlib.import_module("modules.shared").sd_model)
+        for name in host.take_out({self.fusion.subject.path, self.fusion.style.path}):
+            comment(self.p, f"{name} is asked for by another tag or setting too; K-LoRA alone applies it")
 
     @contextmanager
     def _encoding(self) -> Iterator[None]:
@@ -178,6 +199,7 @@ class ActiveFusion:
         self._encoded_with = ()
         if self.fusion is not None:
             try:
+                self._take_out()
                 with named_by(self.fusion.subject.path, self.fusion.style.path):
                     self._encoder.enter_context(self._text_encoder(self.fusion))
             except Exception as error:

@@ -14,10 +14,9 @@ from klora.hosts.webui.loaded_model import host_of
 from klora.hosts.webui.lora_library import Library
 from klora.pair import PAIRS
 from klora.webui.active_fusion import ActiveFusion, AttachedSessions
-from klora.webui.infotext import to_infotext
-from klora.webui.lora_tags import yield_to
 from klora.webui.messages import comment, fail, named_by, reason_of, scoring_shown
 from klora.webui.options import score_cache
+from klora.webui.picture_text import announce, begin_picture
 from klora.webui.prompt_tag import NAME, Tag
 from klora.webui.references import with_references
 from klora.webui.requested_fusion import RequestedFusion
@@ -41,6 +40,8 @@ def make_extra_network() -> Any:
             """Take the tags of a prompt; called for every prompt, mostly with none."""
             # Whatever the end of an earlier picture has left on; a pass that is under way puts its own on again.
             self.attached.detach_all()
+            if not getattr(p, "is_hr_pass", False):
+                begin_picture(p)
             active = getattr(p, STATE, None)
             if active is None:
                 if not params_list and not _in_hires_prompt(p):
@@ -68,7 +69,6 @@ def make_extra_network() -> Any:
             fusion = RequestedFusion(tag, subject, style, pair, with_references(tag.settings))
             with named_by(subject.path, style.path):
                 self._check(p, fusion)
-            yield_to(p, params_list, fusion, names)
             return fusion
 
         def _check(self, p: Any, fusion: RequestedFusion) -> None:
@@ -78,7 +78,8 @@ def make_extra_network() -> Any:
             fusion = fusion.for_model(host)
             with scoring_shown(fusion.tag.subject, fusion.tag.style) as on_scored:
                 plan = fusion.plan(host.device, on_scored=on_scored).with_steps(p.steps)
-            p.extra_generation_params.update(to_infotext(plan.settings, fusion.tag.settings, plan.share))
+            if not getattr(p, "is_hr_pass", False):
+                announce(p, plan, fusion.tag.settings)
 
     return ExtraNetworkKlora()
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from klora.errors import KloraError
+from klora.fusion.policies import is_heeded
 from klora.settings import Settings
 from klora.webui.args import ARG_ORDER, choices_of, setting_options, text_of
 from klora.webui.prompt_tag import NAME, Tag, find_tag
@@ -30,16 +31,24 @@ def key_of(setting: str) -> str:
     return PREFIX + setting.replace("_", " ")
 
 
-def to_infotext(resolved: Settings, given: Settings, share: float | None = None) -> dict[str, Any]:
-    """Write what acted: `resolved` where it matters always, what was `given` where that is not the default.
+def to_infotext(acting: Settings, given: Settings) -> dict[str, Any]:
+    """Write the settings that act: of the resolved ones what always matters, of the `given` what is not the default.
 
-    `share` is the reached fraction of decisions for the subject, None where nothing was contested.
+    What the policy in force does not heed is left out.
     """
-    values = {**given.changed(), **{name: getattr(resolved, name) for name in RESOLVED}}
-    entries: dict[str, Any] = {key_of(name): _text(values[name]) for name in setting_options() if name in values}
-    if share is not None:
-        entries[SHARE_KEY] = f"{share:.1%}"
-    return entries
+    values = {**given.changed(), "policy": acting.policy, **{name: getattr(acting, name) for name in RESOLVED}}
+    if acting.policy == Settings().policy:
+        del values["policy"]
+    return {
+        key_of(name): _text(values[name])
+        for name in setting_options()
+        if name in values and is_heeded(name, acting.policy)
+    }
+
+
+def share_text(share: float) -> str:
+    """Write the reached fraction of decisions for the subject."""
+    return f"{share:.1%}"
 
 
 def from_infotext(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("klora")
 ABSENT = "modules are not in the model"
+ERROR = "K-LoRA error"
+"""The key of a picture's text that says why K-LoRA did not run, or not to the end."""
 
 
 def comment(p: Any, text: str) -> None:
@@ -29,7 +31,7 @@ def comment(p: Any, text: str) -> None:
 def fail(p: Any, reason: str, outcome: str = "not applied") -> None:
     """Say under the image, in the console and in the image's text why K-LoRA did not run, or not to the end."""
     comment(p, f"{outcome}: {reason}")
-    p.extra_generation_params["K-LoRA error"] = reason.replace("\n", " ")
+    p.extra_generation_params[ERROR] = reason.replace("\n", " ")
 
 
 def left_out(names: Sequence[str], what: str) -> str:

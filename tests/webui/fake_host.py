@@ -65,6 +65,9 @@ class ExtraNetworkLora(ExtraNetwork):
         """Load what the tags ask for, and nothing else; forgets the hashes of others."""
         if p is not None:
             p.lora_hashes = {}
+        added = self.host.opts.sd_lora
+        if added != "None" and not any(params.items[0] == added for params in params_list):
+            params_list.append(ExtraNetworkParams([added, "1"]))
         wanted = []
         for params in params_list:
             numbers = [float(number) for number in params.positional[1:]] or [1.0]
@@ -106,13 +109,16 @@ class FakeHost:
         self.family = family
         self.folder = folder
         self.sd_model = Checkpoint(family, "base", 1)
-        self.opts = types.SimpleNamespace(lora_add_hashes_to_infotext=True, hires_fix_use_firstpass_conds=False)
+        self.opts = types.SimpleNamespace(
+            lora_add_hashes_to_infotext=True, hires_fix_use_firstpass_conds=False, sd_lora="None"
+        )
         self.callbacks = Callbacks()
         self.registry: dict[str, Any] = {"lora": ExtraNetworkLora(self)}
         self.aliases: dict[str, Any] = {"lyco": self.registry["lora"]}
         self.loaded: list[Any] = []
-        self.evaluations = 0
+        self.evaluations = self.merges = 0
         self.interrupted = False
+        self.after_activation: Callable[[], None] = lambda: None
         self.in_unet: Callable[[int], None] = lambda number: None
         self.before_evaluation: Callable[[Processing, Any], None] = lambda p, denoiser: None
 
@@ -155,6 +161,7 @@ class FakeHost:
         self._each(named, lambda network, params: network.activate(p, params))
         others: dict[Any, Any] = {network: [] for network in self.registry.values() if network not in named}
         self._each(others, lambda network, params: network.activate(p, params))
+        self.after_activation()
 
     def _handlers(self, data: Data) -> dict[Any, list[ExtraNetworkParams]]:
         # Lists of their own, made before any handler is told.
@@ -174,28 +181,28 @@ class FakeHost:
 
     def load_networks(self, wanted: list[tuple[str, float, float]]) -> None:
         """Remember what is wanted; it is merged later, when it is needed."""
+        on_disk = sys.modules["networks"].available_network_aliases  # type: ignore[attr-defined]
+        wanted = [one for one in wanted if one[0] in on_disk]
         if self.family in FORGES:
-            if str(wanted) == self.sd_model.current_lora_hash:
+            remembered = str([[on_disk[name].filename, unet, te, False] for name, te, unet in wanted])
+            if remembered == self.sd_model.current_lora_hash:
                 # Also what somebody else has made of the text encoder stays.
                 return
-            self.sd_model.current_lora_hash = str(wanted)
-        self.loaded.clear()
-        for name, te, unet in wanted:
-            found = sys.modules["networks"].available_network_aliases.get(name)  # type: ignore[attr-defined]
-            if found is not None:
-                self.loaded.append(self._network(found, te, unet))
+            self.sd_model.current_lora_hash = remembered
+        self.loaded[:] = [self._network(on_disk[name], te, unet) for name, te, unet in wanted]
         if self.family in FORGES:
-            self.sd_model.wanted = list(self.loaded)
-            clip = self.sd_model.clip.clone()
+            unet_patcher, clip = FORGES[self.family](), self.sd_model.clip.clone()
             for net in self.loaded:
                 text = {name: module.delta for name, module in net.modules.items() if name.startswith("transformer_")}
-                name = {"filename": net.name} if self.family == "forge" else {}
+                name = {"filename": net.network_on_disk.filename} if self.family == "forge" else {}
                 clip.add_patches(patches=text, strength_patch=net.te_multiplier, **name)
-            self.sd_model.forge_objects.clip = clip
+                unet_patcher.add_patches(patches=net.modules, strength_patch=net.unet_multiplier, **name)
+            self.sd_model.patch_unet(unet_patcher, clip)
 
     def _network(self, found: OnDisk, te: float, unet: float) -> Any:
         net = Network(found.name, found)
         net.te_multiplier, net.unet_multiplier = te, unet
+        net.mentioned_name = found.name
         # The host knows one spelling only.
         names = {
             f"lora_unet_{name.replace('.', '_')}": f"diffusion_model_{unet_ldm(name, 4).replace('.', '_')}"
@@ -212,17 +219,19 @@ class FakeHost:
     def sampling_prepare(self) -> None:
         """Forge: merge now, and only where something has changed since last time."""
         model = self.sd_model
-        if [vars(net) for net in model.merged] == [vars(net) for net in model.wanted]:
+        wanted = model.forge_objects.unet.acting()
+        if model.merged == wanted:
             return
         layers = {unet_ldm(name, 4).replace(".", "_"): layer for name, layer in model.diffusion.layers.items()}
         with torch.no_grad():
-            for sign, nets in ((-1, model.merged), (1, model.wanted)):
-                for net in nets:
-                    for name, module in net.modules.items():
+            for sign, acting in ((-1, model.merged), (1, wanted)):
+                for modules, strength in acting:
+                    for name, module in modules.items():
                         layer = layers.get(name.removeprefix("diffusion_model_"))
                         if layer is not None:
-                            restore(layer) if sign < 0 else merge(layer, net.unet_multiplier * module.delta)
-        model.merged = list(model.wanted)
+                            restore(layer) if sign < 0 else merge(layer, strength * module.delta)
+                            self.merges += sign > 0
+        model.merged = list(wanted)
 
 
 class Network:
@@ -232,6 +241,7 @@ class Network:
         self.name, self.network_on_disk = name, on_disk
         self.te_multiplier = self.unet_multiplier = 1.0
         self.dyn_dim: int | None = None
+        self.mentioned_name = name
         self.modules: dict[str, NetworkModule] = {}
 
 
@@ -272,6 +282,7 @@ def _apply_weights(host: FakeHost) -> Callable[[nn.Module], None]:
             restore(layer)
             for net in host.loaded:
                 if name in net.modules:
+                    host.merges += 1
                     strength = net.te_multiplier if name.startswith("transformer_") else net.unet_multiplier
                     merge(layer, strength * net.modules[name].delta)
         layer.network_current_names = wanted  # type: ignore[assignment]
@@ -337,6 +348,9 @@ def _modules(host: FakeHost) -> Iterator[types.ModuleType]:
         for path in sorted(host.folder.rglob("*.safetensors")):
             networks.available_networks[path.stem] = networks.available_network_aliases[path.stem] = OnDisk(path)
 
+    networks.load_networks = lambda names, te, unet: host.load_networks(  # type: ignore[attr-defined]
+        list(zip(names, te, unet, strict=True))
+    )
     networks.list_available_networks = list_available_networks  # type: ignore[attr-defined]
     if host.family == "a1111":
         networks.apply_weights = _apply_weights(host)  # type: ignore[attr-defined]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import types
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -55,34 +54,60 @@ class DiffusionModel(nn.Module):
 
 
 class Patcher:
-    """What is to act in a text encoder when it encodes; Forge tells LoRAs apart by the names of files."""
+    """What is to act in one of Forge's models, by the file, its strength and two more that tell LoRAs apart."""
 
-    def __init__(self, patches: tuple[tuple[Tensor, float], ...] = ()) -> None:
-        self.patches = patches
+    def __init__(self) -> None:
+        self.lora_patches: dict[tuple[Any, ...], Any] = {}
 
-    def add_patches(self, *, filename: str, patches: Mapping[str, Any], strength_patch: float = 1.0) -> None:
+    def clone(self) -> Patcher:
+        """A copy to which more can be added."""
+        made = type(self)()
+        made.lora_patches = dict(self.lora_patches)
+        return made
+
+    def add_patches(self, *, filename: str, patches: Any, strength_patch: float = 1.0) -> None:
         """Have a LoRA act."""
-        self.patches += tuple((delta, strength_patch) for delta in patches.values())
+        self.lora_patches[filename, strength_patch, 1.0, False] = patches
+
+    def acting(self) -> list[tuple[Any, float]]:
+        """What acts, each with its strength."""
+        return [(patches, key[1]) for key, patches in self.lora_patches.items()]
 
 
-class LdmPatcher(Patcher):
-    """The same of reForge and Classic, which take no names."""
+class LdmPatcher:
+    """The same of reForge, Classic and Neo: a heap of patches that know no files."""
 
-    def add_patches(self, patches: Mapping[str, Any], strength_patch: float = 1.0) -> None:  # type: ignore[override]
+    def __init__(self) -> None:
+        self.patches: list[tuple[Any, float]] = []
+
+    def clone(self) -> LdmPatcher:
+        """A copy to which more can be added."""
+        made = type(self)()
+        made.patches = list(self.patches)
+        return made
+
+    def add_patches(self, patches: Any, strength_patch: float = 1.0) -> None:
         """Have a LoRA act."""
-        super().add_patches(filename="", patches=patches, strength_patch=strength_patch)
+        self.patches.append((patches, strength_patch))
+
+    def acting(self) -> list[tuple[Any, float]]:
+        """What acts, each with its strength."""
+        return self.patches
+
+
+AnyPatcher = Patcher | LdmPatcher
 
 
 class Clip:
     """The text encoder of the Forge family with the patches that are to act when it encodes."""
 
-    def __init__(self, layer: nn.Linear, patcher: Patcher) -> None:
+    def __init__(self, layer: nn.Linear, patcher: AnyPatcher) -> None:
         self.cond_stage_model = layer
         self.patcher = patcher
 
     def clone(self) -> Clip:
         """A copy that shares the weights."""
-        return Clip(self.cond_stage_model, type(self.patcher)(self.patcher.patches))
+        return Clip(self.cond_stage_model, self.patcher.clone())
 
     def add_patches(self, *args: Any, **kwargs: Any) -> None:
         """Have a LoRA act, told as the patcher wants it."""
@@ -91,13 +116,14 @@ class Clip:
     def encode(self, x: Tensor) -> Tensor:
         """Encode with what is patched in."""
         weight = self.cond_stage_model.weight
-        for delta, strength in self.patcher.patches:
-            weight = weight + strength * delta
+        for patches, strength in self.patcher.acting():
+            for delta in patches.values():
+                weight = weight + strength * delta
         return x @ weight.T
 
 
 # The hosts with Forge's way of patching, and their text encoders' patchers.
-FORGES: dict[str, type[Patcher]] = {"forge": Patcher, "reforge": LdmPatcher, "classic": LdmPatcher}
+FORGES: dict[str, type[AnyPatcher]] = {"forge": Patcher, "reforge": LdmPatcher, "classic": LdmPatcher}
 
 
 class Checkpoint:
@@ -111,12 +137,10 @@ class Checkpoint:
         with torch.no_grad():
             self.text.weight.copy_(torch.eye(SIZE))
         if family in FORGES:
-            unet = types.SimpleNamespace(model=types.SimpleNamespace(diffusion_model=self.diffusion))
             self.clip = Clip(self.text, FORGES[family]())
-            self.forge_objects = types.SimpleNamespace(unet=unet, clip=self.clip)
+            self.patch_unet(FORGES[family]())
             self.current_lora_hash = str([])
-            self.merged: list[Any] = []
-            self.wanted: list[Any] = []
+            self.merged: list[tuple[Any, float]] = []
         else:
             self.model = types.SimpleNamespace(diffusion_model=self.diffusion)
             self.network_layer_mapping = {f"transformer_{TEXT_LAYER}": self.text}
@@ -124,6 +148,11 @@ class Checkpoint:
                 self.network_layer_mapping[f"diffusion_model_{unet_ldm(name, 4).replace('.', '_')}"] = layer
             for name, layer in self.network_layer_mapping.items():
                 layer.network_layer_name = name  # type: ignore[assignment]
+
+    def patch_unet(self, patcher: AnyPatcher, clip: Clip | None = None) -> None:
+        """Have a patcher's LoRAs merged at the next sampling; Forge's family alone."""
+        patcher.model = types.SimpleNamespace(diffusion_model=self.diffusion)  # type: ignore[union-attr]
+        self.forge_objects = types.SimpleNamespace(unet=patcher, clip=clip or self.clip)
 
     def encode(self, prompt: str) -> Tensor:
         """Encode a prompt without its tags."""

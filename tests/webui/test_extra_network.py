@@ -84,10 +84,43 @@ def test_a_conditioning_is_that_of_the_files_as_they_are(
 
 
 @pytest.mark.parametrize("order", ["<lora:dog:1>{}", "{}<lora:dog:1>", "<lora:dog:0.5:te=0.5:unet=0.7>{}"])
-def test_the_same_file_in_a_plain_tag_is_silenced(host: FakeHost, order: str) -> None:
+def test_the_same_file_in_a_plain_tag_is_gone_and_not_merged_at_strength_0(host: FakeHost, order: str) -> None:
+    expected, merges = host.txt2img(f"a dog {FORCED}"), host.merges
     picture = host.txt2img("a dog " + order.format(FORCED))
-    assert "dog is in a <lora:…> tag too" in picture.comments
-    assert picture.close_to(host.txt2img(f"a dog {FORCED}"))
+    assert "dog is asked for by another tag or setting too" in picture.comments
+    assert picture.same(expected)
+    assert host.merges == merges
+
+
+@pytest.mark.parametrize("hires", [{}, {"hr_prompt": f"a dog, sharp {FORCED}"}], ids=["one pass", "hires"])
+def test_a_network_that_the_host_adds_by_itself_is_applied_once(host: FakeHost, hires: dict[str, Any]) -> None:
+    expected = host.txt2img(f"a dog {FORCED}", **hires)
+    host.opts.sd_lora = "dog"
+    picture = host.txt2img(f"a dog {FORCED}", **hires)
+    assert "dog is asked for by another tag or setting too" in picture.comments
+    assert picture.close_to(expected)
+    alone = host.txt2img("a dog")
+    host.opts.sd_lora = "None"
+    assert alone.close_to(host.txt2img("a dog <lora:dog:1>"))
+
+
+def test_what_others_have_made_of_the_host_s_loras_is_taken_out_too(host: FakeHost) -> None:
+    """As LoRA Block Weight does: it changes strengths and names after the host has loaded its LoRAs."""
+
+    def weaken() -> None:
+        for net in host.loaded:
+            net.name += "_changed"
+            net.unet_multiplier *= 0.5
+        patches = getattr(getattr(host.sd_model, "forge_objects", SimpleNamespace()), "unet", None)
+        if hasattr(patches, "lora_patches"):
+            patches.lora_patches = {(key[0], "0.5", *key[2:]): value for key, value in patches.lora_patches.items()}
+
+    expected = host.txt2img(f"a dog {FORCED}")
+    host.after_activation = weaken
+    picture = host.txt2img(f"a dog {FORCED}<lora:dog:1>")
+    host.after_activation = lambda: None
+    assert picture.close_to(expected)
+    assert host.txt2img("a dog <lora:dog:1>").close_to(host.txt2img(f"a dog {FORCED}"))
 
 
 class LoraControl(ExtraNetworkLora):
@@ -113,7 +146,7 @@ def test_whatever_ends_in_the_host_s_lora_code_is_silenced_for_the_same_file(
         host.registry["lora"] = host.aliases["loractl"] = LoraControl(host)
     other = f"<{kind}:dog_te:0.5>"
     picture = host.txt2img("a dog " + order.format(kind=kind, tag=FORCED) + other)
-    assert f"dog is in a <{kind}:…> tag too" in picture.comments
+    assert "dog is asked for by another tag or setting too" in picture.comments
     assert picture.close_to(host.txt2img(f"a dog {FORCED}{other}"))
     assert not picture.close_to(host.txt2img(f"a dog {FORCED}"))
     again = host.txt2img("a dog <klora:nobody:ink>" + f"<{kind}:dog:0.7>{other}")

@@ -34,15 +34,15 @@ def quoted(value: Any) -> Any:
     return json.dumps(value, ensure_ascii=False) if any(sign in str(value) for sign in ",\n:") else value
 
 
-@given(requests(), st.sampled_from(["SD1", "SDXL", "FLUX", None]), st.none() | st.floats(0, 1))
+@given(requests(), st.sampled_from(["SD1", "SDXL", "FLUX", None]))
 def test_what_was_set_is_restored_and_what_was_auto_stays_auto(
-    request_: FusionRequest, architecture: str | None, share: float | None
+    request_: FusionRequest, architecture: str | None
 ) -> None:
     given_ = request_.settings
     # The modulus of s*, which is chosen on FLUX.
     assume(given_.alpha != 0)
     resolved = given_.resolve(architecture)
-    params = through_a_host(f"a dog {request_.tag}", to_infotext(resolved, given_, share))
+    params = through_a_host(f"a dog {request_.tag}", to_infotext(resolved, given_))
     pasted = from_infotext(params)
     again = read_values(pasted)
     assert (again.subject, again.style) == (request_.subject, request_.style)
@@ -50,21 +50,20 @@ def test_what_was_set_is_restored_and_what_was_auto_stays_auto(
 
 
 def test_scale_alpha_beta_scope_and_variant_are_always_written() -> None:
-    entries = to_infotext(Settings().resolve("SD1"), Settings(), 0.625)
+    entries = to_infotext(Settings().resolve("SD1"), Settings())
     assert entries == {
         "K-LoRA variant": "paper",
         "K-LoRA scale": "s",
         "K-LoRA alpha": "1.5",
         "K-LoRA beta": "0.5",
         "K-LoRA scope": "all",
-        "K-LoRA subject share": "62.5%",
     }
 
 
 def test_other_settings_are_written_where_they_are_not_the_default() -> None:
-    given_ = Settings(balance=-0.25, text_encoder="style", seed=3)
-    entries = to_infotext(given_.resolve("SD1"), given_, None)
-    assert entries["K-LoRA balance"] == "-0.25"
+    given_ = Settings(policy="random", text_encoder="style", seed=3)
+    entries = to_infotext(given_.resolve("SD1"), given_)
+    assert entries["K-LoRA policy"] == "random"
     assert entries["K-LoRA text encoder"] == "style"
     assert entries["K-LoRA seed"] == 3
     assert not any("steps" in key for key in entries)
@@ -132,7 +131,7 @@ def test_a_policy_that_the_menu_does_not_have_is_not_pasted_into_it() -> None:
 
 def test_whole_numbers_are_written_without_a_point() -> None:
     given_ = Settings(balance=1.0, subject_strength=0.5, gamma=2.0)
-    entries = to_infotext(given_.resolve("SD1"), given_, None)
+    entries = to_infotext(given_.resolve("SD1"), given_)
     assert (entries["K-LoRA balance"], entries["K-LoRA subject strength"], entries["K-LoRA gamma"]) == ("1", "0.5", "2")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +43,9 @@ class A1111Host(WebuiHost):
             elif flat in keys:
                 keys[key] = keys[flat]
         return keys
+
+    def _unload(self, found: Sequence[Any]) -> None:
+        """The list of loaded networks is what each layer merges by."""
 
     @contextmanager
     def text_encoder_with(self, parts: list[TextPart]) -> Iterator[None]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from inspect import signature
@@ -23,7 +24,7 @@ from klora.hosts.webui.text_encoder import TextPart
 class ForgeHost(WebuiHost):
     """A model loaded in Forge or one of its family.
 
-    Nothing of what Forge remembers about its own LoRAs (hashes, online patches, backups) is touched.
+    Of what Forge remembers about its own LoRAs, online patches and backups are never touched.
     """
 
     @property
@@ -44,6 +45,28 @@ class ForgeHost(WebuiHost):
     def sites(self) -> Mapping[str, Site]:
         """The diffusion model's modules by canonical name."""
         return {name: with_plain_weight(site) for name, site in super().sites().items()}
+
+    def _unload(self, found: Sequence[Any]) -> None:
+        """Forge keeps patches by file: those of others may have been changed, and stay. Its kin loads the others again.
+
+        What the host remembers of loaded files is made to fit, or it would not load them for the next prompt.
+        """
+        files = {net.network_on_disk.filename for net in found}
+        objects = self.sd_model.forge_objects
+        if not hasattr(objects.unet, "lora_patches"):
+            self._load_without(files)
+            return
+        for patcher in (objects.unet, objects.clip.patcher):
+            for key in [key for key in patcher.lora_patches if key[0] in files]:
+                del patcher.lora_patches[key]
+        self.sd_model.current_lora_hash = ""
+
+    def _load_without(self, files: set[str]) -> None:
+        networks = importlib.import_module("networks")
+        names = {net.network_on_disk.filename: net.mentioned_name for net in networks.loaded_networks}
+        # The one place where strengths are kept: a list of [file, of the UNet, of the text encoder, …].
+        kept = [one for one in ast.literal_eval(self.sd_model.current_lora_hash) if one[0] in names.keys() - files]
+        networks.load_networks([names[one[0]] for one in kept], [one[2] for one in kept], [one[1] for one in kept])
 
     @contextmanager
     def text_encoder_with(self, parts: list[TextPart]) -> Iterator[None]:

@@ -6,10 +6,12 @@ Differences lie in `a1111` and `forge`; `loaded_model` chooses by what a loaded 
 from __future__ import annotations
 
 import copy
+import importlib
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,6 +72,23 @@ class WebuiHost(Host):
         if self.architecture is not None:
             return weights_by_rule(self.diffusion_model)
         return weights_by_host(self.diffusion_model, self.lora_keys())
+
+    def take_out(self, paths: Collection[Path]) -> list[str]:
+        """Unload the LoRAs of these files that the host has loaded for the coming picture; give their names.
+
+        They may have come by a tag of any kind or by a setting. Nothing of them has been merged yet: the hosts do that
+        when the text is encoded and when sampling begins. They are gone, not at strength 0, which would be merged too.
+        """
+        loaded = importlib.import_module("networks").loaded_networks
+        found = [net for net in loaded if Path(net.network_on_disk.filename) in paths]
+        if found:
+            self._unload(found)
+            loaded[:] = [net for net in loaded if Path(net.network_on_disk.filename) not in paths]
+        return [net.network_on_disk.name for net in found]
+
+    @abstractmethod
+    def _unload(self, found: Sequence[Any]) -> None:
+        """Take these of the host's loaded networks out of what it will merge."""
 
     @abstractmethod
     def text_encoder_with(self, parts: list[TextPart]) -> AbstractContextManager[None]:
