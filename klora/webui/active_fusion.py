@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -10,42 +9,18 @@ from typing import Any
 
 from klora.engine.session import Session
 from klora.engine.wrapping import Wrappers
-from klora.fusion.plan import FusionPlan
 from klora.hosts.guidance import make_guidance
 from klora.hosts.webui.guidance import DenoiserGuidance
 from klora.hosts.webui.host import WebuiHost
 from klora.hosts.webui.loaded_model import host_of
 from klora.hosts.webui.schedule import schedule_of
 from klora.settings import Settings
-from klora.webui.injection import PLANS
-from klora.webui.messages import ABSENT, comment, fail, left_out, logger, named_by, reason_of
+from klora.webui.acted import Acted, report
+from klora.webui.attached_sessions import AttachedSessions
+from klora.webui.messages import comment, fail, named_by, reason_of
 from klora.webui.options import reference_folder
-from klora.webui.picture_text import add_hashes, tell
+from klora.webui.picture_text import add_hashes
 from klora.webui.requested_fusion import RequestedFusion
-
-
-class AttachedSessions:
-    """The sessions whose hooks are on: at most one, unless a host ends a picture in a way that is not known here."""
-
-    def __init__(self) -> None:
-        self._sessions: list[Session] = []
-
-    def attach(self, session: Session) -> None:
-        """Put a session's hooks on; does nothing when they are on."""
-        if session not in self._sessions:
-            self._sessions.append(session)
-            session.attach()
-
-    def detach(self, session: Session) -> None:
-        """Take a session's hooks off; does nothing when they are off."""
-        session.detach()
-        if session in self._sessions:
-            self._sessions.remove(session)
-
-    def detach_all(self) -> None:
-        """Take every hook off."""
-        for session in list(self._sessions):
-            self.detach(session)
 
 
 class ActiveFusion:
@@ -68,17 +43,14 @@ class ActiveFusion:
         self._wrappers = Wrappers()
         self._encoder = ExitStack()
         self._encoded_with: tuple[Any, ...] = ()
-        self._hires = False
-        self._steps: set[int] = set()
-        # By pass, the second one True.
-        self._acted: dict[bool, list[FusionPlan]] = {False: [], True: []}
-        self._given: dict[bool, Settings] = {}
+        self._pass: tuple[bool, Settings] = (False, Settings())
+        """Whether the session's pass is the second one, and what its prompt asks for."""
+        self._acted = Acted(p)
 
     def begin(self, fusion: RequestedFusion | None) -> None:
         """Take what the prompt of the coming pass asks for."""
         self.fusion = fusion
-        if not getattr(self.p, "is_hr_pass", False):
-            self._acted = {False: [], True: []}
+        self._acted.begin()
         if not self._wrappers:
             for name, around in (
                 ("setup_conds", self._encoding),
@@ -107,8 +79,7 @@ class ActiveFusion:
             # A picture made inside this one (by another extension) may have taken the hooks off.
             self._attached.attach(self._session)
             self._session.at_level(level)
-            moment = self._session.moment
-            self._steps.add(min(moment.step, moment.steps - 1))
+            self._acted.step(self._session)
 
     def stop(self, error: Exception) -> None:
         """Go on without K-LoRA and say why."""
@@ -132,42 +103,15 @@ class ActiveFusion:
             # The model has changed within a pass: a refiner.
             session.follow(sampling)
         self._session = session
-        self._hires, self._given[hires] = hires, fusion.tag.settings
+        self._pass = hires, fusion.tag.settings
         if guidance is not None:
             self._guidance = DenoiserGuidance(host, session, guidance, denoiser)
-        self._report(session)
-
-    def _report(self, session: Session) -> None:
-        coverage = session.pair.coverage
-        share = "–" if session.plan.share is None else f"{session.plan.share:.0%}"
-        logger.info(
-            "K-LoRA: %s × %s: %d modules contested, %d subject only, %d style only, %d unmatched keys; subject %s",
-            session.pair.subject.name,
-            session.pair.style.name,
-            len(coverage.contested),
-            len(coverage.subject_only),
-            len(coverage.style_only),
-            len(coverage.unmatched),
-            share,
-        )
-        for warning in session.plan.warnings:
-            comment(self.p, warning)
-        for names, what in ((session.missing, ABSENT), (coverage.unmatched, "keys are unknown")):
-            if names:
-                comment(self.p, left_out(names, what))
-
-    def _note(self, session: Session) -> None:
-        """Keep what acted, with what was decided while sampling, for the steps that were made."""
-        if self._steps:
-            plan = dataclasses.replace(session.observed, made=range(min(self._steps), max(self._steps) + 1))
-            self._acted[self._hires].append(plan)
-            setattr(self.p, PLANS, [*getattr(self.p, PLANS, ()), plan])
-        self._steps.clear()
+        report(self.p, session)
 
     def _release(self) -> None:
         if self._session is not None:
             self._attached.detach(self._session)
-            self._note(self._session)
+            self._acted.note(self._session, *self._pass)
         if self._guidance is not None:
             self._guidance.remove()
         self._session = self._host = self._guidance = None
@@ -182,7 +126,7 @@ class ActiveFusion:
         finally:
             self._release()
             self._wrappers.remove()
-            tell(self.p, self._acted[False], self._acted[True], self._given)
+            self._acted.tell()
 
     def _take_out(self) -> None:
         """Leave the two files to K-LoRA alone, whatever else has the host load them."""

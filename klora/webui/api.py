@@ -116,6 +116,18 @@ def credentials_of(api_auth: str | None) -> dict[str, str]:
     return {user: password for user, _, password in pairs}
 
 
+def known_users(options: Any) -> dict[str, str]:
+    """Who may use the host's own routes, by its command line; SD.Next calls its options otherwise than A1111."""
+    known = credentials_of(getattr(options, "api_auth", None))
+    if hasattr(options, "auth") and hasattr(options, "auth_file"):
+        lines = [options.auth or ""]
+        if options.auth_file:
+            lines += Path(options.auth_file).read_text(encoding="utf8").splitlines()
+        for user, password in credentials_of(",".join(lines)).items():
+            known[user.replace('"', "").strip()] = password.replace('"', "").strip()
+    return known
+
+
 def is_allowed(known: Mapping[str, str], user: str, password: str) -> bool:
     """Whether a password is right, in a time that does not tell how much of it is."""
     expected = known.get(user)
@@ -124,8 +136,8 @@ def is_allowed(known: Mapping[str, str], user: str, password: str) -> bool:
 
 
 def _guard() -> list[Any]:
-    """The dependencies that ask for what --api-auth asks for."""
-    known = credentials_of(getattr(importlib.import_module("modules.shared").cmd_opts, "api_auth", None))
+    """The dependencies that ask for what the host's own routes ask for."""
+    known = known_users(importlib.import_module("modules.shared").cmd_opts)
     if not known:
         return []
     from fastapi import Depends

@@ -10,19 +10,22 @@ from typing import Any
 
 from klora.fusion.policies import make_policy, resolve
 from klora.fusion.policies.base import WEBUI
-from klora.hosts.webui.loaded_model import host_of
+from klora.hosts.sdnext import is_pipeline
+from klora.hosts.webui.loaded_model import model_of
 from klora.hosts.webui.lora_library import Library
 from klora.pair import PAIRS
-from klora.webui.active_fusion import ActiveFusion, AttachedSessions
+from klora.webui.active_fusion import ActiveFusion
+from klora.webui.attached_sessions import AttachedSessions
 from klora.webui.messages import comment, fail, named_by, reason_of, scoring_shown
 from klora.webui.options import score_cache
 from klora.webui.picture_text import announce, begin_picture
+from klora.webui.pipeline_fusion import EncodedWith, PipelineFusion
 from klora.webui.prompt_tag import NAME, Tag
 from klora.webui.references import with_references
 from klora.webui.requested_fusion import RequestedFusion
 
 STATE = "klora_active_fusion"
-"""Where a processing object keeps its ActiveFusion."""
+"""Where a processing object keeps its ActiveFusion or PipelineFusion."""
 
 
 def make_extra_network() -> Any:
@@ -36,8 +39,21 @@ def make_extra_network() -> Any:
             super().__init__(NAME)
             self.attached = AttachedSessions()
 
-        def activate(self, p: Any, params_list: list[Any]) -> None:
-            """Take the tags of a prompt; called for every prompt, mostly with none."""
+        def activate(
+            self,
+            p: Any,
+            params_list: list[Any],
+            step: int = 0,
+            include: list[str] | None = None,
+            exclude: list[str] | None = None,
+        ) -> None:
+            """Take the tags of a prompt; called for every prompt, mostly with none.
+
+            SD.Next names the `step`, where it calls again in the middle of sampling, and which parts of its pipeline
+            its own LoRAs are to `include` and `exclude`.
+            """
+            if step:
+                return
             # Whatever the end of an earlier picture has left on; a pass that is under way puts its own on again.
             self.attached.detach_all()
             if not getattr(p, "is_hr_pass", False):
@@ -46,16 +62,26 @@ def make_extra_network() -> Any:
             if active is None:
                 if not params_list and not _in_hires_prompt(p):
                     return
-                active = ActiveFusion(p, self.attached)
+                active = self._active(p)
                 setattr(p, STATE, active)
+            tags = [params for params in params_list if not isinstance(params, EncodedWith)]
             try:
-                active.begin(self._fusion(p, params_list) if params_list else None)
+                fusion = self._fusion(p, tags) if tags else None
+                active.begin(fusion)
+                if isinstance(active, PipelineFusion) and fusion is not None:
+                    params_list[:] = [*tags, EncodedWith(fusion)]
+                    active.take_out(include=include, exclude=exclude)
             except Exception as error:
                 active.begin(None)
                 fail(p, reason_of(error))
 
-        def deactivate(self, p: Any) -> None:
-            """Nothing is left to do: the end of sampling has taken everything off."""
+        def deactivate(self, p: Any, force: bool = False) -> None:
+            """Let go of a pipeline; elsewhere the end of sampling has taken everything off."""
+            on_processed(p)
+
+        def _active(self, p: Any) -> ActiveFusion | PipelineFusion:
+            loaded = importlib.import_module("modules.shared").sd_model
+            return PipelineFusion(p, self.attached) if is_pipeline(loaded) else ActiveFusion(p, self.attached)
 
         def _fusion(self, p: Any, params_list: list[Any]) -> RequestedFusion:
             tag = Tag.parse([str(item) for item in params_list[0].items])
@@ -73,7 +99,7 @@ def make_extra_network() -> Any:
 
         def _check(self, p: Any, fusion: RequestedFusion) -> None:
             shared = importlib.import_module("modules.shared")
-            host = host_of(shared.sd_model)
+            host = model_of(shared.sd_model)
             # Refused here, and not at the first evaluation, so that the text encoder is left alone too.
             fusion = fusion.for_model(host)
             with scoring_shown(fusion.tag.subject, fusion.tag.style) as on_scored:
@@ -87,6 +113,13 @@ def make_extra_network() -> Any:
 def _in_hires_prompt(p: Any) -> bool:
     # Activated inside p.sample, where it is too late to wrap that.
     return bool((getattr(p, "hr_extra_network_data", None) or {}).get(NAME))
+
+
+def on_processed(p: Any) -> None:
+    """Let go of a pipeline: called by SD.Next when a processing object is done, however it ended."""
+    active = getattr(p, STATE, None)
+    if isinstance(active, PipelineFusion):
+        active.end()
 
 
 def on_evaluation(params: Any) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from klora.errors import KloraError
+from klora.hosts.sdnext import is_refined
 from klora.webui.args import FusionRequest, asks_for_more, override_tag, read_args
 from klora.webui.messages import comment, fail
 from klora.webui.prompt_tag import NAME, Tag, find_tag
@@ -67,9 +68,13 @@ def _tell_of_unused(p: Any, args: Sequence[Any]) -> None:
 
 def _change(p: Any, change: Any) -> None:
     """Replace, never edit: the lists may be those of the user's request, or of another cell of a grid."""
-    changed = {"all_prompts": [change(prompt) for prompt in p.all_prompts]}
+    changed: dict[str, Any] = {"all_prompts": [change(prompt) for prompt in p.all_prompts]}
     if getattr(p, "enable_hr", False) and getattr(p, "all_hr_prompts", None):
         changed["all_hr_prompts"] = [change(prompt) for prompt in p.all_hr_prompts]
+    # SD.Next's name for a second pass's prompt; without one that pass goes on with the first prompt. Its refiner would
+    # read the tag as words.
+    if getattr(p, "enable_hr", False) and getattr(p, "refiner_prompt", "") and not is_refined(p):
+        changed["refiner_prompt"] = change(p.refiner_prompt)
     # The grid's text is made of this one.
     main = getattr(p, "main_prompt", None)
     if isinstance(main, str):

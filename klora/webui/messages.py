@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from klora.fusion.scores import OnScored
 
 logger = logging.getLogger("klora")
+_PREFIX = "K-LoRA: "
 ABSENT = "modules are not in the model"
 ERROR = "K-LoRA error"
 """The key of a picture's text that says why K-LoRA did not run, or not to the end."""
@@ -23,9 +24,17 @@ ERROR = "K-LoRA error"
 
 def comment(p: Any, text: str) -> None:
     """Say something under the image and in the console."""
-    text = f"K-LoRA: {text}"
+    text = f"{_PREFIX}{text}"
     logger.warning(text)
     p.comment(text)
+
+
+def hand_on_comments(p: Any, processed: Any) -> None:
+    """Have what was said shown under the image: SD.Next does not hand on a processing object's comments by itself."""
+    shown = str(getattr(processed, "comments", None) or "")
+    unsaid = [text for text in getattr(p, "comments", ()) if text.startswith(_PREFIX) and text not in shown]
+    if unsaid:
+        processed.comments = "\n".join([*filter(None, [shown.rstrip("\n")]), *unsaid])
 
 
 def fail(p: Any, reason: str, outcome: str = "not applied") -> None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import time
 from typing import Any
 
+from klora.hosts.webui.lora_library import lora_code
 from klora.webui.infotext import rename_by_hash
 
 SECONDS = 20.0
@@ -19,7 +19,7 @@ def on_pasted(_infotext: str, params: dict[str, Any]) -> None:
 
 def name_here(name: str, shorthash: str) -> str | None:
     """The name here of the LoRA with that hash; None where there is none, or `name` is that very file."""
-    networks = importlib.import_module("networks")
+    networks = lora_code("networks")
     same = networks.available_network_aliases.get(name)
     if same is not None and same.shorthash == shorthash:
         return None

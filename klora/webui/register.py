@@ -23,6 +23,7 @@ def register() -> None:
         ("app_started", _add_routes),
         ("infotext_pasted", _on_pasted),
         ("cfg_denoiser", _on_evaluation),
+        ("after_process", _on_processed),
         ("model_loaded", _release_memory),
         ("script_unloaded", _unregister_tag),
     ):
@@ -38,7 +39,7 @@ def _on(callbacks: Any, event: str, function: Callable[..., None]) -> None:
     key = f"callbacks_{event}"
     if add is not None and key in listed and {"category", "filename"} <= inspect.signature(add).parameters.keys():
         add(listed[key], function, category=event, filename=__file__)
-    else:
+    elif hasattr(callbacks, f"on_{event}"):
         getattr(callbacks, f"on_{event}")(function)
 
 
@@ -59,6 +60,12 @@ def _on_evaluation(params: object) -> None:
     from klora.webui.extra_network import on_evaluation
 
     on_evaluation(params)
+
+
+def _on_processed(p: object) -> None:
+    from klora.webui.extra_network import on_processed
+
+    on_processed(p)
 
 
 def _release_memory(sd_model: object) -> None:

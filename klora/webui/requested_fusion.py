@@ -8,7 +8,7 @@ import torch
 
 from klora.fusion.plan import FusionPlan
 from klora.fusion.scores import OnScored
-from klora.hosts.webui.host import WebuiHost
+from klora.hosts.base import Host
 from klora.hosts.webui.lora_library import ListedLora
 from klora.hosts.webui.text_encoder import TextPart
 from klora.pair import Pair
@@ -41,7 +41,7 @@ class RequestedFusion:
                 parts.append(TextPart(lora, deltas, strength, file.sha256))
         return parts
 
-    def for_model(self, host: WebuiHost) -> RequestedFusion:
+    def for_model(self, host: Host) -> RequestedFusion:
         """The same under the names of a loaded model; MismatchError where a file is for another."""
         return dataclasses.replace(self, pair=host.fit(self.pair))
 

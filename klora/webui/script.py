@@ -12,6 +12,7 @@ from klora.webui.args import named, truth
 from klora.webui.balance_grid import BalanceGrid
 from klora.webui.infotext import PASTERS
 from klora.webui.injection import PLANS, apply_request, pair_of
+from klora.webui.messages import hand_on_comments
 from klora.webui.options import defaults, map_always_wanted
 from klora.webui.ui import TITLE, Header, build
 
@@ -61,9 +62,10 @@ def make_script() -> type:
             keep_for_job(p)
 
         def postprocess(self, p: Any, processed: Any, *args: Any) -> None:
-            """Add the selection map to the pictures, where it is wanted and nothing takes it for one of them."""
+            """Add the selection map, where it is wanted and nothing takes it for a picture, and what is to be said."""
             if getattr(p, PLANS, None) and not script_runs(p) and (map_always_wanted() or map_wanted(args)):
                 add_maps(p, processed)
+            hand_on_comments(p, processed)
 
     return KLoraScript
 

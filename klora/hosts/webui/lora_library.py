@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +29,7 @@ class Library:
     """
 
     def __init__(self) -> None:
-        self._networks = _networks()
+        self._networks = lora_code("networks") or _NONE
 
     def names(self) -> list[str]:
         """List the names, as the host's own menus do."""
@@ -59,13 +60,18 @@ class Library:
         return networks.available_network_aliases.get(name)
 
 
-def _networks() -> Any:
-    try:
-        return importlib.import_module("networks")
-    except ImportError:
-        return SimpleNamespace(
-            available_networks={},
-            available_network_aliases={},
-            forbidden_network_aliases={},
-            list_available_networks=lambda: None,
-        )
+def lora_code(name: str) -> Any:
+    """A module of the host's own LoRA code, by A1111's name for it; None where that code is switched off."""
+    for path in (name, _IN_SDNEXT[name]):
+        with suppress(ImportError):
+            return importlib.import_module(path)
+    return None
+
+
+_IN_SDNEXT = {"networks": "modules.lora.lora_load", "extra_networks_lora": "modules.lora.extra_networks_lora"}
+_NONE = SimpleNamespace(
+    available_networks={},
+    available_network_aliases={},
+    forbidden_network_aliases={},
+    list_available_networks=lambda: None,
+)
