@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import math
 import os
 import re
-import stat
-import time
-import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
-from klora.atomic import write_whole
+from klora.entry_folder import EntryFolder
 from klora.fusion.device_scores import is_low_rank, score_low_rank, scores_on
+from klora.fusion.interference import INTERFERENCE_VERSION, Interference, interferences
 from klora.fusion.scores import (
     SCORING_VERSION,
     FileScores,
@@ -32,28 +28,33 @@ from klora.fusion.scores import (
 from klora.lora import disk
 from klora.lora.file import LoraFile
 
-T = TypeVar("T")
-
-MAX_FILES = 4096
-MAX_ENTRY_BYTES = 64 * 2**20
 MAX_SPECIAL_KS = 32
-# The names of all that the cache writes, and so of all that it may delete.
-SCORES, DIGEST, PART = "scores-", "digest-", ".part-"
-LEFT_OVER_S = 3600
+SCORES, DIGEST, OVERLAP = "scores-", "digest-", "overlap-"
+
+Interferences = dict[str, Interference | None]
 
 
 class ScoreCache:
-    """Scores and digests of LoRA files in a folder, at most `max_bytes` in all, the longest unused dropped first.
+    """Scores and digests of LoRA files, and what pairs have in common, in a folder of at most `max_bytes`.
 
-    `folder` is the user's cache directory unless given. Trouble with the cache never stops anything: what is damaged
-    is computed anew with a warning, and where nothing can be written there is one warning. Processes may share it:
-    entries appear whole or not at all.
+    `folder` is the user's cache directory unless given; what was used longest ago is dropped first. Trouble with the
+    cache never stops anything: what is damaged is computed anew with a warning, and where nothing can be written there
+    is one warning. Processes may share it: entries appear whole or not at all.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, max_bytes: int = 256 * 2**20) -> None:
-        self.folder = Path(folder) if folder is not None else _user_folder()
-        self.max_bytes = max_bytes
-        self._warned = False
+        path = Path(folder) if folder is not None else _user_folder()
+        self._entries = EntryFolder(path, max_bytes, (SCORES, DIGEST, OVERLAP))
+
+    @property
+    def folder(self) -> Path:
+        """Where the entries lie."""
+        return self._entries.path
+
+    @property
+    def max_bytes(self) -> int:
+        """What they take at most."""
+        return self._entries.max_bytes
 
     def scores(
         self,
@@ -62,22 +63,43 @@ class ScoreCache:
         device: torch.device | None = None,
         on_scored: OnScored | None = None,
     ) -> FileScores:
-        """Scores of all diffusion-model modules of `file`, at the standard K and those `wanted` by module name.
+        """Scores of the diffusion-model modules of `file` that are `wanted`, at the standard K and those given by name.
 
-        Read from disk where they are there; what is missing is computed, on `device` where that is an accelerator, and
-        added; `on_scored` is told how far it is. Raises LoraValueError for NaN or infinity anywhere in the file.
+        Without `wanted`, of all modules. Read from disk where they are there; what is missing is computed, on `device`
+        where that is an accelerator, and added; `on_scored` is told how far it is. Raises LoraValueError for NaN or
+        infinity anywhere in the file.
         """
-        wanted = wanted or {}
+        wanted = dict.fromkeys(file.modules, ()) if wanted is None else wanted
         digest = self.digest(file)
         stored = self._load_scores(digest, file)
         # Whatever is kept was looked at as a whole before.
         if stored:
             file.know_finite()
-        scores = _complete(file, stored, wanted, device, on_scored)
-        file.check_finite(scored=True)
-        if scores != stored:
+        new = _compute(_missing(file, stored, wanted), device, on_scored)
+        scores = {
+            name: _merge(stored.get(name), new[name]) if name in new else stored[name]
+            for name in file.modules
+            if name in wanted
+        }
+        file.check_finite(scores.keys())
+        if new:
             self._save_scores(digest, file, scores)
         return scores
+
+    def interferences(self, subject: LoraFile, style: LoraFile, names: Iterable[str]) -> Interferences:
+        """What the deltas of two files have in common in the modules of these `names`, which both have.
+
+        Read from disk where it is there; what is missing is computed and added.
+        """
+        keys = [f"{self.digest(file)}{file.naming}" for file in (subject, style)]
+        entry = f"{OVERLAP}{hashlib.sha256(' '.join(keys).encode()).hexdigest()}-v{INTERFERENCE_VERSION}.json"
+        stored = self._entries.load(entry, lambda data: _parse_interferences(data, keys)) or {}
+        names = list(names)
+        new = interferences({n: (subject.modules[n], style.modules[n]) for n in names if n not in stored})
+        found = stored | new
+        if new:
+            self._entries.save(entry, {"version": INTERFERENCE_VERSION, "files": keys, "modules": found})
+        return {name: found[name] for name in names}
 
     def sha256(self, path: str | os.PathLike[str]) -> str:
         """Hex digest of a file, remembered by path, size, times and inode, so that it is read only once.
@@ -95,72 +117,27 @@ class ScoreCache:
 
     def _digest(self, path: Path, identity: disk.Identity) -> str:
         """The digest of the file that had this identity; LoraFileError where it is not known and the file changed."""
-        known = self._load(self._digest_entry(path), _parse_digest)
+        entry = f"{DIGEST}{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
+        known = self._entries.load(entry, _parse_digest)
         if known and known[0] == identity:
             return known[1]
         digest = disk.sha256(path, identity)
-        self._save(self._digest_entry(path), {"identity": identity, "sha256": digest})
+        self._entries.save(entry, {"identity": identity, "sha256": digest})
         return digest
 
     def _load_scores(self, digest: str, file: LoraFile, quiet: bool = False) -> FileScores:
         """The stored scores, or nothing where there are none or they are not of this file."""
-        return self._load(self._scores_entry(digest, file), lambda data: _parse_scores(data, digest, file), quiet) or {}
+        name = _scores_entry(digest, file)
+        return self._entries.load(name, lambda data: _parse_scores(data, digest, file), quiet) or {}
 
     def _save_scores(self, digest: str, file: LoraFile, scores: FileScores) -> None:
-        # Another process may have added its own K in the meantime.
+        # Another process may have added its own K in the meantime, and other modules may have been scored before.
         others = self._load_scores(digest, file, quiet=True)
-        modules = {name: vars(_limit(_merge(others.get(name), score))) for name, score in scores.items()}
-        self._save(self._scores_entry(digest, file), {"version": SCORING_VERSION, "sha256": digest, "modules": modules})
-
-    def _scores_entry(self, digest: str, file: LoraFile) -> Path:
-        # Under the names of a model at hand, a file of an unknown architecture has other modules.
-        naming = f"-{file.naming}" if file.naming else ""
-        return self.folder / f"{SCORES}{digest}{naming}-v{SCORING_VERSION}.json"
-
-    def _digest_entry(self, path: Path) -> Path:
-        return self.folder / f"{DIGEST}{hashlib.sha256(os.fsencode(path)).hexdigest()}.json"
-
-    def _load(self, entry: Path, parse: Callable[[Any], T], quiet: bool = False) -> T | None:
-        """What `parse` makes of an entry, which becomes the latest used; None where it is not there or no good."""
-        try:
-            status = entry.stat()
-            if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_ENTRY_BYTES:
-                raise ValueError("not a file that the cache has written")
-            value = parse(_unseal(entry.read_bytes()))
-        except (FileNotFoundError, NotADirectoryError):
-            return None
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-            if not quiet:
-                warnings.warn(f"cache entry {entry} is not usable ({error}); computing it anew", stacklevel=4)
-            return None
-        with contextlib.suppress(OSError):
-            os.utime(entry)
-        return value
-
-    def _save(self, entry: Path, data: dict[str, Any]) -> None:
-        """Write an entry, at once or not at all; one warning where the folder cannot be written."""
-        content = _seal(data)
-        if len(content) > min(self.max_bytes, MAX_ENTRY_BYTES):
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(entry, content, PART)
-            self._drop_unused()
-        except OSError as error:
-            if not self._warned:
-                self._warned = True
-                warnings.warn(f"scores cannot be kept in {self.folder} ({error}); going on without", stacklevel=4)
-
-    def _drop_unused(self) -> None:
-        """Delete what was used longest ago until the rest is within bounds."""
-        files = sorted(_own_files(self.folder), key=lambda item: item[1].st_mtime_ns)
-        total, count = sum(status.st_size for _, status in files), len(files)
-        for path, status in files:
-            left_over = path.name.startswith(PART) and time.time() - status.st_mtime > LEFT_OVER_S
-            if total > self.max_bytes or count > MAX_FILES or left_over:
-                with contextlib.suppress(FileNotFoundError):
-                    path.unlink()
-                total, count = total - status.st_size, count - 1
+        merged = others | {name: _limit(_merge(others.get(name), score)) for name, score in scores.items()}
+        modules = {name: vars(score) for name, score in merged.items()}
+        self._entries.save(
+            _scores_entry(digest, file), {"version": SCORING_VERSION, "sha256": digest, "modules": modules}
+        )
 
 
 def _user_folder() -> Path:
@@ -170,29 +147,10 @@ def _user_folder() -> Path:
     return platformdirs.user_cache_path("klora", appauthor=False)
 
 
-def _own_files(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    for path in folder.iterdir():
-        if path.name.startswith((SCORES, DIGEST, PART)):
-            with contextlib.suppress(FileNotFoundError):
-                yield path, path.lstat()
-
-
-def _seal(data: dict[str, Any]) -> bytes:
-    """JSON whose first member is a checksum of the others, since a flipped digit would still be JSON."""
-    body = json.dumps(data, allow_nan=False, separators=(",", ":")).encode()
-    return _check(body) + body[1:]
-
-
-def _unseal(content: bytes) -> Any:
-    """The data of `_seal`; ValueError where the content is anything else."""
-    body = b"{" + content[len(_check(b"")) :]
-    if content != _check(body) + body[1:]:
-        raise ValueError("its checksum is wrong")
-    return json.loads(body)
-
-
-def _check(body: bytes) -> bytes:
-    return b'{"check":"%s",' % hashlib.sha256(body).hexdigest().encode()
+def _scores_entry(digest: str, file: LoraFile) -> str:
+    # Under the names of a model at hand, a file of an unknown architecture has other modules.
+    naming = f"-{file.naming}" if file.naming else ""
+    return f"{SCORES}{digest}{naming}-v{SCORING_VERSION}.json"
 
 
 def _parse_scores(data: Any, digest: str, file: LoraFile) -> FileScores:
@@ -200,10 +158,21 @@ def _parse_scores(data: Any, digest: str, file: LoraFile) -> FileScores:
     if data["version"] != SCORING_VERSION or data["sha256"] != digest:
         raise ValueError("it belongs to another version or file")
     scores = {name: _parse_module(module) for name, module in data["modules"].items()}
-    described = {name: (score.shape, score.rank, score.alpha) for name, score in scores.items()}
-    if described != {name: (tuple(d.shape), d.rank, float(d.alpha)) for name, d in file.modules.items()}:
-        raise ValueError("its modules are not those of the file")
-    return {name: scores[name] for name in file.modules}
+    for name, score in scores.items():
+        delta = file.modules[name]
+        if (score.shape, score.rank, score.alpha) != (tuple(delta.shape), delta.rank, float(delta.alpha)):
+            raise ValueError("its modules are not those of the file")
+    return scores
+
+
+def _parse_interferences(data: Any, keys: list[str]) -> Interferences:
+    """What an entry says of two files; ValueError, TypeError or KeyError where it is not of this version and them."""
+    if data["version"] != INTERFERENCE_VERSION or data["files"] != keys:
+        raise ValueError("it belongs to another version or to other files")
+    found = {name: values and Interference(*values) for name, values in data["modules"].items()}
+    if not all(math.isfinite(value) for one in found.values() if one for value in one):
+        raise ValueError("it holds impossible numbers")
+    return found
 
 
 def _parse_module(data: Any) -> ModuleScore:
@@ -214,21 +183,14 @@ def _parse_module(data: Any) -> ModuleScore:
     return score
 
 
-def _complete(
-    file: LoraFile,
-    stored: FileScores,
-    wanted: Mapping[str, Collection[int]],
-    device: torch.device | None,
-    on_scored: OnScored | None,
-) -> FileScores:
-    """The scores of all modules, each with the standard K and its wanted ones; computed only where not stored."""
+def _missing(file: LoraFile, stored: FileScores, wanted: Mapping[str, Collection[int]]) -> Wanted:
+    """The wanted modules of a file, each with those of the standard K and its own that are not stored."""
     missing = {}
     for name, delta in file.modules.items():
-        known = stored[name].sums.keys() if stored else set()
-        if ks := {*standard_ks(delta.rank), *wanted.get(name, ())} - known:
+        known = stored[name].sums.keys() if name in stored else set()
+        if name in wanted and (ks := {*standard_ks(delta.rank), *wanted[name]} - known):
             missing[name] = delta, ks
-    new = _compute(missing, device, on_scored)
-    return {name: _merge(stored.get(name), new[name]) if name in new else stored[name] for name in file.modules}
+    return missing
 
 
 def _compute(missing: Wanted, device: torch.device | None, on_scored: OnScored | None) -> FileScores:
@@ -242,11 +204,11 @@ def _compute(missing: Wanted, device: torch.device | None, on_scored: OnScored |
     return first | score_deltas(here, on_scored and (lambda count, _: on_scored(done + count, len(missing))))
 
 
-def _merge(known: ModuleScore | None, score: ModuleScore) -> ModuleScore:
+def _merge(known: ModuleScore | None, new: ModuleScore) -> ModuleScore:
     """Both scores' sums in one."""
     if known is None:
-        return score
-    return replace(known, l1=max(known.l1, score.l1), sums=known.sums | score.sums)
+        return new
+    return replace(known, l1=max(known.l1, new.l1), sums=known.sums | new.sums)
 
 
 def _limit(score: ModuleScore) -> ModuleScore:

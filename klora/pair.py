@@ -106,9 +106,9 @@ class Pair:
             for name, delta in self.subject.modules.items()
             if name in self.style.modules and kind(name, delta.shape) in kinds
         }
-        progress = _Progress(on_scored, len(self.subject.modules) + len(self.style.modules))
+        progress = _Progress(on_scored, 2 * len(wanted))
         subject = self.cache.scores(self.subject, wanted, device, progress.after(0))
-        style = self.cache.scores(self.style, wanted, device, progress.after(len(self.subject.modules)))
+        style = self.cache.scores(self.style, wanted, device, progress.after(len(wanted)))
         progress.finish()
         names = sorted({*self.subject.modules, *self.style.modules}, key=sort_key)
         plan = make_plan(

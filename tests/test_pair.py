@@ -49,6 +49,17 @@ def test_the_scope_says_which_common_modules_are_contested(tmp_path: Path, cache
         assert all(plan.decide(name, 0.0) == STYLE for name in outside)
 
 
+def test_only_what_is_contested_is_scored(tmp_path: Path, cache: ScoreCache) -> None:
+    names = shapes([*ATTENTION, *FEED_FORWARD])
+    files = [write_lora(tmp_path / f"{seed}.safetensors", names, rank=4, seed=seed) for seed in (1, 2)]
+    for scope, count in (("attention", len(ATTENTION)), ("linear", len(names)), ("all", len(names))):
+        told: list[tuple[int, int]] = []
+        Pair.open(*files, cache).plan(Settings(scope=scope), on_scored=lambda *args, told=told: told.append(args))
+        # What is known needs no scoring: of the second scope the rest is new, of the third nothing.
+        assert (told[-1][1] if told else 0) == {"attention": 2 * count, "linear": 2 * count, "all": 0}[scope]
+        assert len(told) <= 2 * len(ATTENTION) + 1
+
+
 def test_modules_of_one_file_are_its_own(tmp_path: Path, cache: ScoreCache) -> None:
     pair = Pair.open(*write_pair(tmp_path), cache)
     plan = pair.plan(Settings())
@@ -123,6 +134,6 @@ def test_a_scoring_of_which_a_part_was_known_is_told_to_its_end(tmp_path: Path, 
 def test_the_scoring_of_both_files_is_told_as_one(tmp_path: Path, cache: ScoreCache) -> None:
     pair, heard = Pair.open(*write_pair(tmp_path), cache), []
     pair.plan(Settings(), on_scored=lambda *args: heard.append(args))
-    total = len(pair.subject.modules) + len(pair.style.modules)
+    total = 2 * len(pair.coverage.contested)
     assert heard == [(done + 1, total) for done in range(total)]
     pair.plan(Settings(balance=1.0), on_scored=lambda *_: pytest.fail("scored again"))

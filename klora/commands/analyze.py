@@ -8,8 +8,8 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from klora.commands.console import need, scoring_bar, warn
-from klora.commands.options import add_settings, read_settings
+from klora.commands.console import need, scoring_bar, warn, without_collection
+from klora.commands.options import add_settings, check_loras, read_settings
 from klora.errors import KloraError
 from klora.report.files import OutputFile, png_bytes
 
@@ -46,10 +46,13 @@ def run(args: argparse.Namespace) -> None:
         twice = next(file for file in files if files.count(file) > 1)
         raise KloraError(f"{twice.path}: is named for two of the results; name two files")
 
-    from klora.pair import Pair
-    from klora.report.document import document
-    from klora.report.overlap import overlap_of
-    from klora.report.summary import notices, summarise
+    check_loras(args.subject, args.style)
+
+    with without_collection():
+        from klora.pair import Pair
+        from klora.report.document import document
+        from klora.report.overlap import overlap_of
+        from klora.report.summary import notices, summarise
 
     pair = Pair.open(args.subject, args.style)
     plan = pair.plan(settings, on_scored=scoring_bar())

@@ -20,6 +20,7 @@ from klora.commands.options import (
     add_methods,
     add_pictures,
     add_settings,
+    check_loras,
     demand,
     read_request,
     read_settings,
@@ -71,6 +72,7 @@ def run(args: argparse.Namespace) -> None:
         args.prompt = f"a {Path(args.subject).stem} in {Path(args.style).stem} style"
         warn(f"no --prompt is given; generating “{args.prompt}”: give the words that the LoRAs were trained on")
     output_folder(args.out)
+    check_loras(args.subject, args.style)
     request = dataclasses.replace(read_request(args, settings), images=args.seeds or 4)
     with quick:
         for line in compare_pair(request, methods, warn):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from klora.errors import KloraError
@@ -32,6 +33,16 @@ def need(what: str, *modules: str) -> None:
     for module in modules:
         if importlib.util.find_spec(module) is None:
             raise KloraError(f'{what} needs {module}; pip install "klora[demo]"')
+
+
+@contextlib.contextmanager
+def without_collection() -> Iterator[None]:
+    """Import what is large inside: looking for garbage meanwhile, of which there is none, takes a sixth of torch's."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
 
 
 def scoring_bar() -> Callable[[int, int], None]:

@@ -14,6 +14,7 @@ from klora.commands.options import (
     RENAMED,
     add_pictures,
     add_settings,
+    check_loras,
     read_request,
     read_settings,
     whole,
@@ -50,6 +51,7 @@ def run(args: argparse.Namespace) -> None:
     if args.map:
         need("klora generate --map", "matplotlib")
     output_folder(args.out)
+    check_loras(args.subject, args.style)
     request = dataclasses.replace(read_request(args, settings), images=args.images, map=args.map)
     for path in generate_pictures(request, warn):
         print(path, flush=True)

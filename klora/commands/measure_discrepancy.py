@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from klora.commands.console import need
-from klora.commands.options import MODEL, add_pictures, read_request, whole
+from klora.commands.options import MODEL, add_pictures, check_loras, read_request, whole
 from klora.errors import KloraError
 from klora.report.files import output_folder
 from klora.settings import Settings
@@ -65,6 +65,7 @@ def _demand_probe(args: argparse.Namespace) -> None:
             option = name.upper() if name in ("subject", "style") else f"--{name}"
             raise KloraError(f"{option}: is needed for probe pictures; or give --subject-refs and --style-refs")
     need("klora measure-discrepancy --model", "diffusers")
+    check_loras(args.subject, args.style)
 
 
 def _probe(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:

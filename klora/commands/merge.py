@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from klora.commands.console import warn
-from klora.commands.options import add_settings, read_settings, whole
+from klora.commands.options import add_settings, check_loras, read_settings, whole
 from klora.errors import KloraError, SettingsError
 from klora.report.files import OutputFile
 
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.output.lower().endswith(".safetensors"):
         raise KloraError(f"--output: {args.output} must end in .safetensors, which is what is written")
     target = OutputFile.check(args.output, (args.subject, args.style))
+    check_loras(args.subject, args.style)
 
     import torch
 

@@ -11,6 +11,7 @@ from types import MappingProxyType
 from klora.errors import KloraError, SettingsError
 from klora.fusion.policies import POLICIES, make_policy, policies_with, resolve
 from klora.generation.request import GenerationRequest
+from klora.lora.disk import check_readable
 from klora.settings import AUTO, Option, Settings, options
 
 MODEL = "a diffusers folder, or a hub id"
@@ -113,6 +114,12 @@ def read_request(args: argparse.Namespace, settings: Settings) -> GenerationRequ
         dtype=args.dtype,
         settings=settings,
     )
+
+
+def check_loras(*paths: str) -> None:
+    """Raise LoraFileError for the first path without a file, in an instant: before anything slow is imported."""
+    for path in paths:
+        check_readable(Path(path))
 
 
 def demand(args: argparse.Namespace, *names: str) -> None:

@@ -6,16 +6,18 @@ With ΔW = B·A everything follows from products of the small sides: BᵀB, A·A
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from klora.fusion.threads import single_threaded_pool
 from klora.lora.deltas import Delta
 from klora.lora.deltas.computed import low_rank
 
+INTERFERENCE_VERSION = 1
 EPSILON = 1e-5
 """Singular values below this fraction of the largest are none."""
 
@@ -63,30 +65,58 @@ def total(parts: Iterable[Interference]) -> Interference:
 
 @dataclass(frozen=True)
 class _Small:
-    """The small sides of one ΔW = B·A, fp64: what makes B and Aᵀ orthonormal bases of its column and row space."""
+    """The sides of one ΔW = s·B·A, fp64, and what makes s·B and Aᵀ orthonormal bases of its column and row space."""
 
     B: Tensor
     A: Tensor
+    scale: float
     energy: float
     to_out: Tensor
     to_in: Tensor
 
     @classmethod
     def of(cls, up: Tensor, down: Tensor, scale: float) -> _Small:
-        B, A = up.double() * scale, down.double()
-        G, H = B.t() @ B, A @ A.t()
-        energy = float((G * H).sum())
-        root_G, root_H = _root(G), _root(H)
-        # B·A has the singular values of √G·√H, and from its vectors those of B·A follow.
-        U, S, Vh = torch.linalg.svd(root_G @ root_H)
-        there = EPSILON * float(S.max()) < S
-        return cls(B, A, energy, root_H @ Vh.t()[:, there] / S[there], root_G @ U[:, there] / S[there])
+        B, A = up.double(), down.double()
+        G, H = B.t() @ B * scale**2, A @ A.t()
+        return cls(B, A, scale, float((G * H).sum()), *(_whole_bases(G, H) or _bases(G, H)))
+
+
+def _whole_bases(G: Tensor, H: Tensor) -> tuple[Tensor, Tensor] | None:
+    """`_bases` by Cholesky, for half the price: L⁻ᵀ of G = L·Lᵀ and of H; None where singular values are to go."""
+    found = []
+    condition = 1.0
+    for M in (G, H):
+        L, failed = torch.linalg.cholesky_ex(M)
+        if failed:
+            return None
+        inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype), upper=False).t()
+        # √(‖M‖·‖M⁻¹‖) is at least the condition of this factor, and their product that of ΔW. NaN is no number below.
+        condition *= math.sqrt(float(M.norm() * (inverse @ inverse.t()).norm()))
+        found.append(inverse)
+    return (found[0], found[1]) if condition < 1 / EPSILON else None
+
+
+def _bases(G: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """What makes s·B and Aᵀ orthonormal, of G = s²·BᵀB and H = A·Aᵀ, but for directions of no singular value."""
+    root_G, root_H = _root(G), _root(H)
+    # B·A has the singular values of √G·√H, and from its vectors those of B·A follow.
+    U, S, Vh = torch.linalg.svd(root_G @ root_H)
+    there = EPSILON * float(S.max()) < S
+    return root_H @ Vh.t()[:, there] / S[there], root_G @ U[:, there] / S[there]
 
 
 def _root(H: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(H)
     root: Tensor = vectors * values.clamp_min(0).sqrt() @ vectors.t()
     return root
+
+
+def interferences(modules: Mapping[str, tuple[Delta, Delta]]) -> dict[str, Interference | None]:
+    """The interference of every module's subject and style, by name, on all of torch's threads."""
+    if not modules:
+        return {}
+    with single_threaded_pool(len(modules)) as pool:
+        return dict(zip(modules, pool.map(interference, *zip(*modules.values(), strict=True)), strict=True))
 
 
 def interference(subject: Delta, style: Delta) -> Interference | None:
@@ -96,7 +126,7 @@ def interference(subject: Delta, style: Delta) -> Interference | None:
     if len(small) < 2:
         return None
     c, s = small
-    X, Y = c.B.t() @ s.B, c.A @ s.A.t()
+    X, Y = c.B.t() @ s.B * (c.scale * s.scale), c.A @ s.A.t()
     out, into = c.to_out.t() @ X @ s.to_out, c.to_in.t() @ Y @ s.to_in
     least = max(1, min(c.to_out.shape[1], s.to_out.shape[1]))
     return Interference(

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from klora.errors import LoraValueError
+from klora.fusion.threads import single_threaded_pool
 
 if TYPE_CHECKING:
     from klora.lora.deltas import Delta
@@ -32,7 +31,6 @@ PARTNER_RANKS = tuple(2**i for i in range(8))
 
 BLOCK_ENTRIES = 2**20
 SAMPLE_ENTRIES = 2**12
-MAX_WORKERS = 4  # some 10 MB each
 # The threshold aims at more than K survivors, the more so the less of the module the sample has seen; should there be
 # fewer after all, the module is read again with a lower threshold, at last with none.
 MARGINS = (1.1, 4.4, math.inf)
@@ -112,7 +110,7 @@ def score_delta(delta: Delta, ks: Iterable[int], workspace: Workspace | None = N
 
 
 def score_deltas(wanted: Wanted, on_scored: OnScored | None = None) -> FileScores:
-    """Score several modules on all of torch's threads (at most `MAX_WORKERS`).
+    """Score several modules on all of torch's threads (at most `klora.fusion.threads.MAX_WORKERS`).
 
     Raises `LoraValueError` for the first bad module.
     """
@@ -128,7 +126,7 @@ def score_deltas(wanted: Wanted, on_scored: OnScored | None = None) -> FileScore
         return score_delta(delta, ks, workspaces.own)
 
     scores: FileScores = {}
-    with _single_threaded_pool(min(torch.get_num_threads(), len(wanted), MAX_WORKERS)) as pool:
+    with single_threaded_pool(len(wanted)) as pool:
         for name, found in zip(wanted, pool.map(score, *zip(*wanted.values(), strict=True)), strict=True):
             scores[name] = found
             if on_scored:
@@ -142,28 +140,6 @@ def overflow(delta: Delta) -> LoraValueError:
     return LoraValueError(
         delta.file, "its product is too large for 32-bit floats", "train or export the file again", delta.key
     )
-
-
-@contextmanager
-def _single_threaded_pool(size: int) -> Iterator[ThreadPoolExecutor]:
-    """`size` Python threads in which torch computes with one thread, elsewhere with as many as before."""
-    pool, started, threads = ThreadPoolExecutor(size), threading.Barrier(size), torch.get_num_threads()
-
-    def start() -> None:
-        torch.set_num_threads(1)
-        torch.get_num_threads()  # makes the number this thread's own
-        started.wait()
-
-    try:
-        for worker in [pool.submit(start) for _ in range(size)]:
-            worker.result()
-        # Threads that are yet to come would inherit the 1.
-        torch.set_num_threads(threads)
-        yield pool
-    finally:
-        started.abort()  # nobody waits for a thread that could not be started
-        torch.set_num_threads(threads)
-        pool.shutdown(cancel_futures=True)
 
 
 def top_k_sums(values: Floats, ks: list[int]) -> list[float]:

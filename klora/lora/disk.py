@@ -61,6 +61,12 @@ def reading(path: Path, known: Identity | None = None) -> Iterator[tuple[BinaryI
         raise _unreadable(path, error) from None
 
 
+def check_readable(path: Path) -> None:
+    """LoraFileError where there is no regular file, or none that may be read."""
+    with reading(path):
+        pass
+
+
 def read_into(stream: BinaryIO, offset: int, room: memoryview) -> None:
     """Fill `room` with the bytes from `offset` on; EOFError where there are not so many."""
     stream.seek(offset)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from functools import cached_property
 from pathlib import Path
 from weakref import WeakValueDictionary
@@ -131,15 +131,15 @@ class LoraFile:
         """Take its values for numbers from now on: somebody has looked at all of them before."""
         self._parsed.source.finite = True
 
-    def check_finite(self, scored: bool = False) -> None:
+    def check_finite(self, scored: Container[str] = ()) -> None:
         """Look at all values, unless that has been done: LoraValueError, naming the key, for NaN or infinity.
 
-        `scored`: the sums of all `modules` are known to be finite, so that only what these do not tell is looked at.
+        `scored`: the modules whose sums are known to be finite, so that only what these do not tell is looked at.
         """
         if self.finite:
             return
-        for delta in self.modules.values():
-            delta.check_finite(scored)
+        for name, delta in self.modules.items():
+            delta.check_finite(name in scored)
         for delta in self.text_encoder.values():
             delta.check_finite()
         self.know_finite()

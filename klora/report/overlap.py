@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from klora.fusion.interference import Interference, interference, total
+from klora.fusion.interference import Interference, total
 from klora.fusion.plan import FusionPlan
 from klora.lora.names import block_of
 from klora.pair import Pair
@@ -31,16 +31,16 @@ class Overlap:
 
 
 def overlap_of(pair: Pair, plan: FusionPlan) -> Overlap:
-    """Compare what both files do in every contested module, from their factors."""
-    found: dict[str, list[Interference]] = {}
+    """Compare what both files do in every contested module, from their factors, unless that is known already."""
+    blocks: dict[str, list[Interference]] = {}
     left_out = 0
-    for module in plan.contested:
-        one = interference(pair.subject.modules[module.name], pair.style.modules[module.name])
+    found = pair.cache.interferences(pair.subject, pair.style, (module.name for module in plan.contested))
+    for name, one in found.items():
         if one is None:
             left_out += 1
         else:
-            found.setdefault(block_of(module.name), []).append(one)
-    return Overlap({block: total(parts) for block, parts in found.items()}, left_out)
+            blocks.setdefault(block_of(name), []).append(one)
+    return Overlap({block: total(parts) for block, parts in blocks.items()}, left_out)
 
 
 def in_words(overlap: Overlap) -> str:

@@ -77,6 +77,19 @@ class TestEveryCommand:
         _, out, _ = run(*command, "--help")
         assert max(map(len, out.splitlines())) <= 80
 
+    @pytest.mark.parametrize(
+        "command",
+        [
+            ["analyze", "nowhere.safetensors", "ink.safetensors"],
+            ["merge", "nowhere.safetensors", "ink.safetensors", "--policy=direct", "-o", "x.safetensors"],
+        ],
+    )
+    def test_a_file_that_is_not_there_needs_no_torch(self, command: list[str]) -> None:
+        code = f"import sys; from klora import cli; print(cli.main({command})); sys.exit('torch' in sys.modules)"
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        assert (done.returncode, done.stdout) == (0, "2\n")
+        assert "nowhere.safetensors: does not exist" in done.stderr
+
     def test_help_needs_no_torch(self) -> None:
         code = "import sys; from klora import cli; cli.main(['analyze', '--help']); sys.exit('torch' in sys.modules)"
         assert python("-c", code, stdout=subprocess.DEVNULL).returncode == 0

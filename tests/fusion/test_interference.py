@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klora.fusion.interference import Interference, interference, total
+from klora.fusion.interference import EPSILON, Interference, _bases, _whole_bases, interference, interferences, total
 from klora.lora.deltas.computed import FactorDelta
 from tests.fusion.policies.test_static import LIKE, delta_of, ranks, seeds
 
@@ -91,3 +91,35 @@ def test_several_modules_are_one_of_blocks_on_a_diagonal_in_energy_and_angle(r_c
     assert found.modules == 2
     assert found.cosine == pytest.approx(reference(C, S)[0], abs=1e-4)
     assert found.inside == pytest.approx(reference(C, S)[3:], abs=1e-4)
+
+
+def spaces(up: torch.Tensor, down: torch.Tensor, to_out: torch.Tensor, to_in: torch.Tensor) -> torch.Tensor:
+    """The projections onto both spaces, whatever the bases."""
+    return torch.cat([(Q @ Q.t()).flatten() for Q in (up @ to_out, down.t() @ to_in)])
+
+
+@given(ranks, seeds, st.floats(0, 3))
+def test_cholesky_gives_the_spaces_that_singular_vectors_give_where_all_of_them_stay(
+    rank: int, seed: int, spread: float
+) -> None:
+    up, down = random(seed, 12, rank).double(), random(seed + 1, rank, 16).double()
+    up *= torch.logspace(0, -spread, rank)
+    G, H = up.t() @ up, down @ down.t()
+    found = _whole_bases(G, H)
+    if found is not None:
+        torch.testing.assert_close(spaces(up, down, *found), spaces(up, down, *_bases(G, H)), rtol=0, atol=1e-9)
+
+
+def test_where_singular_values_are_to_go_cholesky_does_not_do() -> None:
+    up, down = torch.eye(12)[:, :3].double(), torch.eye(16)[:3].double()
+    for size, does in ((1.0, True), (4 * EPSILON, True), (EPSILON / 2, False), (0.0, False)):
+        sized = up * torch.tensor([1.0, 1.0, size])
+        assert (_whole_bases(sized.t() @ sized, down @ down.t()) is not None) is does
+
+
+def test_many_modules_are_compared_as_each_alone() -> None:
+    modules = {str(seed): (delta_of(2, seed), delta_of(3, seed + 1)) for seed in range(5)}
+    found = interferences(modules)
+    assert list(found) == list(modules)
+    assert found == {name: interference(*pair) for name, pair in modules.items()}
+    assert interferences({}) == {}

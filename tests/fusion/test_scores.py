@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from klora.errors import LoraValueError
-from klora.fusion import scores
+from klora.fusion import scores, threads
 from klora.fusion.scores import ModuleScore, Workspace, score_delta, score_deltas, standard_ks, top_k_sums
 from klora.lora.file import LoraFile
 from tests.support.lora_files import write_lora
@@ -363,7 +363,7 @@ def test_how_far_it_is_is_told_after_each_module() -> None:
 def test_modules_are_scored_on_no_more_threads_than_torch_has_and_memory_allows(
     torchs: int, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scores, "MAX_WORKERS", most)
+    monkeypatch.setattr(threads, "MAX_WORKERS", most)
     seen: set[int] = set()
 
     class Slow(Matrix):
@@ -384,8 +384,8 @@ def test_no_more_threads_than_asked_for_compute_with_one_thread_each() -> None:
         seen.add((threading.get_ident(), torch.get_num_threads()))
         time.sleep(0.01)
 
-    with scores._single_threaded_pool(2) as pool:
+    with torch_threads(2), threads.single_threaded_pool(9) as pool:
         for looked in [pool.submit(look) for _ in range(8)]:
             looked.result()
     assert len(seen) <= 2
-    assert {threads for _, threads in seen} == {1}
+    assert {count for _, count in seen} == {1}

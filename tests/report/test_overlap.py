@@ -9,6 +9,7 @@ import pytest
 
 from klora import cli
 from klora.cache import ScoreCache
+from klora.fusion import interference
 from klora.fusion.interference import Interference
 from klora.pair import Pair
 from klora.report.overlap import Overlap, in_words, overlap_document, overlap_of
@@ -64,6 +65,23 @@ def test_modules_without_factors_are_left_out_and_said_so(tmp_path: Path) -> Non
     style = write_lora(tmp_path / "ink.safetensors", shapes(ATTENTION), rank=2, seed=2)
     found = overlap_document(overlap(subject, style))
     assert (found["compared"], found["left_out"], found["cosine"]) == (0, len(ATTENTION), None)
+
+
+def test_a_second_look_computes_nothing_and_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    subject, style = write_pair(tmp_path)
+    first = overlap(subject, style)
+    monkeypatch.setattr(interference, "interference", lambda *_: pytest.fail("compared again"))
+    assert overlap(subject, style) == first
+    with pytest.raises(pytest.fail.Exception):
+        overlap(style, subject)
+
+
+def test_a_damaged_overlap_is_found_anew(tmp_path: Path) -> None:
+    subject, style = write_pair(tmp_path)
+    first = overlap(subject, style)
+    next((tmp_path / "cache").glob("overlap-*")).write_bytes(b"{}")
+    with pytest.warns(UserWarning, match="computing it anew"):
+        assert overlap(subject, style) == first
 
 
 def test_the_document_has_numbers_between_their_bounds(tmp_path: Path) -> None:
