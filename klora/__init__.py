@@ -1,8 +1,9 @@
 """K-LoRA (CVPR 2025): fuse a subject LoRA and a style LoRA with no training and no tuning.
 
 `plan` says which LoRA would be active where and when; `fuse` makes a diffusers pipeline do it; `release_memory` lets go
-of what is kept for the next time. `Settings` has what both can be told, `FusionPlan` is what the one gives, `Session`
-what the other does; `ScoreCache` is where scores are kept, and every error that is meant for a user is a `KloraError`.
+of what is kept for the next time; `find_balance` finds how much of each a pair should have. `Settings` has what all can
+be told, `FusionPlan` is what the first gives, `Session` what the second does; `ScoreCache` is where scores are kept,
+and every error that is meant for a user is a `KloraError`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from klora.engine.session import Session as Session
     from klora.errors import KloraError as KloraError
     from klora.fusion.plan import FusionPlan as FusionPlan
+    from klora.generation.balance import find_balance as find_balance
     from klora.settings import Settings as Settings
 
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ __all__ = [
     "Session",
     "Settings",
     "__version__",
+    "find_balance",
     "fuse",
     "plan",
     "release_memory",
@@ -38,6 +41,7 @@ _MODULES = {
     "ScoreCache": "klora.cache",
     "Session": "klora.engine.session",
     "Settings": "klora.settings",
+    "find_balance": "klora.generation.balance",
     "fuse": "klora.api",
     "plan": "klora.api",
     "release_memory": "klora.api",

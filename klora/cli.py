@@ -20,6 +20,7 @@ from klora.errors import KloraError
 COMMANDS = {
     "analyze": "say which LoRA would act in which module at which step",
     "generate": "make pictures with a diffusers pipeline",
+    "balance": "find the share of subject and style that a pair should have, by its own LoRAs",
     "compare": "fuse one pair by several policies, on one contact sheet",
     "evaluate": "score policies on your own subjects and styles, as in K-LoRA's Table 1",
     "merge": "write a fusion that is the same at every step as one LoRA file",

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from klora.balance.search import check_findable
+from klora.commands.balance import find_in, lines
 from klora.commands.console import need, scoring_bar, warn
 from klora.commands.options import (
     MODEL,
+    PREFIX,
     RENAMED,
     add_pictures,
     add_settings,
@@ -22,11 +26,13 @@ from klora.commands.options import (
 from klora.generation.picture_file import next_number, write_picture
 from klora.generation.request import GenerationRequest
 from klora.report.files import output_folder
+from klora.settings import options
 
 if TYPE_CHECKING:
     from klora.engine.session import Session
     from klora.generation.generate import GeneratedPicture
 
+SHARE, FIND = f"{PREFIX}share", "find"
 USAGE = "--model M --subject F --style F --prompt TEXT [options]"
 
 
@@ -41,24 +47,34 @@ def add_options(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--map", action="store_true", help="draw a selection map beside the pictures")
     add_pictures(command, "klora-out")
-    add_settings(command, RENAMED, {"steps": "sampling steps"})
+    share = f"{options()['share'].help}; {FIND}: the one that the LoRAs themselves find best (klora balance)"
+    add_settings(command, RENAMED, {"steps": "sampling steps", "share": share})
 
 
 def run(args: argparse.Namespace) -> None:
     """Make the pictures and print the path of each file."""
+    find = getattr(args, SHARE) == FIND
+    if find:
+        setattr(args, SHARE, None)
     settings = read_settings(args, RENAMED)
+    if find:
+        check_findable(settings)
     need("klora generate", "diffusers", "transformers")
     if args.map:
         need("klora generate --map", "matplotlib")
     output_folder(args.out)
     check_loras(args.subject, args.style)
     request = dataclasses.replace(read_request(args, settings), images=args.images, map=args.map)
-    for path in generate_pictures(request, warn):
+    for path in generate_pictures(request, warn, find):
         print(path, flush=True)
 
 
-def generate_pictures(request: GenerationRequest, warn: Callable[[str], None]) -> Iterator[Path]:
+def generate_pictures(
+    request: GenerationRequest, warn: Callable[[str], None], find_share: bool = False
+) -> Iterator[Path]:
     """Make the pictures one after the other and give the path of each file as it is written.
+
+    With `find_share`, the share of all of them is found first.
 
     Raises KloraError for a model, a file or a setting that does not do, before anything is sampled.
     """
@@ -71,6 +87,11 @@ def generate_pictures(request: GenerationRequest, warn: Callable[[str], None]) -
     pipe = open_pipeline(request)
     call_arguments(pipe, request)
     folder = output_folder(request.out)
+    if find_share:
+        found = find_in(pipe, request)
+        for line in lines(found):
+            print(f"klora: {line}", file=sys.stderr, flush=True)
+        request = dataclasses.replace(request, settings=dataclasses.replace(request.settings, share=found.share))
 
     def announce(number: int, session: Session) -> None:
         for notice in session_notices(session) if number == 1 else ():
