@@ -136,7 +136,8 @@ class Patcher:
         known = _lora_keys(self.model, {})
         for key in known.keys() & {name.rpartition(".lora_down")[0] for name in tensors}:
             delta = tensors[f"{key}.lora_up.weight"] @ tensors[f"{key}.lora_down.weight"]
-            scale = float(tensors[f"{key}.alpha"]) / len(tensors[f"{key}.lora_down.weight"])
+            rank = len(tensors[f"{key}.lora_down.weight"])
+            scale = float(tensors.get(f"{key}.alpha", rank)) / rank
             other.patches.setdefault(known[key], []).append(strength * scale * delta)
         return other
 

@@ -12,20 +12,20 @@ from torch import nn
 
 from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
+from klora.hosts.base import Host
 from klora.hosts.comfyui.plain_weights import with_plain_weight
 from klora.hosts.sites import Weights, is_flux_model, weights_by_host, weights_by_rule, weights_by_table
-from klora.lora.checks import check_model
 from klora.lora.model_index import ModelIndex
 from klora.lora.tables import ARCHITECTURE_OF_WIDTH
-from klora.pair import Pair
 
 
-class ComfyHost:
+class ComfyHost(Host):
     """What a `ModelPatcher` holds."""
 
-    def __init__(self, patcher: Any) -> None:
-        """Take a ModelPatcher, loaded or not."""
+    def __init__(self, patcher: Any, positive: frozenset[Any] = frozenset()) -> None:
+        """Take a ModelPatcher, loaded or not; `positive` are the ids of the prompt's conditionings, if known."""
         self.patcher = patcher
+        self._positive = positive
 
     @property
     def model_name(self) -> str:
@@ -67,25 +67,19 @@ class ComfyHost:
         shapes = {name: site.shape for name, site in self._weights.sites.items()}
         return ModelIndex(shapes, self._weights.aliases, self.architecture)
 
-    def fit(self, pair: Pair) -> Pair:
-        """The pair under the names of the model; MismatchError where one of its files is for another model."""
-        index = self.index
-        pair = pair.for_model(index)
-        for file in (pair.subject, pair.style):
-            check_model(file, index.shapes, self.model_name)
-        return pair
-
-    def conditional_rows(self, positive: frozenset[Any], options: Mapping[str, Any], batch: int) -> Rows | None:
+    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
         """The rows of a call's batch that follow the prompt; None for all of them.
 
-        ComfyUI says of each equal part of the batch which conditioning it is for, by its id, and which list of them
-        that is in, the prompt's being the first one of most guiders. `positive` are the ids of the prompt's, if any.
+        ComfyUI says of each equal part of the batch which conditioning it is for, by its id, and which of the guider's
+        lists that is in, the first of which is the prompt's in most guiders.
         """
+        options, batch = kwargs.get("transformer_options", {}), len(args[0])
         lists, ids = options.get("cond_or_uncond") or (), options.get("uuids") or ()
         count = len(lists)
         if not count or batch % count:
             return None
-        found = [i for i in range(count) if (ids[i] in positive if positive and len(ids) == count else lists[i] == 0)]
+        by_id = bool(self._positive) and len(ids) == count
+        found = [i for i in range(count) if (ids[i] in self._positive if by_id else lists[i] == 0)]
         size = batch // count
         return Rows(found[0] * size, (found[-1] + 1) * size, batch) if found else Rows(0, 0, batch)
 

@@ -52,9 +52,10 @@ class SampledFusion:
         return clone
 
     def _sample(self, executor: Any, guider: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Any:
-        host = ComfyHost(guider.model_patcher)
+        positive = frozenset(part.get("uuid") for part in (guider.conds.get("positive") or ()))
+        host = ComfyHost(guider.model_patcher, positive)
         check_not_compiled(host.patcher)
-        session = self._session(host, guider)
+        session = host.session(self.pair, self.plan)
         schedule = whole_schedule(host.patcher.get_model_object("model_sampling"), sigmas.tolist())
         session.start_pass(schedule.levels)
         if not schedule.known and session.plan.settings.progress == "absolute":
@@ -93,21 +94,6 @@ class SampledFusion:
         """Let go where another branch's clone of the same model is called in the midst of a pass."""
         if not self._calling:
             self._running[-1].session.detach()
-
-    def _session(self, host: ComfyHost, guider: Any) -> Session:
-        positive = frozenset(part.get("uuid") for part in (guider.conds.get("positive") or ()))
-
-        def conditional(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-            return host.conditional_rows(positive, kwargs.get("transformer_options", {}), len(args[0]))
-
-        return Session(
-            self.pair,
-            self.plan,
-            host.sites(),
-            model=host.model_name,
-            denoiser=host.diffusion_model,
-            conditional=conditional,
-        )
 
 
 class _Conditionings:

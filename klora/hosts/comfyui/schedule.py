@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 MOST = 16
 """How many times as long as its part a schedule is looked for: as with a denoise of 0.06."""
-_TRIED = 6
 _FEWEST = 4
 _NEAR = 1e-4
 
@@ -38,11 +37,13 @@ def whole_schedule(sampling: Any, sigmas: Sequence[float]) -> Schedule:
     begin, end = _percent(sampling, mine[0]), _percent(sampling, mine[-1]) if mine[-1] > 0 else 1.0
     steps = len(mine) - 1
     near = 0.5 * (end - begin) / max(steps, 1)
-    if begin <= near and end == 1.0:
-        return Schedule(mine[:-1], known=True)
-    found = _found(sampling, mine)
+    whole = mine[0] >= _level(sampling, 0.0) * (1 - _NEAR) and end == 1.0
+    found = mine[:-1] if whole else _found(sampling, mine)
     if found is not None:
         return Schedule(found, known=True)
+    if begin <= near and end == 1.0:
+        # A schedule of its own, that begins a little below the model's highest level.
+        return Schedule(mine[:-1], known=True)
     # The last level is that of a step of the rest of the schedule, if any follows.
     per_step = (end - begin) / max(steps, 1) or 1.0
     before, after = round(begin / per_step), round((1.0 - end) / per_step)
@@ -79,22 +80,26 @@ def _made(samplers: Any, sampling: Any, scheduler: str, steps: int) -> list[floa
 
 
 def _candidates(made: Callable[[int], list[float]], mine: Sequence[float]) -> Iterator[list[float]]:
-    """The schedules of a scheduler that have as many levels in the range of `mine` as there are."""
+    """The schedules of a scheduler that have about as many levels in the range of `mine` as there are."""
     top, bottom = mine[0] * (1 + _NEAR), mine[-1] * (1 - _NEAR)
 
-    def enough(sigmas: list[float]) -> bool:
-        return sum(bottom <= sigma <= top for sigma in sigmas) >= len(mine)
+    def count(sigmas: list[float]) -> int:
+        return sum(bottom <= sigma <= top for sigma in sigmas)
 
+    # With the number of steps that is sought or more, there are as many levels in the range, or one fewer.
     low, high = 0, len(mine) - 1
-    while not enough(made(high)):
+    while count(made(high)) < len(mine) - 1:
         if high > MOST * len(mine):
             return
         low, high = high, 2 * high
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if enough(made(middle)) else (middle, high)
-    # Levels that are rounded to timesteps do not become more one by one.
-    yield from (made(steps) for steps in range(max(1, high - 2), high + _TRIED))
+        low, high = (low, middle) if count(made(middle)) >= len(mine) - 1 else (middle, high)
+    for steps in range(high, high + 2 * high // (len(mine) - 3) + 2):
+        sigmas = made(steps)
+        if count(sigmas) > len(mine) + 1:
+            return
+        yield sigmas
 
 
 def _contains(sigmas: Sequence[float], mine: Sequence[float]) -> bool:
