@@ -27,6 +27,7 @@ from bench.scoring import sdxl_shapes, write_file
 from klora.cache import ScoreCache
 from klora.fusion import interference
 from klora.lora.file import LoraFile
+from klora.lora.side import Side
 
 
 def command(folder: Path, *arguments: str | Path) -> float:
@@ -47,7 +48,7 @@ def processor(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def overlaps(subject: LoraFile, style: LoraFile, rounds: int) -> tuple[float, float]:
+def overlaps(subject: Side, style: Side, rounds: int) -> tuple[float, float]:
     """Seconds with Cholesky factors and with singular vectors, the least of the rounds."""
     modules = {name: (delta, style.modules[name]) for name, delta in subject.modules.items()}
     quick, exact = [], []
@@ -76,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
             paths = [write_file(folder / f"{seed}.safetensors", shapes, rank, seed) for seed in (1, 2)]
             missing = min(command(folder, "nowhere.safetensors", paths[1]) for _ in range(args.rounds))
             first, *again = (command(folder, *paths) for _ in range(args.rounds + 1))
-            subject, style = (LoraFile.open(path) for path in paths)
+            subject, style = (Side.alone(LoraFile.open(path)) for path in paths)
             quick, exact = overlaps(subject, style, args.rounds)
             cache = ScoreCache(folder / "klora")
             kept = processor(partial(cache.interferences, subject, style, subject.modules))

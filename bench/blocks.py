@@ -167,7 +167,7 @@ class Fused:
     @contextmanager
     def _merged(self) -> Iterator[Forward]:
         """The subject in the weights."""
-        with merged(self.layers, self.pair.subject):
+        with merged(self.layers, self.pair.subject.loras[0]):
             yield self.blocks.forward
 
     @contextmanager

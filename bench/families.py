@@ -84,7 +84,7 @@ def forwards(family: str, rank: int, pixels: int, rounds: int, clock: Clock, shr
         pair = open_pair(write_files(family, shapes, rank, Path(folder)))
         ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
             "no LoRA": nullcontext,
-            "merged": partial(merged, rig.layers, pair.subject),
+            "merged": partial(merged, rig.layers, pair.subject.loras[0]),
             "K-LoRA": partial(open_session, pair, rig.layers),
         }
         if family in FORMED:

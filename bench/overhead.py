@@ -148,7 +148,7 @@ def measure(
         ]
         applied: dict[str, Callable[[], AbstractContextManager[Any]]] = {
             "no LoRA": nullcontext,
-            "merged": partial(merged, linears, pair.subject),
+            "merged": partial(merged, linears, pair.subject.loras[0]),
             "bare products": partial(bare, linears, pair),
             "K-LoRA": lambda: sessions[0],  # noqa: B023
             "dynamic": lambda: sessions[1],  # noqa: B023

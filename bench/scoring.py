@@ -15,6 +15,7 @@ import math
 import multiprocessing
 import tempfile
 import threading
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from klora.cache import ScoreCache
 from klora.fusion.scores import BLOCK_ENTRIES, score_deltas, standard_ks
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
+from klora.lora.side import Side
 from klora.pair import Pair
 from klora.settings import Settings
 
@@ -80,7 +82,7 @@ def plain_scores(delta: Delta, k: int) -> tuple[float, float]:
     return float(entries.topk(min(k, entries.numel())).values.sum(dtype=torch.float64)), float(entries.sum())
 
 
-def products(turn: list[Delta]) -> None:
+def products(turn: Sequence[Delta]) -> None:
     """ΔW of each module, block by block into the same memory: the floor of whatever looks at every entry."""
     block = torch.empty(BLOCK_ENTRIES)
     for delta in turn:
@@ -90,14 +92,14 @@ def products(turn: list[Delta]) -> None:
                 delta.rows(start, min(start + step, delta.shape[0]), out=block)
 
 
-def compare(deltas: list[Delta], rank: int, rounds: int, clock: Clock) -> tuple[float, ...]:
+def compare(deltas: Sequence[Delta], rank: int, rounds: int, clock: Clock) -> tuple[float, ...]:
     """(blockwise, products alone, plain) seconds for all `deltas`, some at a time in turns, median of the rounds."""
     k = rank**2
 
-    def blockwise(turn: list[Delta]) -> list[float]:
+    def blockwise(turn: Sequence[Delta]) -> list[float]:
         return [score.sums[k] for score in score_deltas({d.key: (d, {*standard_ks(d.rank), k}) for d in turn}).values()]
 
-    def plain(turn: list[Delta]) -> list[float]:
+    def plain(turn: Sequence[Delta]) -> list[float]:
         return [plain_scores(delta, k)[0] for delta in turn]
 
     totals: tuple[float, ...] = (0.0, 0.0, 0.0)
@@ -120,9 +122,9 @@ def through_the_cache(paths: list[Path], folder: Path, rounds: int, clock: Clock
         Pair.open(paths[0], paths[1], ScoreCache(folder)).plan(Settings())
 
     def scores() -> None:
-        ScoreCache(folder).scores(LoraFile.open(paths[0]))
+        ScoreCache(folder).scores(Side.alone(LoraFile.open(paths[0])))
 
-    first, file = timed(cold, clock), LoraFile.open(paths[0])
+    first, file = timed(cold, clock), Side.alone(LoraFile.open(paths[0]))
     again = partial(ScoreCache(folder).scores, file)
     warm = [(timed(scores, clock), timed(again, clock)) for _ in range(max(rounds, 5))]
     return {

@@ -14,7 +14,7 @@ from klora.fusion.scores import OnScored
 from klora.hosts.diffusers import DiffusersHost, follow
 from klora.hosts.guidance import make_guidance
 from klora.keywords import SettingsKeywords
-from klora.lora.file import LoraSource
+from klora.lora.side import SideSource
 from klora.pair import PAIRS
 from klora.settings import Settings
 
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 
 def plan(
-    subject: LoraSource,
-    style: LoraSource,
+    subject: SideSource,
+    style: SideSource,
     *,
     cache: ScoreCache | None = None,
     on_scored: OnScored | None = None,
@@ -32,9 +32,10 @@ def plan(
 ) -> FusionPlan:
     """Say which of two LoRAs would act in which module at which step.
 
-    `subject` and `style` are paths of .safetensors files, or state dicts in memory. `settings` are the fields of
-    `klora.Settings`; `on_scored` is called with how many modules of both are scored, and of how many, where they are
-    new. Raises what `fuse` raises of settings and files.
+    `subject` and `style` are paths of .safetensors files, or state dicts in memory; or lists of these and of (path,
+    weight), whose weighted sum is then one side. `settings` are the fields of `klora.Settings`; `on_scored` is
+    called with how many modules of both are scored, and of how many, where they are new. Raises what `fuse` raises
+    of settings and files.
     """
     return PAIRS.open(subject, style, cache).plan(Settings.parse(settings), on_scored=on_scored)
 
@@ -42,8 +43,8 @@ def plan(
 @contextmanager
 def fuse(
     pipe: Any,
-    subject: LoraSource,
-    style: LoraSource,
+    subject: SideSource,
+    style: SideSource,
     *,
     cache: ScoreCache | None = None,
     on_scored: OnScored | None = None,
@@ -51,10 +52,11 @@ def fuse(
 ) -> Iterator[Session]:
     """Fuse two LoRAs in a diffusers pipeline while the `with` block runs; the pipeline is as before afterwards.
 
-    `subject` and `style` are paths of .safetensors files, or state dicts in memory. `settings` are the fields of
-    `klora.Settings`. Yields the session, whose `plan` tells what acts where, and `observed` what did. `on_scored` is
-    called with how many modules of both are scored, and of how many, where they are new. Files used last are kept for
-    the next time, unless they have changed on disk; `release_memory` lets go of them.
+    `subject` and `style` are paths of .safetensors files, or state dicts in memory; or lists of these and of (path,
+    weight), whose weighted sum is then one side: `[("dog.safetensors", 0.8), "coat.safetensors"]`. `settings` are
+    the fields of `klora.Settings`. Yields the session, whose `plan` tells what acts where, and `observed` what did.
+    `on_scored` is called with how many modules of both are scored, and of how many, where they are new. Files used
+    last are kept for the next time, unless they have changed on disk; `release_memory` lets go of them.
 
     Raises, before anything is touched:
         SettingsError: a setting is unknown, has an impossible value, or asks for what cannot be done with this model;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import os
 import re
@@ -27,6 +28,7 @@ from klora.fusion.scores import (
 )
 from klora.lora import disk
 from klora.lora.file import LoraFile
+from klora.lora.side import Side
 
 MAX_SPECIAL_KS = 32
 SCORES, DIGEST, OVERLAP = "scores-", "digest-", "overlap-"
@@ -58,40 +60,55 @@ class ScoreCache:
 
     def scores(
         self,
-        file: LoraFile,
+        side: Side,
         wanted: Mapping[str, Collection[int]] | None = None,
         device: torch.device | None = None,
         on_scored: OnScored | None = None,
     ) -> FileScores:
-        """Scores of the diffusion-model modules of `file` that are `wanted`, at the standard K and those given by name.
+        """Scores of the diffusion-model modules of a side that are `wanted`, at the standard K and those given by name.
 
         Without `wanted`, of all modules. Read from disk where they are there; what is missing is computed, on `device`
-        where that is an accelerator, and added; `on_scored` is told how far it is. Raises LoraValueError for NaN or
-        infinity anywhere in the file.
+        where that is an accelerator, and added; `on_scored` is told how far it is. Scores of a single file are kept
+        without its weight. Raises LoraValueError for NaN or infinity anywhere in the files.
         """
-        wanted = dict.fromkeys(file.modules, ()) if wanted is None else wanted
-        digest = self.digest(file)
-        stored = self._load_scores(digest, file)
+        wanted = dict.fromkeys(side.modules, ()) if wanted is None else wanted
+        match side.acting:
+            case ():
+                return {}
+            case (only,):
+                scores = self._scores(Side.alone(only.lora), wanted, device, on_scored)
+                return {name: score.times(only.weight) for name, score in scores.items()}
+        return self._scores(side, wanted, device, on_scored)
+
+    def _scores(
+        self,
+        side: Side,
+        wanted: Mapping[str, Collection[int]],
+        device: torch.device | None,
+        on_scored: OnScored | None,
+    ) -> FileScores:
+        key = self._key(side)
+        stored = self._load_scores(key, side)
         # Whatever is kept was looked at as a whole before.
         if stored:
-            file.know_finite()
-        new = _compute(_missing(file, stored, wanted), device, on_scored)
+            side.know_finite()
+        new = _compute(_missing(side, stored, wanted), device, on_scored)
         scores = {
             name: _merge(stored.get(name), new[name]) if name in new else stored[name]
-            for name in file.modules
+            for name in side.modules
             if name in wanted
         }
-        file.check_finite(scores.keys())
+        side.check_finite(scores)
         if new:
-            self._save_scores(digest, file, scores)
+            self._save_scores(key, side, scores)
         return scores
 
-    def interferences(self, subject: LoraFile, style: LoraFile, names: Iterable[str]) -> Interferences:
-        """What the deltas of two files have in common in the modules of these `names`, which both have.
+    def interferences(self, subject: Side, style: Side, names: Iterable[str]) -> Interferences:
+        """What the deltas of two sides have in common in the modules of these `names`, which both have.
 
         Read from disk where it is there; what is missing is computed and added.
         """
-        keys = [f"{self.digest(file)}{file.naming}" for file in (subject, style)]
+        keys = [self._key(side) for side in (subject, style)]
         entry = f"{OVERLAP}{hashlib.sha256(' '.join(keys).encode()).hexdigest()}-v{INTERFERENCE_VERSION}.json"
         stored = self._entries.load(entry, lambda data: _parse_interferences(data, keys)) or {}
         names = list(names)
@@ -125,19 +142,24 @@ class ScoreCache:
         self._entries.save(entry, {"identity": identity, "sha256": digest})
         return digest
 
-    def _load_scores(self, digest: str, file: LoraFile, quiet: bool = False) -> FileScores:
-        """The stored scores, or nothing where there are none or they are not of this file."""
-        name = _scores_entry(digest, file)
-        return self._entries.load(name, lambda data: _parse_scores(data, digest, file), quiet) or {}
+    def _key(self, side: Side) -> str:
+        """What a side is known by: of one file with the weight 1 its digest, and how it is named if not by itself."""
+        parts = [(_named_digest(self.digest(lora), lora.naming), weight) for lora, weight in side.acting]
+        if len(parts) == 1 and parts[0][1] == 1:
+            return parts[0][0]
+        return hashlib.sha256(json.dumps(sorted(parts)).encode()).hexdigest()
 
-    def _save_scores(self, digest: str, file: LoraFile, scores: FileScores) -> None:
+    def _load_scores(self, key: str, side: Side, quiet: bool = False) -> FileScores:
+        """The stored scores, or nothing where there are none or they are not of this side."""
+        return self._entries.load(_scores_entry(key), lambda data: _parse_scores(data, key, side), quiet) or {}
+
+    def _save_scores(self, key: str, side: Side, scores: FileScores) -> None:
         # Another process may have added its own K in the meantime, and other modules may have been scored before.
-        others = self._load_scores(digest, file, quiet=True)
+        others = self._load_scores(key, side, quiet=True)
         merged = others | {name: _limit(_merge(others.get(name), score)) for name, score in scores.items()}
         modules = {name: vars(score) for name, score in merged.items()}
-        self._entries.save(
-            _scores_entry(digest, file), {"version": SCORING_VERSION, "sha256": digest, "modules": modules}
-        )
+        data = {"version": SCORING_VERSION, "sha256": _digest_of(key), "modules": modules}
+        self._entries.save(_scores_entry(key), data)
 
 
 def _user_folder() -> Path:
@@ -147,19 +169,26 @@ def _user_folder() -> Path:
     return platformdirs.user_cache_path("klora", appauthor=False)
 
 
-def _scores_entry(digest: str, file: LoraFile) -> str:
+def _named_digest(digest: str, naming: str) -> str:
     # Under the names of a model at hand, a file of an unknown architecture has other modules.
-    naming = f"-{file.naming}" if file.naming else ""
-    return f"{SCORES}{digest}{naming}-v{SCORING_VERSION}.json"
+    return f"{digest}-{naming}" if naming else digest
 
 
-def _parse_scores(data: Any, digest: str, file: LoraFile) -> FileScores:
-    """The scores of an entry; ValueError, TypeError or KeyError where it is not one of this version and file."""
-    if data["version"] != SCORING_VERSION or data["sha256"] != digest:
+def _digest_of(key: str) -> str:
+    return key.partition("-")[0]
+
+
+def _scores_entry(key: str) -> str:
+    return f"{SCORES}{key}-v{SCORING_VERSION}.json"
+
+
+def _parse_scores(data: Any, key: str, side: Side) -> FileScores:
+    """The scores of an entry; ValueError, TypeError or KeyError where it is not one of this version and side."""
+    if data["version"] != SCORING_VERSION or data["sha256"] != _digest_of(key):
         raise ValueError("it belongs to another version or file")
     scores = {name: _parse_module(module) for name, module in data["modules"].items()}
     for name, score in scores.items():
-        delta = file.modules[name]
+        delta = side.modules[name]
         if (score.shape, score.rank, score.alpha) != (tuple(delta.shape), delta.rank, float(delta.alpha)):
             raise ValueError("its modules are not those of the file")
     return scores
@@ -183,10 +212,10 @@ def _parse_module(data: Any) -> ModuleScore:
     return score
 
 
-def _missing(file: LoraFile, stored: FileScores, wanted: Mapping[str, Collection[int]]) -> Wanted:
-    """The wanted modules of a file, each with those of the standard K and its own that are not stored."""
+def _missing(side: Side, stored: FileScores, wanted: Mapping[str, Collection[int]]) -> Wanted:
+    """The wanted modules of a side, each with those of the standard K and its own that are not stored."""
     missing = {}
-    for name, delta in file.modules.items():
+    for name, delta in side.modules.items():
         known = stored[name].sums.keys() if name in stored else set()
         if name in wanted and (ks := {*standard_ks(delta.rank), *wanted[name]} - known):
             missing[name] = delta, ks

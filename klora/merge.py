@@ -21,7 +21,7 @@ from klora.lora.deltas import Delta
 from klora.lora.deltas.base import FULL_RANK
 from klora.lora.deltas.computed import FactorDelta, low_rank
 from klora.lora.write import file_tensors
-from klora.pair import Pair
+from klora.pair import Pair, side_facts
 from klora.settings import Settings
 
 
@@ -169,15 +169,15 @@ def fused_file(pair: Pair, settings: Settings, made: MergedLora, dtype: torch.dt
 
 def _metadata(pair: Pair, settings: Settings, made: MergedLora) -> dict[str, str]:
     """What made the file; the keys that WebUIs show are those of kohya's trainer."""
-    sides = {"subject": pair.subject, "style": pair.style}
     facts = {
         "version": __version__,
         "policy": settings.policy,
         "settings": settings.changed(),
-        **{side: {"file": file.file_name, "sha256": pair.cache.digest(file)} for side, file in sides.items()},
+        "subject": side_facts(pair.subject, pair.cache),
+        "style": side_facts(pair.style, pair.cache),
         "lost_energy": made.lost_share,
     }
-    bases = {file.metadata.get("ss_base_model_version") for file in sides.values()}
+    bases = {file.metadata.get("ss_base_model_version") for file in pair.loras}
     shared = next(iter(bases)) if len(bases) == 1 else None
     return {
         "format": "pt",

@@ -1,11 +1,13 @@
-"""A subject file and a style file, opened, checked against each other, and ready to be planned."""
+"""A subject and a style, opened, checked against each other, and ready to be planned."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,6 +24,7 @@ from klora.lora.file import LoraFile, LoraSource
 from klora.lora.memory import TensorsInMemory
 from klora.lora.model_index import ModelIndex
 from klora.lora.names import kind_of, slice_of, sort_key
+from klora.lora.side import Side, SideSource, read_side
 from klora.lora.source import TensorSource
 from klora.settings import Settings
 
@@ -29,7 +32,8 @@ MAX_PLANS = 8
 """How many plans a pair keeps."""
 SUBJECT, STYLE = "subject (in memory)", "style (in memory)"
 """How messages call state dicts."""
-Known = tuple[Path | None, Identity | str]
+Known = tuple[tuple[Path | None, Identity | str, float], ...]
+Sources = Sequence[tuple[LoraSource | TensorSource, float]]
 SAME_FILE = "subject and style are the same file, so that there is nothing to choose between"
 KINDS_IN_SCOPE = {
     "attention": {"attention"},
@@ -40,29 +44,38 @@ KINDS_IN_SCOPE = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Two LoRA files that are to be fused; with `model`, their modules go by the names of a model at hand."""
+    """Two sides that are to be fused; with `model`, their modules go by the names of a model at hand."""
 
-    subject: LoraFile
-    style: LoraFile
+    subject: Side
+    style: Side
     cache: ScoreCache
     model: ModelIndex | None = field(default=None, compare=False, repr=False)
-    _plans: dict[tuple[Settings, str | None, LoraFile, LoraFile], FusionPlan] = field(
+    _plans: dict[tuple[Settings, str | None, Side, Side], FusionPlan] = field(
         default_factory=dict, compare=False, repr=False
     )
 
     @classmethod
-    def open(
-        cls, subject: LoraSource | TensorSource, style: LoraSource | TensorSource, cache: ScoreCache | None = None
-    ) -> Pair:
-        """Open both files; LoraFileError for a bad one, MismatchError where they belong to different models.
+    def open(cls, subject: SideSource, style: SideSource, cache: ScoreCache | None = None) -> Pair:
+        """Open all files; LoraFileError for a bad one, MismatchError where they belong to different models.
 
-        Without a model at hand, files of an unknown architecture are compared by bare names.
+        SettingsError for what is no side. Without a model at hand, files of an unknown architecture are compared by
+        bare names.
         """
-        pair = cls(LoraFile.open(subject, SUBJECT), LoraFile.open(style, STYLE), cache or ScoreCache())
-        if None in (pair.subject.table, pair.style.table):
+        return cls._of(read_side(subject, "subject"), read_side(style, "style"), cache or ScoreCache())
+
+    @classmethod
+    def _of(cls, subject: Sources, style: Sources, cache: ScoreCache) -> Pair:
+        pair = cls(Side.of(subject, SUBJECT), Side.of(style, STYLE), cache)
+        if not (pair.subject.is_named_by_rule and pair.style.is_named_by_rule):
             pair = dataclasses.replace(pair, subject=pair.subject.bare(), style=pair.style.bare())
-        check_partner(pair.subject, pair.style)
+        for one, other in itertools.combinations(pair.loras, 2):
+            check_partner(one, other)
         return pair
+
+    @property
+    def loras(self) -> tuple[LoraFile, ...]:
+        """All files of both sides."""
+        return (*self.subject.loras, *self.style.loras)
 
     def for_model(self, model: ModelIndex) -> Pair:
         """The same pair under the names of a model; MismatchError where a fused weight cannot be split as it is."""
@@ -142,8 +155,20 @@ class Pair:
         }
 
 
+def side_facts(side: Side, cache: ScoreCache, path: bool = False) -> dict[str, Any]:
+    """The name (or the `path`) and digest of a side's file; of several, or one with a weight, those of each."""
+    found = [
+        # The cache remembers digests, and a file of scored modules need not be read for it.
+        {"file": lora.where if path else lora.file_name, "sha256": cache.digest(lora), "weight": weight}
+        for lora, weight in side.parts
+    ]
+    if len(found) > 1 or found[0]["weight"] != 1:
+        return {"loras": found}
+    return {"file": found[0]["file"], "sha256": found[0]["sha256"]}
+
+
 class _Progress:
-    """Reports the scoring of both files to `on_scored` as one count, which ends at all where some were known before."""
+    """Reports the scoring of both sides to `on_scored` as one count, which ends at all where some were known before."""
 
     def __init__(self, on_scored: OnScored | None, total: int) -> None:
         self._on_scored, self._total = on_scored, total
@@ -174,24 +199,31 @@ class Pairs:
         self._limit = limit
         self._pairs: dict[tuple[Known, Known, Path], Pair] = {}
 
-    def open(self, subject: LoraSource, style: LoraSource, cache: ScoreCache | None = None) -> Pair:
-        """Open two files as `Pair.open` does, or give them as they were opened before."""
-        ours, theirs, cache = _taken(subject, SUBJECT), _taken(style, STYLE), cache or ScoreCache()
+    def open(self, subject: SideSource, style: SideSource, cache: ScoreCache | None = None) -> Pair:
+        """Open two sides as `Pair.open` does, or give them as they were opened before."""
+        ours, theirs = _taken(subject, "subject", SUBJECT), _taken(style, "style", STYLE)
+        cache = cache or ScoreCache()
         key = (_known(ours), _known(theirs), cache.folder)
-        pair = self._pairs.pop(key, None) or Pair.open(ours, theirs, cache)
+        pair = self._pairs.pop(key, None) or Pair._of(ours, theirs, cache)
         self._pairs[key] = pair
         while len(self._pairs) > self._limit:
             self._pairs.pop(next(iter(self._pairs)), None)
         return pair
 
 
-def _taken(lora: LoraSource, name: str) -> Path | TensorsInMemory:
-    return TensorsInMemory(lora, name) if isinstance(lora, Mapping) else Path(lora)
+def _taken(source: SideSource, side: str, name: str) -> list[tuple[Path | TensorsInMemory, float]]:
+    return [
+        (TensorsInMemory(lora, name) if isinstance(lora, Mapping) else Path(lora), weight)
+        for lora, weight in read_side(source, side)
+    ]
 
 
-def _known(lora: Path | TensorsInMemory) -> Known:
-    """What a LoRA is known again by."""
-    return (lora, identity(lora)) if isinstance(lora, Path) else (None, lora.identity)
+def _known(side: Sequence[tuple[Path | TensorsInMemory, float]]) -> Known:
+    """What a side is known again by."""
+    return tuple(
+        (lora, identity(lora), weight) if isinstance(lora, Path) else (None, lora.identity, weight)
+        for lora, weight in side
+    )
 
 
 PAIRS = Pairs()

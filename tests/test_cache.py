@@ -20,6 +20,7 @@ from klora.fusion.scores import FileScores, OnScored, score_delta, score_deltas,
 from klora.lora import disk
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
+from klora.lora.side import Side
 from tests.support.lora_files import write_lora
 from tests.support.scoring import score_all
 
@@ -76,9 +77,9 @@ def test_cached_scores_are_the_computed_ones_to_the_last_bit(
     file: LoraFile, folder: Path, computed: list[set[int]]
 ) -> None:
     wanted = {name: {16, 72} if name == TO_Q else set() for name in SHAPES}
-    fresh = ScoreCache(folder).scores(file, wanted)
+    fresh = ScoreCache(folder).scores(Side.alone(file), wanted)
     assert len(computed) == len(SHAPES)
-    assert ScoreCache(folder).scores(file, wanted) == fresh == score_all(file, {TO_Q: {72}})
+    assert ScoreCache(folder).scores(Side.alone(file), wanted) == fresh == score_all(file, {TO_Q: {72}})
     assert len(computed) == len(SHAPES)
     assert list(fresh) == list(file.modules)
 
@@ -86,8 +87,8 @@ def test_cached_scores_are_the_computed_ones_to_the_last_bit(
 def test_a_cached_file_is_neither_read_nor_scored(
     file: LoraFile, folder: Path, computed: list[set[int]], hashed: list[Path]
 ) -> None:
-    ScoreCache(folder).scores(file)
-    ScoreCache(folder).scores(LoraFile.open(file.path))
+    ScoreCache(folder).scores(Side.alone(file))
+    ScoreCache(folder).scores(Side.alone(LoraFile.open(file.path)))
     assert len(hashed) == 1
     assert len(computed) == len(SHAPES)
 
@@ -96,48 +97,50 @@ def test_a_new_k_is_computed_once_for_its_module_and_added(
     file: LoraFile, folder: Path, computed: list[set[int]]
 ) -> None:
     cache = ScoreCache(folder)
-    cache.scores(file)
+    cache.scores(Side.alone(file))
     computed.clear()
-    assert cache.scores(file, {TO_Q: [24]})[TO_Q].top_k(24) == score_delta(file.modules[TO_Q], [24]).sums[24]
+    assert (
+        cache.scores(Side.alone(file), {TO_Q: [24]})[TO_Q].top_k(24) == score_delta(file.modules[TO_Q], [24]).sums[24]
+    )
     assert computed == [{24}]
-    assert cache.scores(file, {TO_Q: [24]})[TO_Q].sums.keys() == {*standard_ks(4), 24}
+    assert cache.scores(Side.alone(file), {TO_Q: [24]})[TO_Q].sums.keys() == {*standard_ks(4), 24}
     assert computed == [{24}]
 
 
 def test_only_what_is_wanted_is_scored_and_the_rest_when_it_is(
     file: LoraFile, folder: Path, computed: list[set[int]]
 ) -> None:
-    assert ScoreCache(folder).scores(file, {TO_Q: {24}}).keys() == {TO_Q}
+    assert ScoreCache(folder).scores(Side.alone(file), {TO_Q: {24}}).keys() == {TO_Q}
     assert len(computed) == 1
-    assert ScoreCache(folder).scores(file) == score_all(file, {TO_Q: {24}})
+    assert ScoreCache(folder).scores(Side.alone(file)) == score_all(file, {TO_Q: {24}})
     assert len(computed) == len(SHAPES)
-    assert ScoreCache(folder).scores(file, {TO_Q: {24}})[TO_Q].top_k(24) is not None
+    assert ScoreCache(folder).scores(Side.alone(file), {TO_Q: {24}})[TO_Q].top_k(24) is not None
     assert len(computed) == len(SHAPES)
 
 
 def test_a_partner_of_another_usual_rank_needs_no_scoring(
     file: LoraFile, folder: Path, computed: list[set[int]]
 ) -> None:
-    ScoreCache(folder).scores(file)
+    ScoreCache(folder).scores(Side.alone(file))
     computed.clear()
     for rank in (1, 8, 32, 64, 128):
-        assert ScoreCache(folder).scores(file, {TO_Q: {4 * rank}})[TO_Q].top_k(4 * rank) is not None
+        assert ScoreCache(folder).scores(Side.alone(file), {TO_Q: {4 * rank}})[TO_Q].top_k(4 * rank) is not None
     assert not computed
 
 
 def test_a_copy_under_another_name_shares_its_entry(file: LoraFile, folder: Path, computed: list[set[int]]) -> None:
     cache = ScoreCache(folder)
-    cache.scores(file)
+    cache.scores(Side.alone(file))
     copy = file.path.with_name("dog.safetensors")
     copy.write_bytes(file.path.read_bytes())
-    cache.scores(LoraFile.open(copy))
+    cache.scores(Side.alone(LoraFile.open(copy)))
     assert len(computed) == len(SHAPES)
     assert len(entries(folder)) == 1
 
 
 def test_a_k_beyond_the_module_is_cached_as_everything(file: LoraFile, folder: Path) -> None:
     for _ in range(2):
-        score = ScoreCache(folder).scores(file, {TO_Q: {10**6}})[TO_Q]
+        score = ScoreCache(folder).scores(Side.alone(file), {TO_Q: {10**6}})[TO_Q]
         assert score.sums[10**6] == score.top_k(10**6) == score.l1
 
 
@@ -164,14 +167,14 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_computed_anew_with_a_warning(file: LoraFile, folder: Path, damage: str) -> None:
-    fresh = ScoreCache(folder).scores(file)
+    fresh = ScoreCache(folder).scores(Side.alone(file))
     DAMAGES[damage](entries(folder)[0])
     with pytest.warns(UserWarning, match="computing it anew") as caught:
-        assert ScoreCache(folder).scores(file) == fresh
+        assert ScoreCache(folder).scores(Side.alone(file)) == fresh
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ScoreCache(folder).scores(file) == fresh
+        assert ScoreCache(folder).scores(Side.alone(file)) == fresh
 
 
 def test_a_damaged_digest_is_computed_anew_with_a_warning(file: LoraFile, folder: Path) -> None:
@@ -183,39 +186,39 @@ def test_a_damaged_digest_is_computed_anew_with_a_warning(file: LoraFile, folder
 
 @pytest.mark.filterwarnings("ignore:scores cannot be kept")
 def test_a_folder_in_an_entrys_place_is_survived(file: LoraFile, folder: Path) -> None:
-    fresh = ScoreCache(folder).scores(file)
+    fresh = ScoreCache(folder).scores(Side.alone(file))
     entry = entries(folder)[0]
     entry.unlink()
     entry.mkdir()
     with pytest.warns(UserWarning, match="cache entry"):
-        assert ScoreCache(folder).scores(file) == fresh
+        assert ScoreCache(folder).scores(Side.alone(file)) == fresh
     assert not entries(folder, ".part")
 
 
 def test_a_pipe_in_an_entrys_place_does_not_block(file: LoraFile, folder: Path) -> None:
-    fresh = ScoreCache(folder).scores(file)
+    fresh = ScoreCache(folder).scores(Side.alone(file))
     entry = entries(folder)[0]
     entry.unlink()
     os.mkfifo(entry)
     with pytest.warns(UserWarning, match="cache entry"):
-        assert ScoreCache(folder).scores(file) == fresh
+        assert ScoreCache(folder).scores(Side.alone(file)) == fresh
 
 
 def test_a_folder_that_cannot_be_made_costs_one_warning(file: LoraFile, tmp_path: Path) -> None:
     (tmp_path / "a file").write_text("in the way")
     cache = ScoreCache(tmp_path / "a file" / "cache")
     with pytest.warns(UserWarning, match="cannot be kept"):
-        first = cache.scores(file)
+        first = cache.scores(Side.alone(file))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert cache.scores(file) == first == score_all(file)
+        assert cache.scores(Side.alone(file)) == first == score_all(file)
 
 
 def test_a_failed_write_leaves_the_old_entry_and_no_rest(
     file: LoraFile, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache = ScoreCache(folder)
-    cache.scores(file)
+    cache.scores(Side.alone(file))
     before = entries(folder)[0].read_bytes()
 
     def disk_full(*_: object) -> None:
@@ -223,7 +226,7 @@ def test_a_failed_write_leaves_the_old_entry_and_no_rest(
 
     monkeypatch.setattr(os, "replace", disk_full)
     with pytest.warns(UserWarning, match="No space left"):
-        assert cache.scores(file, {TO_Q: {24}})[TO_Q].top_k(24) is not None
+        assert cache.scores(Side.alone(file), {TO_Q: {24}})[TO_Q].top_k(24) is not None
     assert entries(folder)[0].read_bytes() == before
     assert not entries(folder, ".part")
 
@@ -231,7 +234,7 @@ def test_a_failed_write_leaves_the_old_entry_and_no_rest(
 def score_many(cache: ScoreCache, tmp_path: Path, count: int) -> list[LoraFile]:
     files = [LoraFile.open(write_lora(tmp_path / f"{i}.safetensors", SHAPES, rank=4, seed=i)) for i in range(count)]
     for file in files:
-        cache.scores(file)
+        cache.scores(Side.alone(file))
         for entry in cache.folder.glob("*.json"):  # every entry so far is one minute older
             os.utime(entry, ns=(0, entry.stat().st_mtime_ns - 60 * 10**9))
     return files
@@ -239,17 +242,17 @@ def score_many(cache: ScoreCache, tmp_path: Path, count: int) -> list[LoraFile]:
 
 def test_what_was_used_longest_ago_makes_room(tmp_path: Path, folder: Path, computed: list[set[int]]) -> None:
     first, second = score_many(ScoreCache(folder), tmp_path, 2)
-    ScoreCache(folder).scores(first)
+    ScoreCache(folder).scores(Side.alone(first))
     size = sum(entry.stat().st_size for entry in folder.iterdir())
     cache = ScoreCache(folder, max_bytes=size + 100)
     third = LoraFile.open(write_lora(tmp_path / "third.safetensors", SHAPES, rank=4, seed=7))
-    cache.scores(third)
+    cache.scores(Side.alone(third))
     assert sum(entry.stat().st_size for entry in folder.iterdir()) <= size + 100
     computed.clear()
-    cache.scores(first)
-    cache.scores(third)
+    cache.scores(Side.alone(first))
+    cache.scores(Side.alone(third))
     assert not computed
-    cache.scores(second)
+    cache.scores(Side.alone(second))
     assert len(computed) == len(SHAPES)
 
 
@@ -265,7 +268,7 @@ def test_foreign_files_are_left_alone_and_old_rests_removed(file: LoraFile, fold
     for path in (foreign, rest):
         path.write_text("x" * 5000)
         os.utime(path, (0, 0))
-    ScoreCache(folder, max_bytes=4000).scores(file)
+    ScoreCache(folder, max_bytes=4000).scores(Side.alone(file))
     assert foreign.exists()
     assert not rest.exists()
 
@@ -274,9 +277,9 @@ def test_only_the_latest_special_k_are_kept(file: LoraFile, folder: Path, monkey
     monkeypatch.setattr(cache_module, "MAX_SPECIAL_KS", 3)
     cache = ScoreCache(folder)
     for k in (3, 5, 6, 7, 9):
-        cache.scores(file, {TO_Q: {k}})
-    assert cache.scores(file, {TO_Q: {9}})[TO_Q].sums.keys() == {*standard_ks(4), 6, 7, 9}
-    assert cache.scores(file, {TO_Q: {3, 6}})[TO_Q].sums.keys() >= {3, 6}
+        cache.scores(Side.alone(file), {TO_Q: {k}})
+    assert cache.scores(Side.alone(file), {TO_Q: {9}})[TO_Q].sums.keys() == {*standard_ks(4), 6, 7, 9}
+    assert cache.scores(Side.alone(file), {TO_Q: {3, 6}})[TO_Q].sums.keys() >= {3, 6}
 
 
 def test_two_processes_at_once_leave_a_sound_entry(file: LoraFile, folder: Path) -> None:
@@ -286,9 +289,10 @@ from klora.cache import ScoreCache
 from klora.lora import disk
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
+from klora.lora.side import Side
 warnings.simplefilter("error")
 for k in range(int(sys.argv[3]), 120, 2):
-    ScoreCache(sys.argv[2]).scores(LoraFile.open(sys.argv[1]), {sys.argv[4]: {k % 40 + 1}})
+    ScoreCache(sys.argv[2]).scores(Side.alone(LoraFile.open(sys.argv[1])), {sys.argv[4]: {k % 40 + 1}})
 """
     root = Path(__file__).parents[1]
     processes = [
@@ -298,7 +302,7 @@ for k in range(int(sys.argv[3]), 120, 2):
     assert [process.wait(120) for process in processes] == [0, 0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert ScoreCache(folder).scores(file)[TO_Q].l1 == score_all(file)[TO_Q].l1
+        assert ScoreCache(folder).scores(Side.alone(file))[TO_Q].l1 == score_all(file)[TO_Q].l1
     assert not entries(folder, ".part")
 
 
@@ -333,15 +337,15 @@ def test_scores_belong_to_the_tensors_that_were_opened(file: LoraFile, folder: P
     other = write_lora(file.path.with_name("other.safetensors"), SHAPES, rank=4, alpha=3.0, seed=99)
     os.replace(other, file.path)
     with pytest.raises(LoraFileError, match="changed while it was in use"):
-        cache.scores(replaced)
+        cache.scores(Side.alone(replaced))
     now = LoraFile.open(file.path)
-    assert cache.scores(now) == score_all(now)
+    assert cache.scores(Side.alone(now)) == score_all(now)
 
 
 def test_a_file_deleted_after_opening_is_not_scored(file: LoraFile, folder: Path) -> None:
     file.path.unlink()
     with pytest.raises(LoraFileError, match="does not exist"):
-        ScoreCache(folder).scores(file)
+        ScoreCache(folder).scores(Side.alone(file))
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe", "null byte"])
@@ -362,7 +366,7 @@ def test_a_bad_value_is_reported_and_not_cached(file: LoraFile, folder: Path, mo
 
     monkeypatch.setattr(cache_module, "score_deltas", bad)
     with pytest.raises(LoraValueError):
-        ScoreCache(folder).scores(file)
+        ScoreCache(folder).scores(Side.alone(file))
     assert not entries(folder)
 
 
@@ -374,7 +378,7 @@ def test_the_default_folder_is_the_users_cache(tmp_path: Path, monkeypatch: pyte
 def test_how_far_the_scoring_is_is_told_where_there_is_some(file: LoraFile, folder: Path) -> None:
     heard: list[tuple[int, int]] = []
     for _ in range(2):
-        ScoreCache(folder).scores(file, on_scored=lambda *args: heard.append(args))
+        ScoreCache(folder).scores(Side.alone(file), on_scored=lambda *args: heard.append(args))
         assert heard == [(1, 3), (2, 3), (3, 3)]
 
 
@@ -386,7 +390,7 @@ def test_an_accelerator_scores_what_it_can_and_the_cpu_the_rest(
     lokr = write_lora(tmp_path / "b.safetensors", {BLOCK + "to_v": (48, 40)}, family="lokr", rank=4)
     save_file({**load_file(lora), **load_file(lokr)}, lora)
     file, heard = LoraFile.open(lora), []
-    scores = ScoreCache(folder).scores(file, None, torch.device("cpu"), lambda *args: heard.append(args))
+    scores = ScoreCache(folder).scores(Side.alone(file), None, torch.device("cpu"), lambda *args: heard.append(args))
     assert len(computed) == 1
     assert heard[-1] == (3, 3)
     expected = score_all(file)

@@ -11,6 +11,7 @@ from klora.cache import ScoreCache
 from klora.errors import LoraValueError
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
+from klora.lora.side import Side
 from tests.support.lora_files import write_lora
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
@@ -34,7 +35,7 @@ def test_nan_anywhere_in_a_file_is_told_by_its_key(tmp_path: Path, folder: Path,
         damaged[key].view(-1)[-1] = float("nan")
         save_file(damaged, path)
         with pytest.raises(LoraValueError) as error:
-            ScoreCache(folder).scores(LoraFile.open(path))
+            ScoreCache(folder).scores(Side.alone(LoraFile.open(path)))
         assert error.value.key == key
 
 
@@ -42,11 +43,11 @@ def test_a_file_whose_scores_are_kept_is_not_looked_at_again(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = LoraFile.open(write_lora(tmp_path / "cat.safetensors", {TO_Q: (48, 40)}, rank=4))
-    ScoreCache(folder).scores(file)
+    ScoreCache(folder).scores(Side.alone(file))
     assert file.finite
     again = LoraFile.open(file.path)
     assert not again.finite
     monkeypatch.setattr(Delta, "check_finite", lambda *_: pytest.fail("looked at again"))
-    ScoreCache(folder).scores(again)
+    ScoreCache(folder).scores(Side.alone(again))
     again.check_finite()
     assert again.finite

@@ -68,7 +68,7 @@ def test_modules_of_one_file_are_its_own(tmp_path: Path, cache: ScoreCache) -> N
         assert (module.contested, module.style_name, module.k) == (False, None, None)
         assert (module.subject_name or "").startswith("lora_unet_")
         assert plan.decide(name, 0.9) == SUBJECT
-    swapped = Pair.open(pair.style.path, pair.subject.path, cache).plan(Settings())
+    swapped = Pair.open(pair.style.loras[0].path, pair.subject.loras[0].path, cache).plan(Settings())
     assert all(swapped.decide(name, 0.0) == STYLE for name in FEED_FORWARD)
 
 

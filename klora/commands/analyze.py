@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from klora.commands.console import need, scoring_bar, warn, without_collection
-from klora.commands.options import add_settings, check_loras, read_settings
+from klora.commands.options import add_pair, add_settings, check_loras, read_pair, read_settings, side_paths
 from klora.errors import KloraError
 from klora.report.files import OutputFile, png_bytes
 
@@ -18,8 +18,7 @@ USAGE = "SUBJECT STYLE [options]"
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
-    command.add_argument("subject", metavar="SUBJECT", help="the subject's .safetensors file")
-    command.add_argument("style", metavar="STYLE", help="the style's .safetensors file")
+    add_pair(command)
     command.add_argument(
         "--json", metavar="FILE", help="write everything as JSON; - for stdout, and nothing else there"
     )
@@ -33,7 +32,8 @@ def add_options(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check the targets, plan, write, and print the summary."""
     settings = read_settings(args)
-    inputs = (args.subject, args.style)
+    read_pair(args)
+    inputs = side_paths(args)
     to_stdout = args.json == "-"
     json_file = OutputFile.check(args.json, inputs) if args.json is not None and not to_stdout else None
     pictures = {
@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> None:
         twice = next(file for file in files if files.count(file) > 1)
         raise KloraError(f"{twice.path}: is named for two of the results; name two files")
 
-    check_loras(args.subject, args.style)
-
+    check_loras(args)
     with without_collection():
         from klora.pair import Pair
         from klora.report.document import document

@@ -7,13 +7,26 @@ import contextlib
 import json
 import sys
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klora.balance.search import check_findable
 from klora.commands.console import need
 from klora.commands.demo import fill_in_demo_pair
-from klora.commands.options import MODEL, RENAMED, add_pictures, add_settings, demand, read_request, read_settings
+from klora.commands.options import (
+    MODEL,
+    RENAMED,
+    SIDE_FILES,
+    add_pictures,
+    add_settings,
+    add_sides,
+    check_loras,
+    demand,
+    read_request,
+    read_settings,
+    read_sides,
+    side_paths,
+    stems,
+)
 from klora.errors import KloraError
 from klora.report.files import OutputFile, output_folder, png_bytes
 
@@ -23,7 +36,7 @@ if TYPE_CHECKING:
     from klora.generation.balance import Balance
     from klora.generation.request import GenerationRequest
 
-USAGE = "(--model M --subject FILE --style FILE --prompt TEXT | --demo [SUBJECT STYLE]) [options]"
+USAGE = "(--model M --subject F --style F --prompt T | --demo) …"
 SHEET = "balance.png"
 CELL, WIDE = 320, 256
 """Pixels of the longer side of a large picture on the sheet, and of a small one's width."""
@@ -32,8 +45,7 @@ CELL, WIDE = 320, 256
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
     command.add_argument("--model", metavar="FOLDER|ID", help=MODEL)
-    command.add_argument("--subject", metavar="FILE", help="the subject's .safetensors file")
-    command.add_argument("--style", metavar="FILE", help="the style's .safetensors file")
+    add_sides(command, SIDE_FILES)
     command.add_argument(
         "--demo",
         nargs="*",
@@ -60,16 +72,18 @@ def run(args: argparse.Namespace) -> None:
     quick = _fill_in_demo(args) if args.demo is not None else contextlib.nullcontext()
     demand(args, "model", "subject", "style", "prompt")
     settings = read_settings(args, RENAMED)
+    read_sides(args)
     check_findable(settings)
     to_stdout = args.json == "-"
     target = None
     if args.json is not None and not to_stdout:
-        target = OutputFile.check(args.json, (args.subject, args.style))
+        target = OutputFile.check(args.json, side_paths(args))
     sheet = OutputFile.check(output_folder(args.out) / SHEET)
+    check_loras(args)
     request = read_request(args, settings)
     with quick:
         found = _find(request, args.subject_prompt, args.style_prompt)
-    sheet.write(png_bytes(_sheet(found, (Path(args.subject).stem, Path(args.style).stem))))
+    sheet.write(png_bytes(_sheet(found, (stems(args.subject), stems(args.style)))))
     text = json.dumps(document(found), indent=1, allow_nan=False) + "\n"
     if target:
         target.write(text.encode())
@@ -162,5 +176,5 @@ def _fill_in_demo(args: argparse.Namespace) -> AbstractContextManager[None]:
         raise KloraError("--demo: takes its pair by name, as in --demo bolt engraving; leave out --subject and --style")
     if len(args.demo) not in (0, 2):
         raise KloraError(f"--demo: takes a subject and a style, or nothing; got {' '.join(args.demo)}")
-    args.subject, args.style = args.demo or (None, None)
+    args.subject, args.style = ([name] for name in args.demo) if args.demo else (None, None)
     return fill_in_demo_pair(args)

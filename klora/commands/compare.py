@@ -17,13 +17,17 @@ from klora.commands.demo import fill_in_demo_pair
 from klora.commands.options import (
     MODEL,
     RENAMED,
+    SIDE_FILES,
     add_methods,
     add_pictures,
     add_settings,
+    add_sides,
     check_loras,
     demand,
     read_request,
     read_settings,
+    read_sides,
+    stems,
 )
 from klora.errors import KloraError
 from klora.generation.methods import Method, read_methods
@@ -50,8 +54,7 @@ USAGE = "(--model M --subject FILE --style FILE | --demo) [options]"
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
     command.add_argument("--model", metavar="FOLDER|ID", help=MODEL)
-    command.add_argument("--subject", metavar="FILE", help="the subject's file; with --demo, one of its subjects")
-    command.add_argument("--style", metavar="FILE", help="the style's file; with --demo, one of its styles")
+    add_sides(command, f"{SIDE_FILES}; with --demo, the name of one of its own")
     command.add_argument("--demo", action="store_true", help="use the model and the LoRAs that come with the project")
     command.add_argument(
         "--prompt", metavar="TEXT", help="what the pictures are to show; made of the files' names when left out"
@@ -69,10 +72,11 @@ def run(args: argparse.Namespace) -> None:
     settings = read_settings(args, RENAMED)
     methods = read_methods(args.policies or "all", settings)
     if args.prompt is None:
-        args.prompt = f"a {Path(args.subject).stem} in {Path(args.style).stem} style"
+        args.prompt = f"a {stems(args.subject)} in {stems(args.style)} style"
         warn(f"no --prompt is given; generating “{args.prompt}”: give the words that the LoRAs were trained on")
     output_folder(args.out)
-    check_loras(args.subject, args.style)
+    read_sides(args)
+    check_loras(args)
     request = dataclasses.replace(read_request(args, settings), images=args.seeds or 4)
     with quick:
         for line in compare_pair(request, methods, warn):

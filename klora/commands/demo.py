@@ -70,9 +70,9 @@ def fill_in_demo_pair(args: argparse.Namespace) -> AbstractContextManager[None]:
     """Fill in the project's model and one of its pairs, the first where the user names none."""
     quick = fill_in_demo_model(args)
     known = catalogue.read_catalogue(catalogue.HOME)
-    names = (args.subject or next(iter(known["subjects"])), args.style or next(iter(known["styles"])))
+    names = ((args.subject or [next(iter(known["subjects"]))])[0], (args.style or [next(iter(known["styles"]))])[0])
     pair = catalogue.demo_pair(known, catalogue.HOME, *names)
-    args.subject, args.style = map(str, pair.files)
+    args.subject, args.style = ([str(file)] for file in pair.files)
     args.prompt = args.prompt or pair.prompts["both"]
     return quick
 

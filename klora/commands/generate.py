@@ -16,11 +16,14 @@ from klora.commands.options import (
     MODEL,
     PREFIX,
     RENAMED,
+    SIDE_FILES,
     add_pictures,
     add_settings,
+    add_sides,
     check_loras,
     read_request,
     read_settings,
+    read_sides,
     whole,
 )
 from klora.generation.picture_file import next_number, write_picture
@@ -39,8 +42,7 @@ USAGE = "--model M --subject F --style F --prompt TEXT [options]"
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
     command.add_argument("--model", required=True, metavar="FOLDER|ID", help=MODEL)
-    command.add_argument("--subject", required=True, metavar="FILE", help="the subject's .safetensors file")
-    command.add_argument("--style", required=True, metavar="FILE", help="the style's .safetensors file")
+    add_sides(command, SIDE_FILES, required=True)
     command.add_argument("--prompt", required=True, metavar="TEXT", help="what the picture is to show")
     command.add_argument(
         "--images", type=whole(1), default=1, metavar="N", help="pictures, each with the next seed (1)"
@@ -63,7 +65,8 @@ def run(args: argparse.Namespace) -> None:
     if args.map:
         need("klora generate --map", "matplotlib")
     output_folder(args.out)
-    check_loras(args.subject, args.style)
+    read_sides(args)
+    check_loras(args)
     request = dataclasses.replace(read_request(args, settings), images=args.images, map=args.map)
     for path in generate_pictures(request, warn, find):
         print(path, flush=True)

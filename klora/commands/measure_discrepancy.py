@@ -8,7 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from klora.commands.console import need
-from klora.commands.options import MODEL, add_pictures, check_loras, read_request, whole
+from klora.commands.options import MODEL, add_pair, add_pictures, check_loras, read_pair, read_request, whole
 from klora.errors import KloraError
 from klora.report.files import output_folder
 from klora.settings import Settings
@@ -21,8 +21,7 @@ USAGE = "SUBJECT STYLE --model M --prompt TEXT [options]"
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
-    command.add_argument("subject", metavar="SUBJECT", nargs="?", help="the subject's .safetensors file")
-    command.add_argument("style", metavar="STYLE", nargs="?", help="the style's .safetensors file")
+    add_pair(command)
     command.add_argument("--model", metavar="FOLDER|ID", help=MODEL)
     command.add_argument("--prompt", metavar="TEXT", help="of both pictures, such as: a sbu dog in szn style")
     command.add_argument("--subject-refs", metavar="PATHS", help="pictures, or a folder of them, in place of a probe")
@@ -60,12 +59,12 @@ def _read(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _demand_probe(args: argparse.Namespace) -> None:
-    for name in ("subject", "style", "model", "prompt"):
+    read_pair(args)
+    for name in ("model", "prompt"):
         if not getattr(args, name):
-            option = name.upper() if name in ("subject", "style") else f"--{name}"
-            raise KloraError(f"{option}: is needed for probe pictures; or give --subject-refs and --style-refs")
+            raise KloraError(f"--{name}: is needed for probe pictures; or give --subject-refs and --style-refs")
     need("klora measure-discrepancy --model", "diffusers")
-    check_loras(args.subject, args.style)
+    check_loras(args)
 
 
 def _probe(args: argparse.Namespace) -> tuple[list[Tensor], list[Tensor]]:

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from klora.commands.console import warn
-from klora.commands.options import add_settings, check_loras, read_settings, whole
+from klora.commands.options import add_pair, add_settings, check_loras, read_pair, read_settings, side_paths, whole
 from klora.errors import KloraError, SettingsError
 from klora.report.files import OutputFile
 
@@ -16,8 +16,7 @@ SPELLINGS = ("kohya", "diffusers")
 
 def add_options(command: argparse.ArgumentParser) -> None:
     """Add what the command takes."""
-    command.add_argument("subject", metavar="SUBJECT", help="the subject's .safetensors file")
-    command.add_argument("style", metavar="STYLE", help="the style's .safetensors file")
+    add_pair(command)
     command.add_argument("-o", "--output", required=True, metavar="FILE", help="the .safetensors file to write")
     command.add_argument(
         "--rank", type=whole(1), metavar="N", help="cut every module to this rank by SVD; kept as it is when left out"
@@ -39,8 +38,9 @@ def run(args: argparse.Namespace) -> None:
     settings = read_settings(args)
     if not args.output.lower().endswith(".safetensors"):
         raise KloraError(f"--output: {args.output} must end in .safetensors, which is what is written")
-    target = OutputFile.check(args.output, (args.subject, args.style))
-    check_loras(args.subject, args.style)
+    read_pair(args)
+    target = OutputFile.check(args.output, side_paths(args))
+    check_loras(args)
 
     import torch
 
@@ -53,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     except SettingsError as error:
         raise KloraError(f"--policy: {error.reason}") from None
     pair = Pair.open(args.subject, args.style)
-    if args.spelling == "diffusers" and None in (pair.subject.table, pair.style.table):
+    if args.spelling == "diffusers" and not (pair.subject.is_named_by_rule and pair.style.is_named_by_rule):
         raise KloraError("--spelling diffusers: the modules of these files are known by flat names only; use kohya")
     made, plan = merge(pair, settings, args.rank)
     target.write(fused_file(pair, settings, made, getattr(torch, args.dtype), args.spelling))

@@ -12,9 +12,12 @@ from klora.errors import KloraError, SettingsError
 from klora.fusion.policies import POLICIES, make_policy, policies_with, resolve
 from klora.generation.request import GenerationRequest
 from klora.lora.disk import check_readable
+from klora.lora.weighted import check_weight
 from klora.settings import AUTO, Option, Settings, options
 
 MODEL = "a diffusers folder, or a hub id"
+SIDES = ("subject", "style")
+SIDE_FILES = "the {}'s .safetensors file, or several; each with :WEIGHT if that is not 1: coat.safetensors:0.5"
 PREFIX = "setting_"
 """Begins the attribute of every setting among the parsed arguments."""
 AS_THEY_ARE: Mapping[str, str] = MappingProxyType({})
@@ -102,8 +105,8 @@ def read_request(args: argparse.Namespace, settings: Settings) -> GenerationRequ
     """Make a request of the options that all commands share which make pictures."""
     return GenerationRequest(
         model=args.model,
-        subject=getattr(args, "subject", None) or "",
-        style=getattr(args, "style", None) or "",
+        subject=getattr(args, "subject", None) or (),
+        style=getattr(args, "style", None) or (),
         prompt=args.prompt or "",
         negative_prompt=args.negative_prompt,
         seed=args.seed,
@@ -116,10 +119,72 @@ def read_request(args: argparse.Namespace, settings: Settings) -> GenerationRequ
     )
 
 
-def check_loras(*paths: str) -> None:
-    """Raise LoraFileError for the first path without a file, in an instant: before anything slow is imported."""
-    for path in paths:
+def add_pair(command: argparse.ArgumentParser) -> None:
+    """Add the two files of a command that takes little else, or both sides by name where one has several files."""
+    command.add_argument("files", nargs="*", metavar="SUBJECT STYLE", help="the .safetensors files of both")
+    add_sides(command, "or the files of the {}, each with :WEIGHT if that is not 1, such as coat.safetensors:0.5")
+
+
+def add_sides(command: argparse.ArgumentParser, text: str, required: bool = False) -> None:
+    """Add an option for each side; {} in `text` stands for its name."""
+    for side in SIDES:
+        command.add_argument(f"--{side}", nargs="+", metavar="FILE[:W]", required=required, help=text.format(side))
+
+
+def read_pair(args: argparse.Namespace) -> None:
+    """Put (path, weight) of both sides' files where `add_sides` has them; KloraError where one is missing."""
+    if args.files and (args.subject or args.style):
+        raise KloraError(f"{args.files[0]}: give both sides as --subject and --style, or neither")
+    if len(args.files) > 2:
+        raise KloraError(f"{args.files[2]}: is one file too many; several of a side follow --subject or --style")
+    args.subject, args.style = args.subject or args.files[:1], args.style or args.files[1:]
+    for side in SIDES:
+        if not getattr(args, side):
+            raise KloraError(f"{side.upper()}: is needed; see --help")
+    read_sides(args)
+
+
+def read_sides(args: argparse.Namespace) -> None:
+    """Make (path, weight) of what the options of both sides name; KloraError for a side of nothing or a bad weight."""
+    for side in SIDES:
+        if not getattr(args, side):
+            raise KloraError(f"--{side}: is needed; see --help")
+        setattr(args, side, tuple(_weighted(text, side) for text in getattr(args, side)))
+
+
+def stems(files: Sequence[tuple[str, float]]) -> str:
+    """The names of a side's files for people."""
+    return " and ".join(Path(path).stem for path, _ in files)
+
+
+def side_paths(args: argparse.Namespace) -> list[str]:
+    """The files of both sides."""
+    return [path for side in SIDES for path, _ in getattr(args, side)]
+
+
+def check_loras(args: argparse.Namespace) -> None:
+    """Raise LoraFileError for the first file that is not there, in an instant: before anything slow is imported."""
+    for path in side_paths(args):
         check_readable(Path(path))
+
+
+def _weighted(text: str, side: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT; a file whose name ends like a weight is meant where it is there."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or not _is_number(weight) or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, check_weight(weight, side)
+    except SettingsError as error:
+        raise KloraError(f"--{side}: {text}: {error.reason}") from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def demand(args: argparse.Namespace, *names: str) -> None:

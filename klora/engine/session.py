@@ -65,9 +65,10 @@ class Session:
         self._conditional = conditional
         self._watch: RemovableHandle | None = None
         shapes = {name: site.shape for name, site in sites.items()}
-        for file in (pair.subject, pair.style):
-            check_model(file, shapes, model)
-            file.check_finite()
+        for lora in pair.loras:
+            check_model(lora, shapes, model)
+        for side in (pair.subject, pair.style):
+            side.check_finite()
         self._weights = KEPT.of(pair)
         self._combined = self._weights.combined(plan.settings)
         self._bind(sites, self._deltas, self._parts)
@@ -221,8 +222,8 @@ class Session:
     def _bind_text(self, sites: Mapping[str, Site]) -> None:
         subject, style = self.pair.subject.text_encoder, self.pair.style.text_encoder
         active = self.pair.text_encoder_active(self.plan.settings)
-        for file in (self.pair.subject, self.pair.style):
-            _check_text_encoder(file, sites)
+        for lora in self.pair.loras:
+            _check_text_encoder(lora, sites)
         parts: dict[str, Part] = {}
         used = {name: site for name, site in sites.items() if any(active.get(name, ()))}
         self._bind(used, lambda name: (subject.get(name), style.get(name)), parts)

@@ -19,7 +19,7 @@ from klora.errors import KloraError
 from klora.evaluation.identity import code_digest, file_digest, identity_of
 from klora.evaluation.metrics import Scorer
 from klora.evaluation.records import PictureFiles, Record, digest_of
-from klora.evaluation.study import StudyPair
+from klora.evaluation.study import Concept, StudyPair
 from klora.evaluation.table import markdown, picture_lines, summarise, summary_lines
 from klora.evaluation.teaching import SIDES, Teaching
 from klora.fusion.scores import OnScored
@@ -171,8 +171,8 @@ class _Worker:
     def _request(self, batch: Batch) -> GenerationRequest:
         return dataclasses.replace(
             self.asked.request,
-            subject=str(batch.pair.subject.lora),
-            style=str(batch.pair.style.lora),
+            subject=batch.pair.subject.lora,
+            style=batch.pair.style.lora,
             prompt=batch.pair.prompt,
             settings=self.asked.teaching.settings(batch.method, batch.pair),
         )
@@ -194,12 +194,17 @@ class _Worker:
             "negative_prompt": request.negative_prompt,
         }
 
+    def _digest(self, concept: Concept) -> Any:
+        if isinstance(concept.lora, Path):
+            return self._cache.sha256(concept.lora)
+        return [(self._cache.sha256(path), weight) for path, weight in concept.lora]
+
     def _files(self, batch: Batch, seed: int) -> PictureFiles:
         pair = batch.pair
         facts = {
             **self._common,
-            "subject": self._cache.sha256(pair.subject.lora),
-            "style": self._cache.sha256(pair.style.lora),
+            "subject": self._digest(pair.subject),
+            "style": self._digest(pair.style),
             "prompt": pair.prompt,
             "settings": _known_by_contents(self.asked.teaching.settings(batch.method, pair)),
             "seed": seed,

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from klora.errors import KloraError
+from klora.errors import KloraError, SettingsError
+from klora.lora.weighted import check_weight
 from klora.vision import IMAGE_SUFFIXES
 
 TEMPLATE = "{subject} {style}"
@@ -26,7 +27,8 @@ class Concept:
     """A subject or a style."""
 
     name: str
-    lora: Path
+    lora: Path | tuple[tuple[Path, float], ...]
+    """The file; or several, each with its weight."""
     words: str
     references: tuple[Path, ...] = ()
     teachers: tuple[Path, ...] = ()
@@ -103,7 +105,9 @@ def _lora_of(folder: Path) -> Path:
     files = [usual] if usual.is_file() else sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         found = "no .safetensors file" if not files else f"{len(files)} .safetensors files"
-        raise KloraError(f"{folder}: has {found}; name the one to use lora.safetensors")
+        raise KloraError(
+            f"{folder}: has {found}; name the one to use lora.safetensors (several go into a study's JSON)"
+        )
     return files[0]
 
 
@@ -150,4 +154,17 @@ def _listed(manifest: Path, name: str, entry: Mapping[str, Any], plain: str) -> 
         raise KloraError(f"{manifest}: {name}: has no references; name at least one picture")
     words = str(entry.get("prompt") or plain.format(_spaced(name)))
     teachers = tuple(manifest.parent / str(file) for file in entry.get("teachers", ()))
-    return Concept(name, manifest.parent / str(entry["lora"]), words, references, teachers)
+    return Concept(name, _listed_loras(manifest, name, entry["lora"]), words, references, teachers)
+
+
+def _listed_loras(manifest: Path, name: str, given: Any) -> Path | tuple[tuple[Path, float], ...]:
+    """A file; or a list of files, and of {"file", "weight"}."""
+    if not isinstance(given, list):
+        return manifest.parent / str(given)
+    found = [one if isinstance(one, Mapping) else {"file": one} for one in given]
+    try:
+        return tuple(
+            (manifest.parent / str(one["file"]), check_weight(one.get("weight", 1), "weight")) for one in found
+        )
+    except SettingsError as error:
+        raise KloraError(f"{manifest}: {name}: lora: {error}") from None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -56,6 +56,14 @@ class ModuleScore:
     def top_k(self, k: int) -> float | None:
         """Sum of the `k` largest |entries|, or None when it has not been computed for that `k`."""
         return self.l1 if k >= math.prod(self.shape) else self.sums.get(k)
+
+    def times(self, weight: float) -> ModuleScore:
+        """The score of weight·ΔW; the score itself for a weight of 1."""
+        if weight == 1:
+            return self
+        size = abs(weight)
+        sums = {k: value * size for k, value in self.sums.items()}
+        return replace(self, alpha=self.alpha * weight, l1=self.l1 * size, fro2=self.fro2 * weight**2, sums=sums)
 
 
 FileScores = dict[str, ModuleScore]

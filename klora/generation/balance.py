@@ -20,7 +20,7 @@ from klora.errors import KloraError
 from klora.hosts.diffusers import DiffusersHost
 from klora.hosts.diffusers.replay import Times, call_again, first_call, mixture
 from klora.keywords import SettingsKeywords
-from klora.lora.file import LoraSource
+from klora.lora.side import SideSource
 from klora.settings import Settings
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def cost(steps: int) -> float:
 
 def find_balance(
     pipe: Any,
-    subject: LoraSource,
-    style: LoraSource,
+    subject: SideSource,
+    style: SideSource,
     *,
     prompt: str,
     subject_prompt: str | None = None,
@@ -104,7 +104,7 @@ class PipelineModel:
     def __init__(
         self,
         pipe: Any,
-        files: tuple[LoraSource, LoraSource],
+        files: tuple[SideSource, SideSource],
         prompts: Mapping[Who, str],
         call: Mapping[str, Any],
         settings: Settings,

@@ -19,6 +19,7 @@ from klora.fusion.scores import OnScored
 from klora.generation.pipeline import call_arguments, memory_errors, model_name
 from klora.generation.request import GenerationRequest
 from klora.hosts.diffusers import DiffusersHost
+from klora.pair import side_facts
 from klora.report.summary import notices
 from klora.settings import options
 
@@ -101,8 +102,8 @@ def _facts(request: GenerationRequest, pipe: Any, session: Session, image: Image
         "scheduler": type(pipe.scheduler).__name__,
         "device": str(pipe.device),
         "dtype": str(pipe.dtype).removeprefix("torch."),
-        "subject": {"file": pair.subject.file_name, "sha256": pair.cache.digest(pair.subject)},
-        "style": {"file": pair.style.file_name, "sha256": pair.cache.digest(pair.style)},
+        "subject": side_facts(pair.subject, pair.cache),
+        "style": side_facts(pair.style, pair.cache),
         "settings": _without_paths(plan.settings.to_dict()),
         "gamma": plan.gamma,
         "balance": plan.balance,

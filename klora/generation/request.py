@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from klora.settings import AUTO, Settings
+
+if TYPE_CHECKING:
+    from klora.lora.side import SideSource
 
 
 @dataclass(frozen=True)
@@ -13,8 +17,8 @@ class GenerationRequest:
     """Pictures to be made of a pair; None and "auto" leave the choice to the pipeline or the machine."""
 
     model: str
-    subject: str
-    style: str
+    subject: SideSource
+    style: SideSource
     prompt: str
     out: Path
     settings: Settings

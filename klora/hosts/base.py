@@ -62,8 +62,8 @@ class Host(ABC):
         """The pair under the names of the model; MismatchError where one of its files is for another."""
         index = self.index
         pair = pair.for_model(index)
-        for file in (pair.subject, pair.style):
-            check_model(file, index.shapes, self.model_name)
+        for lora in pair.loras:
+            check_model(lora, index.shapes, self.model_name)
         return pair
 
     def session(self, pair: Pair, plan: FusionPlan) -> Session:

@@ -1,16 +1,16 @@
-"""What two LoRA files touch, module by module."""
+"""What two sides touch, module by module."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from klora.lora.file import LoraFile
 from klora.lora.names import sort_key
+from klora.lora.side import Side
 
 
 @dataclass(frozen=True)
 class Coverage:
-    """What two files touch: canonical names of both, of one only, of text encoders; keys that were not understood."""
+    """What two sides touch: canonical names of both, of one only, of text encoders; keys that were not understood."""
 
     contested: list[str]
     subject_only: list[str]
@@ -19,8 +19,8 @@ class Coverage:
     unmatched: list[str]
 
 
-def coverage(subject: LoraFile, style: LoraFile) -> Coverage:
-    """Compare two files module by module; every list is in network order."""
+def coverage(subject: Side, style: Side) -> Coverage:
+    """Compare two sides module by module; every list is in network order."""
     ours, theirs = subject.modules, style.modules
     return Coverage(
         contested=[name for name in ours if name in theirs],

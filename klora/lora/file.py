@@ -14,7 +14,7 @@ from torch import Tensor
 
 from klora.errors import LoraFileError, MismatchError
 from klora.lora.container import TensorFile
-from klora.lora.deltas import Delta
+from klora.lora.deltas import Delta, FileDelta
 from klora.lora.deltas.base import size
 from klora.lora.memory import TensorsInMemory
 from klora.lora.model_index import ModelIndex, Place, flat
@@ -50,8 +50,8 @@ class LoraFile:
         self.identity, self.metadata = source.identity, source.metadata
         self.table, self.kernels = parsed.table, parsed.kernels
         self.unmatched = list(parsed.unread)
-        modules: dict[str, Delta] = {}
-        text_encoder: dict[str, Delta] = {}
+        modules: dict[str, FileDelta] = {}
+        text_encoder: dict[str, FileDelta] = {}
         for prefix, delta in parsed.deltas.items():
             named = text_encoder if parsed.is_text(prefix) else modules
             if not places[prefix]:
@@ -222,5 +222,5 @@ def _not_fused(delta: Delta) -> LoraFileError:
     return LoraFileError(delta.file, reason, cure, delta.key)
 
 
-def _in_order(table: dict[str, Delta]) -> dict[str, Delta]:
+def _in_order(table: dict[str, FileDelta]) -> dict[str, FileDelta]:
     return dict(sorted(table.items(), key=lambda item: sort_key(item[0])))

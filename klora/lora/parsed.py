@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from klora.errors import LoraFileError, LoraValueError, UnsupportedFormatError
 from klora.lora import peft_alpha
-from klora.lora.deltas import Delta, Group, load_delta
+from klora.lora.deltas import FileDelta, Group, load_delta
 from klora.lora.keys import is_numbered, refused_family, split_key
 from klora.lora.names import Target, bare, is_text, kernel_of, resolve
 from klora.lora.source import TensorSource
@@ -29,7 +29,7 @@ class ParsedFile:
 
     source: TensorSource
     keys: Mapping[str, Slots]
-    deltas: Mapping[str, Delta]
+    deltas: Mapping[str, FileDelta]
     targets: Mapping[str, tuple[Target, ...]]
     unread: tuple[str, ...]
     kernels: frozenset[str]
@@ -43,7 +43,7 @@ class ParsedFile:
         read = {prefix: slots for prefix, slots in keys.items() if _is_read(prefix, slots, targets[prefix])}
         alphas = _alphas(source, (slots["alpha"] for slots in read.values() if "alpha" in slots))
         configs = peft_alpha.read(source.metadata, source.file)
-        deltas: dict[str, Delta] = {}
+        deltas: dict[str, FileDelta] = {}
         kernels = set()
         for prefix, slots in keys.items():
             if prefix not in read:

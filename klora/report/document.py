@@ -8,8 +8,8 @@ from typing import Any
 from klora.fusion.plan import FusionPlan, PlanModule
 from klora.fusion.policies.base import ScaledPolicy
 from klora.fusion.scale import Scale
-from klora.lora.file import LoraFile
-from klora.pair import Pair
+from klora.lora.side import Side
+from klora.pair import Pair, side_facts
 from klora.report.overlap import Overlap, overlap_document
 from klora.report.summary import ranks
 
@@ -27,8 +27,8 @@ def document(pair: Pair, plan: FusionPlan, overlap: Overlap) -> dict[str, Any]:
     scaled = scale.kind != "one"
     return {
         "schema": SCHEMA,
-        "subject": _file(pair, pair.subject),
-        "style": _file(pair, pair.style),
+        "subject": _side(pair, pair.subject),
+        "style": _side(pair, pair.style),
         **policy,
         "variant": settings.variant,
         "scope": settings.scope,
@@ -54,14 +54,8 @@ def document(pair: Pair, plan: FusionPlan, overlap: Overlap) -> dict[str, Any]:
     }
 
 
-def _file(pair: Pair, file: LoraFile) -> dict[str, Any]:
-    return {
-        "file": file.where,
-        # The cache remembers digests, and a file of scored modules need not be read for it.
-        "sha256": pair.cache.digest(file),
-        "modules": len(file.modules),
-        "ranks": ranks(file),
-    }
+def _side(pair: Pair, side: Side) -> dict[str, Any]:
+    return {**side_facts(side, pair.cache, path=True), "modules": len(side.modules), "ranks": ranks(side.modules)}
 
 
 def _module(module: PlanModule, plan: FusionPlan) -> dict[str, Any]:

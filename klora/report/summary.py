@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from klora.fusion.plan import FusionPlan, PlanModule
 from klora.fusion.policies.base import ScaledPolicy
 from klora.fusion.scale import Scale
-from klora.lora.file import LoraFile
+from klora.lora.deltas import Delta
 from klora.lora.likeness import alike
 from klora.lora.names import block_of
+from klora.lora.side import Part
+from klora.lora.weighted import weighted_name
 from klora.pair import Pair
 from klora.report.overlap import Overlap, in_words
 from klora.text import one_line
@@ -24,8 +26,8 @@ _PER_ROW = 10
 def summarise(pair: Pair, plan: FusionPlan, overlap: Overlap) -> str:
     """Say what the two files are, what they share, what rule decides between them, and what comes of it; in lines."""
     rows = [
-        ("subject", _describe_file(pair.subject)),
-        ("style", _describe_file(pair.style)),
+        *(("subject", _describe_part(part)) for part in pair.subject.parts),
+        *(("style", _describe_part(part)) for part in pair.style.parts),
         ("model", pair.architecture or "unknown architecture"),
         ("coverage", _describe_coverage(pair)),
         ("overlap", in_words(overlap)),
@@ -66,17 +68,18 @@ def describe_scale(scale: Scale) -> str:
     return {"s": f"S(τ) = {formula}", "s*": f"S*(τ) = ({formula}) mod {scale.alpha:g}"}.get(scale.kind, "no scale")
 
 
-def ranks(file: LoraFile) -> list[int]:
-    """The distinct ranks of a file's diffusion-model modules, ascending."""
-    return sorted({delta.rank for delta in file.modules.values()})
+def ranks(modules: Mapping[str, Delta]) -> list[int]:
+    """The distinct ranks of modules, ascending."""
+    return sorted({delta.rank for delta in modules.values()})
 
 
-def _describe_file(file: LoraFile) -> str:
-    found = ranks(file)
+def _describe_part(part: Part) -> str:
+    file = part.lora
+    found = ranks(file.modules)
     rank = f", rank {'/'.join(map(str, found))}" if len(found) <= 4 else f", ranks {found[0]} to {found[-1]}"
     families = sorted({delta.family for delta in file.modules.values()})
     kind = f"{rank if found else ''} ({', '.join(families) or 'none'})"
-    return f"{one_line(file.file_name)}: {len(file.modules)} modules{kind}"
+    return f"{one_line(weighted_name(file.file_name, part.weight))}: {len(file.modules)} modules{kind}"
 
 
 def _describe_coverage(pair: Pair) -> str:

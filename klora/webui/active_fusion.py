@@ -91,7 +91,7 @@ class ActiveFusion:
         same_pass = self._bound_to is not None and self._bound_to[1] is denoiser and self._session is not None
         sampling = self._session.sampling if same_pass and self._session else None
         self._release()
-        with named_by(fusion.subject.path, fusion.style.path):
+        with named_by(*fusion.paths):
             fusion = fusion.for_model(host)
             plan = fusion.plan(host.device, hires)
             session = host.session(fusion.pair, plan)
@@ -133,7 +133,7 @@ class ActiveFusion:
         if self.fusion is None:
             return
         host = host_of(importlib.import_module("modules.shared").sd_model)
-        for name in host.take_out({self.fusion.subject.path, self.fusion.style.path}):
+        for name in host.take_out(set(self.fusion.paths)):
             comment(self.p, f"{name} is asked for by another tag or setting too; K-LoRA alone applies it")
 
     @contextmanager
@@ -144,7 +144,7 @@ class ActiveFusion:
         if self.fusion is not None:
             try:
                 self._take_out()
-                with named_by(self.fusion.subject.path, self.fusion.style.path):
+                with named_by(*self.fusion.paths):
                     self._encoder.enter_context(self._text_encoder(self.fusion))
             except Exception as error:
                 # The host would end the job.

@@ -11,7 +11,6 @@ from klora.errors import KloraError
 from klora.webui.analysis_page import View, page, rule_line
 from klora.webui.args import FusionRequest
 from klora.webui.messages import ABSENT, left_out, named_by, scoring_shown
-from klora.webui.options import score_cache
 from klora.webui.prompt_tag import Tag
 
 if TYPE_CHECKING:
@@ -30,12 +29,12 @@ def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
     Raises KloraError where the files do not go together.
     """
     from klora.hosts.webui.lora_library import Library
-    from klora.pair import PAIRS
+    from klora.webui.sides import find_side, open_pair
 
     names = Library()
-    subject, style = (names.find(name).path for name in (request.subject, request.style))
-    with named_by(subject, style):
-        pair, warnings = _in_loaded_model(PAIRS.open(subject, style, score_cache()))
+    subject, style = (find_side(getattr(request, side), side, names) for side in ("subject", "style"))
+    with named_by(*(one.lora.path for one in (*subject, *style))):
+        pair, warnings = _in_loaded_model(open_pair(subject, style))
         with scoring_shown(request.subject, request.style) as on_scored:
             plan = pair.plan(request.settings, on_scored=on_scored)
         return pair, dataclasses.replace(plan, warnings=(*plan.warnings, *warnings))
@@ -49,7 +48,7 @@ def _in_loaded_model(pair: Pair) -> tuple[Pair, list[str]]:
     if host is None:
         return pair, []
     try:
-        with named_by(Path(pair.subject.where), Path(pair.style.where)):
+        with named_by(*(Path(lora.where) for lora in pair.loras)):
             pair = host.fit(pair)
     except KloraError as error:
         return pair, [str(error)]

@@ -75,6 +75,7 @@ def analysis(body: Any) -> dict[str, Any]:
 
     Raises SettingsError, UnknownLoraError, or KloraError for files that do not go together.
     """
+    from klora.pair import side_facts
     from klora.report.document import document
     from klora.report.overlap import overlap_of
     from klora.webui.analysis import draw, plan_of
@@ -86,11 +87,11 @@ def analysis(body: Any) -> dict[str, Any]:
     request = read_values({name: value for name, value in values.items() if name not in ("enabled", "show_map")})
     _check_names(request)
     pair, plan = plan_of(request)
-    files = {"subject": Path(pair.subject.where), "style": Path(pair.style.where)}
-    with named_by(*files.values()):
+    with named_by(*(Path(lora.where) for lora in pair.loras)):
         found = document(pair, plan, overlap_of(pair, plan))
-    for side, path in files.items():
-        found[side]["file"] = path.name
+    # Of its folders, a server tells nothing.
+    found["subject"] |= side_facts(pair.subject, pair.cache)
+    found["style"] |= side_facts(pair.style, pair.cache)
     found["warnings"] = list(plan.warnings)
     if picture:
         buffer = io.BytesIO()
@@ -101,11 +102,12 @@ def analysis(body: Any) -> dict[str, Any]:
 
 def _check_names(request: FusionRequest) -> None:
     from klora.hosts.webui.lora_library import Library
+    from klora.webui.sides import find_side
 
     names = Library()
     for side in ("subject", "style"):
         try:
-            names.find(getattr(request, side))
+            find_side(getattr(request, side), side, names)
         except KloraError as error:
             raise UnknownLoraError(side, str(error)) from None
 

@@ -13,16 +13,15 @@ from klora.fusion.policies.base import WEBUI
 from klora.hosts.sdnext import is_pipeline
 from klora.hosts.webui.loaded_model import model_of
 from klora.hosts.webui.lora_library import Library
-from klora.pair import PAIRS
 from klora.webui.active_fusion import ActiveFusion
 from klora.webui.attached_sessions import AttachedSessions
 from klora.webui.messages import comment, fail, named_by, reason_of, scoring_shown
-from klora.webui.options import score_cache
 from klora.webui.picture_text import announce, begin_picture
 from klora.webui.pipeline_fusion import EncodedWith, PipelineFusion
 from klora.webui.prompt_tag import NAME, Tag
 from klora.webui.references import with_references
 from klora.webui.requested_fusion import RequestedFusion
+from klora.webui.sides import find_side, open_pair
 
 STATE = "klora_active_fusion"
 """Where a processing object keeps its ActiveFusion or PipelineFusion."""
@@ -89,11 +88,11 @@ def make_extra_network() -> Any:
             if len(params_list) > 1:
                 comment(p, f"the prompt holds {len(params_list)} <{NAME}:…> tags; only the first, {tag}, counts")
             names = Library()
-            subject, style = names.find(tag.subject), names.find(tag.style)
-            with named_by(subject.path, style.path):
-                pair = PAIRS.open(subject.path, style.path, score_cache())
+            subject, style = find_side(tag.subject, "subject", names), find_side(tag.style, "style", names)
+            with named_by(*(one.lora.path for one in (*subject, *style))):
+                pair = open_pair(subject, style)
             fusion = RequestedFusion(tag, subject, style, pair, with_references(tag.settings))
-            with named_by(subject.path, style.path):
+            with named_by(*fusion.paths):
                 self._check(p, fusion)
             return fusion
 

@@ -63,7 +63,7 @@ def tell(p: Any, first: list[FusionPlan], hires: list[FusionPlan], given: dict[b
 
 
 def add_hashes(p: Any, fusion: RequestedFusion) -> None:
-    """Name both files in "Lora hashes", by which image sites and a later paste recognise them.
+    """Name all files in "Lora hashes", by which image sites and a later paste recognise them.
 
     The host's own hashes are those of the files as they were when it listed them.
     """
@@ -71,8 +71,8 @@ def add_hashes(p: Any, fusion: RequestedFusion) -> None:
     if not shared.opts.lora_add_hashes_to_infotext or getattr(shared.cmd_opts, "no_hashing", False):
         return
     hashes = dict(getattr(p, "lora_hashes", None) or {})
-    for name, file in ((fusion.tag.subject, fusion.pair.subject), (fusion.tag.style, fusion.pair.style)):
-        hashes[name.replace(":", "").replace(",", "")] = file.model_hash[:_SHORT]
+    for one, lora in zip((*fusion.subject, *fusion.style), fusion.pair.loras, strict=True):
+        hashes[one.name.replace(":", "").replace(",", "")] = lora.model_hash[:_SHORT]
     p.lora_hashes = hashes
     p.extra_generation_params["Lora hashes"] = ", ".join(f"{name}: {value}" for name, value in hashes.items())
 

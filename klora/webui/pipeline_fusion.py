@@ -90,7 +90,7 @@ class PipelineFusion:
         `parts` is what the host tells its handlers of tags beside these.
         """
         assert self._fusion is not None
-        ours, names = {self._fusion.subject.path, self._fusion.style.path}, Library()
+        ours, names = set(self._fusion.paths), Library()
         tags = self.p.network_data.get("lora", [])
         same = [params for params in tags if _path(names, params) in ours]
         for params in same:
@@ -108,7 +108,7 @@ class PipelineFusion:
         host = SdnextHost(shared.sd_model)
         if fusion.settings.passes != "both" and self.p.enable_hr and not hasattr(self.p, "init_hr"):
             raise SettingsError("passes", "this tab does not tell when its second pass begins; leave it at both")
-        with named_by(fusion.subject.path, fusion.style.path), named_by(folder=reference_folder()):
+        with named_by(*fusion.paths), named_by(folder=reference_folder()):
             fusion = fusion.for_model(host)
             plan = fusion.plan(host.device, hires)
             session = host.session(fusion.pair, plan)

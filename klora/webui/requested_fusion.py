@@ -1,28 +1,29 @@
-"""The fusion that a tag asks for, with its two files opened."""
+"""The fusion that a tag asks for, with its files opened."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import torch
 
 from klora.fusion.plan import FusionPlan
 from klora.fusion.scores import OnScored
 from klora.hosts.base import Host
-from klora.hosts.webui.lora_library import ListedLora
 from klora.hosts.webui.text_encoder import TextPart
 from klora.pair import Pair
 from klora.settings import Settings
 from klora.webui.prompt_tag import Tag
+from klora.webui.sides import SideLora
 
 
 @dataclasses.dataclass(frozen=True)
 class RequestedFusion:
-    """A tag with its two files opened."""
+    """A tag with its files opened."""
 
     tag: Tag
-    subject: ListedLora
-    style: ListedLora
+    subject: tuple[SideLora, ...]
+    style: tuple[SideLora, ...]
     pair: Pair
     settings: Settings
     """Those of the tag, with the files that its names of references stand for."""
@@ -32,14 +33,20 @@ class RequestedFusion:
         settings = self.settings
         weights = self.pair.text_encoder_active(settings)
         parts = []
-        for lora, file, side, strength in (
-            (self.subject, self.pair.subject, 0, settings.subject_strength),
-            (self.style, self.pair.style, 1, settings.style_strength),
+        for index, listed, side, strength in (
+            (0, self.subject, self.pair.subject, settings.subject_strength),
+            (1, self.style, self.pair.style, settings.style_strength),
         ):
-            deltas = {name: delta for name, delta in file.text_encoder.items() if weights[name][side]}
-            if deltas and strength:
-                parts.append(TextPart(lora, deltas, strength, file.sha256))
+            for (_, lora, _), (file, weight) in zip(listed, side.parts, strict=True):
+                deltas = {name: delta for name, delta in file.text_encoder.items() if weight and weights[name][index]}
+                if deltas and strength:
+                    parts.append(TextPart(lora, deltas, strength * weight, file.sha256))
         return parts
+
+    @property
+    def paths(self) -> tuple[Path, ...]:
+        """Where the files of both sides lie."""
+        return tuple(one.lora.path for one in (*self.subject, *self.style))
 
     def for_model(self, host: Host) -> RequestedFusion:
         """The same under the names of a loaded model; MismatchError where a file is for another."""

@@ -246,7 +246,7 @@ def test_nan_is_refused_before_anything_is_attached(pair: Pair, tmp_path: Path, 
     key = f"{table[name].key}.lora_up.weight"
     tensors[key][0, 0] = float("nan")
     save_file(tensors, path)
-    bad = Pair.open(path, pair.style.path, pair.cache)
+    bad = Pair.open(path, pair.style.loras[0].path, pair.cache)
     with pytest.raises(LoraValueError, match=rf"dog\.safetensors: {key}: holds NaN"):
         Session(bad, plan, {name: Site(layer) for name, layer in model(TO_Q, FF).items()})
 

@@ -150,7 +150,7 @@ def test_what_is_not_held_of_a_file_that_has_changed_ends_the_forward_and_leaves
 
     def sample() -> None:
         with session_of(full, layers) as session:
-            full.style.path.unlink()
+            full.style.loras[0].path.unlink()
             for tau in (0.0, 0.95):
                 session.set_tau(tau)
                 for layer in layers.values():

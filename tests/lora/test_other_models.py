@@ -15,6 +15,7 @@ from klora.lora.file import LoraFile
 from klora.lora.likeness import alike
 from klora.lora.model_index import ModelIndex, Place, finest_slices, slice_name
 from klora.lora.names import block_of, kind_of, sort_key
+from klora.lora.side import Side
 from klora.pair import Pair
 from klora.report.overlap import overlap_of
 from klora.report.summary import notices, summarise
@@ -322,8 +323,8 @@ def test_scores_under_the_names_of_a_model_do_not_disturb_those_of_the_file(
     parts = [f"x.0.qkv[{i * WIDTH}:{(i + 1) * WIDTH}]" for i in range(3)]
     bound = file.for_model(ModelIndex(square(*parts), {"x.0.qkv": parts}))
     cache = ScoreCache(tmp_path / "cache")
-    first, cut = cache.scores(file), cache.scores(bound)
-    assert cache.scores(file) == first != cut == cache.scores(bound)
+    first, cut = cache.scores(Side.alone(file)), cache.scores(Side.alone(bound))
+    assert cache.scores(Side.alone(file)) == first != cut == cache.scores(Side.alone(bound))
     assert sum(score.l1 for score in cut.values()) == pytest.approx(first["x_0_qkv"].l1)
     assert len(recwarn) == 0
 

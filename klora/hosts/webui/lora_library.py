@@ -53,6 +53,10 @@ class Library:
             raise KloraError(f"there is no LoRA named {name!r}; {hint}")
         return ListedLora(on_disk.name, Path(on_disk.filename), on_disk)
 
+    def knows(self, name: str) -> bool:
+        """Whether there is a LoRA of that name or alias."""
+        return self._lookup(name) is not None
+
     def _lookup(self, name: str) -> Any:
         networks = self._networks
         if name.lower() in networks.forbidden_network_aliases:

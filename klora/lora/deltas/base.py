@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, NamedTuple, TypeVar
 
 import torch
@@ -147,7 +147,6 @@ class Delta(ABC):
     shape: tuple[int, ...]
 
     family: ClassVar[str]
-    needs_base: ClassVar[bool] = False
 
     @abstractmethod
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
@@ -156,6 +155,11 @@ class Delta(ABC):
     @abstractmethod
     def _part(self: D, start: int, stop: int, shape: tuple[int, ...]) -> D:
         """The delta of the rows [start, stop), which has that `shape`."""
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the difference depends on the weight that it is applied to (DoRA)."""
+        return False
 
     @property
     def columns(self) -> int:
@@ -183,6 +187,10 @@ class Delta(ABC):
         if count:
             self._fill(start, stop, block)
         return block
+
+    def add_rows(self, start: int, stop: int, block: Tensor) -> None:
+        """Add the rows [start, stop) of scale·ΔW to `block`, fp32 (stop - start, in·kh·kw)."""
+        block.add_(self.rows(start, stop))
 
     def factors(self) -> Factors | None:
         """The unscaled factors in the file's dtype (fp8 as fp32), or None for a family without them."""
@@ -249,6 +257,10 @@ class FileDelta(Delta):
     @abstractmethod
     def load(cls: type[F], group: Group) -> F | None:
         """Read a group of tensors, or return None when they are of another family. Raises LoraFileError."""
+
+    def times(self: F, weight: float) -> F:
+        """weight·ΔW; the delta itself for a weight of 1."""
+        return self if weight == 1 else replace(self, alpha=self.alpha * weight, scale=self.scale * weight)
 
     def stored(self) -> Iterator[Stored]:
         """The tensors of the file among its fields."""

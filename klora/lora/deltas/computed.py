@@ -1,14 +1,14 @@
-"""Deltas that no file holds: what a policy makes of those that files do hold."""
+"""Deltas that no file holds: sums of those that files do hold, and what policies make of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import Delta, Factors
+from klora.lora.deltas.base import Delta, Factors, FileDelta
 from klora.lora.deltas.lora import LoraDelta
 from klora.lora.source import Stored
 
@@ -17,6 +17,8 @@ def low_rank(delta: Delta) -> tuple[Tensor, Tensor] | None:
     """Unscaled factors as two matrices, up (out, r) and down (r, in·kh·kw), fp32; None for a family without them."""
     if isinstance(delta, FactorDelta):
         return delta.up, delta.down.reshape(delta.rank, -1)
+    if isinstance(delta, SumDelta):
+        return delta.side_by_side()
     if not isinstance(delta, LoraDelta):
         return None
     return delta.up.fp32(), delta.flat_down()
@@ -48,6 +50,74 @@ class FactorDelta(Delta):
 
     def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> FactorDelta:
         return replace(self, shape=shape, up=self.up[start:stop])
+
+
+@dataclass(eq=False)
+class SumDelta(Delta):
+    """Σ ΔW of several `terms`; where all of these are low-rank it is too, of the sum of their ranks.
+
+    The scale is 1: those of the terms are theirs. A sum with a DoRA needs the base weight, as that does.
+    """
+
+    terms: tuple[FileDelta, ...]
+
+    family = "sum"
+
+    @classmethod
+    def of(cls, terms: Sequence[FileDelta]) -> SumDelta:
+        """The sum of deltas of one shape, in the place of the first."""
+        first, rank = terms[0], sum(term.rank for term in terms)
+        return cls(first.file, first.key, rank, float(rank), 1.0, first.shape, tuple(terms))
+
+    @property
+    def needs_base(self) -> bool:
+        """As a term does."""
+        return any(term.needs_base for term in self.terms)
+
+    @property
+    def is_stored_whole(self) -> bool:
+        """As a term is."""
+        return any(term.is_stored_whole for term in self.terms)
+
+    def side_by_side(self) -> tuple[Tensor, Tensor] | None:
+        """up (out, Σ r), the scales in it, and down (Σ r, in·kh·kw), fp32; None where a term is not low-rank."""
+        found = [(factors, term.scale) for term in self.terms if (factors := low_rank(term))]
+        if len(found) < len(self.terms):
+            return None
+        ups = [up if scale == 1 else up * scale for (up, _), scale in found]
+        return torch.cat(ups, dim=1), torch.cat([down for (_, down), _ in found])
+
+    def factors(self) -> Factors | None:
+        """The terms' factors side by side, fp32; None where a term is not low-rank."""
+        factors = self.side_by_side()
+        return factors and Factors(factors[0], factors[1].reshape(self.rank, *self.shape[1:]))
+
+    def matrix(self, base_weight: Tensor | None = None) -> Tensor:
+        """The whole sum, on the device of the `base_weight` where a term needs one."""
+        if not self.needs_base:
+            return super().matrix()
+        matrices = [term.matrix(base_weight) for term in self.terms]
+        device = base_weight.device if base_weight is not None else None
+        return torch.stack([matrix.to(device) for matrix in matrices]).sum(0)
+
+    def stored(self) -> Iterator[Stored]:
+        """Those of the terms."""
+        for term in self.terms:
+            yield from term.stored()
+
+    def check_finite(self, scored: bool = False) -> None:
+        """Look at every term, so that what is said names its file."""
+        for term in self.terms:
+            term.check_finite(scored)
+
+    def _fill(self, start: int, stop: int, block: Tensor) -> None:
+        first, *others = self.terms
+        first.rows(start, stop, out=block)
+        for term in others:
+            term.add_rows(start, stop, block)
+
+    def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> SumDelta:
+        return replace(self, shape=shape, terms=tuple(term.part(start, stop) for term in self.terms))
 
 
 @dataclass(eq=False)

@@ -21,14 +21,17 @@ _DIRECTIONS: tuple[type[FileDelta], ...] = (LoraDelta, LohaDelta, LokrDelta)
 
 @dataclass(eq=False)
 class DoraDelta(FileDelta):
-    """`magnitude` is one number per output row, or per input column where `by_column` (LyCORIS' older default)."""
+    """`magnitude` is one number per output row, or per input column where `by_column` (LyCORIS' older default).
+
+    What acts is `weight` times W' − W0.
+    """
 
     direction: Delta
     magnitude: Stored
     by_column: bool
+    weight: float = 1.0
 
     family = "dora"
-    needs_base = True
 
     @classmethod
     def load(cls, group: Group) -> DoraDelta | None:
@@ -47,6 +50,11 @@ class DoraDelta(FileDelta):
         common = (group.file, group.key, direction.rank, direction.alpha, direction.scale, direction.shape)
         return cls(*common, direction, magnitude.view(count), by_column=not per_row)
 
+    @property
+    def needs_base(self) -> bool:
+        """Always."""
+        return True
+
     def matrix(self, base_weight: Tensor | None = None) -> Tensor:
         """W' − W0 on the device of the `base_weight` W0, fp32; ValueError without one, MismatchError for its shape."""
         if base_weight is None:
@@ -61,7 +69,12 @@ class DoraDelta(FileDelta):
         dims = [dim for dim in range(len(self.shape)) if dim != int(self.by_column)]
         norm = torch.linalg.vector_norm(changed, dim=dims, keepdim=True)
         magnitude = self.magnitude.fp32().to(base.device).view(norm.shape)
-        return changed.mul_(magnitude / norm.clamp_min(torch.finfo(torch.float32).eps)).sub_(base)
+        changed.mul_(magnitude / norm.clamp_min(torch.finfo(torch.float32).eps)).sub_(base)
+        return changed if self.weight == 1 else changed.mul_(self.weight)
+
+    def times(self, weight: float) -> DoraDelta:
+        """weight·(W' − W0); the direction is scored with that weight too."""
+        return self if weight == 1 else replace(self, weight=self.weight * weight)
 
     def stored(self) -> Iterator[Stored]:
         """The direction's tensors and the magnitude."""
@@ -75,6 +88,8 @@ class DoraDelta(FileDelta):
 
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         self.direction.rows(start, stop, out=block)
+        if self.weight != 1:
+            block.mul_(self.weight)
 
     def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> DoraDelta:
         if self.by_column:

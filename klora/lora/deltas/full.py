@@ -12,7 +12,7 @@ from klora.lora.source import Stored
 
 @dataclass(eq=False)
 class FullDelta(FileDelta):
-    """`diff` is (out, in[, kh, kw]); the scale is 1 and the rank counts as min(out, in, 64)."""
+    """`diff` is (out, in[, kh, kw]); the scale is a file's 1, and the rank counts as min(out, in, 64)."""
 
     diff: Stored
 
@@ -35,6 +35,8 @@ class FullDelta(FileDelta):
 
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         block.copy_(self.diff.data()[start:stop].reshape(block.shape))
+        if self.scale != 1:
+            block.mul_(self.scale)
 
     def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> FullDelta:
         return replace(self, shape=shape, diff=self.diff.rows(start, stop))

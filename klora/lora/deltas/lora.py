@@ -54,6 +54,10 @@ class LoraDelta(FileDelta):
         down = self.down.fp32()
         return down.reshape(self.rank, -1) if self.mid is None else cp_down(self.mid.fp32(), down)
 
+    def add_rows(self, start: int, stop: int, block: Tensor) -> None:
+        """Add the rows [start, stop) of scale·ΔW to `block`, as part of the product."""
+        block.addmm_(self.up.data()[start:stop].float(), self.flat_down(), alpha=self.scale)
+
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         up = self.up.data()[start:stop].float()
         torch.addmm(block, up, self.flat_down(), beta=0, alpha=self.scale, out=block)

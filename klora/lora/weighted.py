@@ -1,0 +1,29 @@
+"""The weight of a LoRA among others of its side: what it may be, and how it is written."""
+
+from __future__ import annotations
+
+import math
+
+from klora.errors import SettingsError
+
+MAX_WEIGHT = 10.0
+
+
+def weighted_name(name: str, weight: float) -> str:
+    """A name with its weight where that is not 1: dog*0.8."""
+    return name if weight == 1 else f"{name}*{repr(float(weight)).removesuffix('.0')}"
+
+
+def check_weight(value: object, side: str) -> float:
+    """A weight of a LoRA in a side; SettingsError, naming the `side`, for what cannot be one."""
+    number = math.nan
+    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+    if not abs(number) <= MAX_WEIGHT:
+        raise SettingsError(
+            side, f"{value!r} is not a weight: it must be a number from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+        )
+    return number
