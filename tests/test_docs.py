@@ -59,3 +59,16 @@ def test_every_page_is_named_where_a_reader_begins() -> None:
     text = start.read_text(encoding="utf-8")
     others = [page for page in PAGES if page.parent == start.parent and page != start]
     assert [page.name for page in others if f"]({page.name}" not in text] == []
+
+
+def test_the_tree_of_folders_has_every_folder_and_nothing_else() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = re.findall(r"^( *)(\w+)/ ", text.partition("```\n")[2].partition("```")[0], re.MULTILINE)
+    named: list[Path] = []
+    for indent, name in tree:
+        above = [path for path in named if len(path.parts) == len(indent) // 2]
+        named.append(above[-1] / name if above else Path(name))
+    assert [path for path in named if not (ROOT / path).is_dir()] == []
+    packages = {path.parent.relative_to(ROOT) for path in (ROOT / "klora").rglob("__init__.py")}
+    # A policy's folder is one line with the files of the others.
+    assert {path for path in packages if len(path.parts) <= 3} - set(named) == set()
