@@ -183,16 +183,7 @@ class Server:
 
     def call(self, path: str, body: Any = None, **query: Any) -> Any:
         """GET, or POST where there is a body; ApiError for any answer but a success."""
-        url = f"http://127.0.0.1:{self.port}{path}"
-        if query:
-            url += "?" + urllib.parse.urlencode(query)
-        data = None if body is None else json.dumps(body).encode()
-        request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-        try:
-            with _opener.open(request, timeout=600) as answer:
-                return json.load(answer)
-        except urllib.error.HTTPError as error:
-            raise ApiError(error.code, error.read().decode(errors="replace")) from None
+        return ask(f"http://127.0.0.1:{self.port}{path}", body, **query)
 
     def txt2img(self, tags: str = "", **changes: Any) -> Picture:
         """Make a picture of the small prompt, with `tags` behind it."""
@@ -287,6 +278,19 @@ class Server:
         times = self.log.count("Startup time")
         self.call("/klora-probe/reload")
         self.wait_started(times + 1)
+
+
+def ask(url: str, body: Any = None, **query: Any) -> Any:
+    """GET, or POST where there is a body; ApiError for any answer but a success."""
+    if query:
+        url += "?" + urllib.parse.urlencode(query)
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with _opener.open(request, timeout=600) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise ApiError(error.code, error.read().decode(errors="replace")) from None
 
 
 # Whatever proxy the machine has, the host is here.

@@ -25,13 +25,13 @@ def clip_tokenizer(folder: Path) -> Any:
     return CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=TOKENS)
 
 
-def clip_text_model(with_projection: bool = False) -> Any:
+def clip_text_model(with_projection: bool = False, width: int = CONTEXT) -> Any:
     """A CLIP text encoder of two layers."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     config = CLIPTextConfig(
         vocab_size=54,
-        hidden_size=CONTEXT,
+        hidden_size=width,
         intermediate_size=48,
         num_attention_heads=4,
         num_hidden_layers=2,
