@@ -212,6 +212,17 @@ def test_a_pipeline_that_k_lora_cannot_fuse_in_is_named(host: FakeSdnext) -> Non
     assert "two transformers" in p.extra_generation_params["K-LoRA error"]
 
 
+def test_a_compiled_model_is_named(host: FakeSdnext) -> None:
+    host.pipe.unet.mid_block.compile(backend="eager")
+    try:
+        p = Processing(f"a dog {TAG}")
+        host.sd_model = host.pipe
+        host.activate(_parsed(p))
+        assert "compiled" in p.extra_generation_params["K-LoRA error"]
+    finally:
+        host.pipe.unet.mid_block._compiled_call_impl = None
+
+
 def test_a_model_that_is_held_by_another_object_is_found(host: FakeSdnext) -> None:
     whole = host.process(f"a dog {TAG}")
     held = host._pipeline
