@@ -30,7 +30,7 @@ def test_weights_stored_by_sdnq(sdnext: SdnextServer, plain: Picture, kind: str)
         sdnext.use("sd")
 
 
-@pytest.mark.parametrize("mode", ["balanced", "sequential", "model", "none"])
+@pytest.mark.parametrize("mode", ["balanced", "model", "none"])
 def test_offloaded_models(sdnext: SdnextServer, plain: Picture, mode: str) -> None:
     whole = sdnext.txt2img(TAG)
     sdnext.options(diffusers_offload_mode=mode)
