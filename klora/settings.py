@@ -56,7 +56,9 @@ class Option:
             return value.strip()
         text = value.strip().lower() if isinstance(value, str) else value
         if not isinstance(text, str) or (self.choices and text not in self.choices):
-            raise SettingsError(name, f"{value!r} is not one of {', '.join(self.choices) or 'the known names'}")
+            near = difflib.get_close_matches(str(text), self.choices, n=1, cutoff=0.7)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise SettingsError(name, f"{value!r} is not one of {', '.join(self.choices) or 'the known names'}{hint}")
         return text
 
     def _read_number(self, name: str, value: Any) -> float | int:

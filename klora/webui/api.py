@@ -6,6 +6,7 @@ The body is a plain object: the hosts' versions of pydantic agree on nothing mor
 from __future__ import annotations
 
 import base64
+import dataclasses
 import importlib
 import io
 import secrets
@@ -15,6 +16,7 @@ from typing import Any
 
 from klora import __version__
 from klora.errors import KloraError, SettingsError
+from klora.settings import Settings, options
 from klora.webui.args import FusionRequest, json_schema, read_values, truth
 from klora.webui.messages import named_by
 
@@ -84,7 +86,9 @@ def analysis(body: Any) -> dict[str, Any]:
         raise SettingsError("body", "must be a JSON object with subject, style and settings")
     values = dict(body)
     picture = truth("picture", values.pop("picture", False))
+    steps = options()["steps"].read("steps", values.pop("steps", Settings().steps))
     request = read_values({name: value for name, value in values.items() if name not in ("enabled", "show_map")})
+    request = dataclasses.replace(request, settings=dataclasses.replace(request.settings, steps=steps))
     _check_names(request)
     pair, plan = plan_of(request)
     with named_by(*(Path(lora.where) for lora in pair.loras)):

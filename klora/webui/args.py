@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from klora.errors import SettingsError
-from klora.fusion.policies import make_policy, policies_on, resolve
-from klora.fusion.policies.base import WEBUI
+from klora.fusion.policies import POLICIES, make_policy, resolve
 from klora.settings import AUTO, Option, Settings, options
 from klora.webui.prompt_tag import Tag
 
@@ -86,7 +85,7 @@ def setting_options() -> dict[str, Option]:
 
 def choices_of(name: str, option: Option) -> tuple[str, ...]:
     """List what a setting may be here, where it is one of few words."""
-    return policies_on(WEBUI) if name == "policy" else option.choices
+    return tuple(POLICIES) if name == "policy" else option.choices
 
 
 def text_of(value: Any) -> Any:
@@ -95,17 +94,22 @@ def text_of(value: Any) -> Any:
 
 
 def read_args(args: Sequence[Any], overrides: Mapping[str, Any] | None = None) -> FusionRequest | None:
-    """Make a request of `args`, None where K-LoRA is not asked for.
+    """Make a request of `args`, None where K-LoRA is not asked for, or has no pair yet.
 
     `args` hold one object, or values in ARG_ORDER; what is missing or None has its default, but an object that holds
-    anything and does not say "enabled" is meant. `overrides` count more than `args`. Raises SettingsError.
+    anything and does not say "enabled" is meant, and must name its pair. `overrides` count more than `args`. Raises
+    SettingsError.
     """
     values = named(args)
-    if overrides and {"subject", "style"} <= overrides.keys():
+    if overrides and {*SIDES} <= overrides.keys():
         values["enabled"] = True
     if not truth("enabled", values.pop("enabled", False)):
         return None
-    return read_values(override(values, overrides or {}))
+    values = override(values, overrides or {})
+    by_place = not (args and isinstance(args[0], Mapping))
+    if by_place and any(values.get(side) in _NOT_CHOSEN for side in SIDES):
+        return None
+    return read_values(values)
 
 
 def read_values(values: Mapping[str, Any]) -> FusionRequest:
@@ -132,7 +136,7 @@ def asks_for_more(args: Sequence[Any]) -> bool:
 
 def _settings(values: Mapping[str, Any]) -> Settings:
     settings = Settings.parse(values)
-    make_policy(resolve(settings, None), WEBUI)
+    make_policy(resolve(settings, None))
     return settings
 
 
@@ -185,14 +189,12 @@ def truth(name: str, value: Any) -> bool:
 
 
 def lora_name(side: str, value: Any) -> str:
-    """Read the name of a LoRA; SettingsError for none, and for one that cannot stand in a tag."""
+    """Read the name of a LoRA; SettingsError for none."""
     name = value.strip() if isinstance(value, str) else value
     if name in _NOT_CHOSEN:
         raise NotChosenError(side)
     if not isinstance(name, str):
         raise SettingsError(side, f"{value!r} is not the name of a LoRA")
-    if bad := sorted(set(name) & set(":<>=\r\n")):
-        raise SettingsError(side, f"the name {name!r} holds {' '.join(map(repr, bad))}, which a tag cannot; rename it")
     return name
 
 

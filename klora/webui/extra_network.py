@@ -9,7 +9,6 @@ import importlib
 from typing import Any
 
 from klora.fusion.policies import make_policy, resolve
-from klora.fusion.policies.base import WEBUI
 from klora.hosts.sdnext import is_pipeline
 from klora.hosts.webui.loaded_model import model_of
 from klora.hosts.webui.lora_library import Library
@@ -84,7 +83,7 @@ def make_extra_network() -> Any:
 
         def _fusion(self, p: Any, params_list: list[Any]) -> RequestedFusion:
             tag = Tag.parse([str(item) for item in params_list[0].items])
-            make_policy(resolve(tag.settings, None), WEBUI)
+            make_policy(resolve(tag.settings, None))
             if len(params_list) > 1:
                 comment(p, f"the prompt holds {len(params_list)} <{NAME}:…> tags; only the first, {tag}, counts")
             names = Library()

@@ -9,12 +9,13 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
+from urllib.parse import unquote
 
 from klora.errors import KloraError
 from klora.fusion.policies import is_heeded
 from klora.settings import Settings
 from klora.webui.args import ARG_ORDER, choices_of, setting_options, text_of
-from klora.webui.prompt_tag import NAME, Tag, find_tag
+from klora.webui.prompt_tag import NAME, Tag, find_tag, quoted_name
 
 PREFIX = "K-LoRA "
 RESOLVED = ("scale", "alpha", "beta", "scope", "variant")
@@ -111,13 +112,15 @@ def rename_by_hash(params: dict[str, Any], name_for: Callable[[str, str], str | 
         return
 
     def here(name: str) -> str:
-        # The host leaves out commas in this list, and no name in a tag has a colon.
-        value = hashes.get(name.strip().replace(",", ""))
+        # The host leaves out these signs in this list.
+        value = hashes.get(name.strip().replace(":", "").replace(",", ""))
         return (name_for(name.strip(), value) if value else None) or name
 
     for key in ("Prompt", "Hires prompt"):
         if isinstance(params.get(key), str):
-            params[key] = _TAG.sub(lambda m: f"<{NAME}:{here(m.group(1))}:{here(m.group(2))}", params[key])
+            params[key] = _TAG.sub(
+                lambda m: f"<{NAME}:" + ":".join(quoted_name(here(unquote(name))) for name in m.groups()), params[key]
+            )
 
 
 def _text(value: Any) -> Any:

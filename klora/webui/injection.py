@@ -9,7 +9,7 @@ from typing import Any
 from klora.errors import KloraError
 from klora.hosts.sdnext import is_refined
 from klora.webui.args import FusionRequest, asks_for_more, override_tag, read_args
-from klora.webui.messages import comment, fail
+from klora.webui.messages import comment, fail, note
 from klora.webui.prompt_tag import NAME, Tag, find_tag
 
 OVERRIDES = "klora_overrides"
@@ -53,7 +53,12 @@ def _tell_of_no_tags(p: Any) -> None:
     for prompt in {*p.all_prompts, *(getattr(p, "all_hr_prompts", None) or ())}:
         if found := _LIKE_TAG.search(_TAG.sub("", prompt)):
             fault = "has no pair or no >" if found[0] == _TYPED else "is spelled otherwise"
-            comment(p, f"{found[0]}… in the prompt does nothing, for it {fault}; write <{NAME}:subject:style>")
+            note(p, f"{found[0]}… in the prompt does nothing, for it {fault}; write <{NAME}:subject:style>")
+            return
+    negative = ("all_negative_prompts", "all_hr_negative_prompts")
+    for prompt in (prompt for name in negative for prompt in getattr(p, name, None) or ()):
+        if found := _LIKE_TAG.search(prompt):
+            note(p, f"{found[0]}… in the negative prompt is plain text to this WebUI; put it into the prompt")
             return
 
 

@@ -20,6 +20,8 @@ _PREFIX = "K-LoRA: "
 ABSENT = "modules are not in the model"
 ERROR = "K-LoRA error"
 """The key of a picture's text that says why K-LoRA did not run, or not to the end."""
+NOTE = "K-LoRA note"
+"""The key that says what in the prompts does nothing."""
 
 
 def comment(p: Any, text: str) -> None:
@@ -35,6 +37,12 @@ def hand_on_comments(p: Any, processed: Any) -> None:
     unsaid = [text for text in getattr(p, "comments", ()) if text.startswith(_PREFIX) and text not in shown]
     if unsaid:
         processed.comments = "\n".join([*filter(None, [shown.rstrip("\n")]), *unsaid])
+
+
+def note(p: Any, text: str) -> None:
+    """Say something under the image, in the console and in the image's text."""
+    comment(p, text)
+    p.extra_generation_params[NOTE] = text.replace("\n", " ")
 
 
 def fail(p: Any, reason: str, outcome: str = "not applied") -> None:

@@ -1,7 +1,8 @@
 """The tag `<klora:subject:style>` in a prompt: the one truth about a fusion that everything downstream reads.
 
 `<klora:dog:ink:0.9:1.1:scale=s*:beta=0.6>`: two names, the strengths of subject and style if they are not 1, then
-any setting by name. The host splits a tag at its colons and hands over the pieces.
+any setting by name. The host splits a tag at its colons and hands over the pieces. Signs of the tag's own in a name are
+written as in URLs: %3A for a colon.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ NAME = "klora"
 STRENGTHS = ("subject_strength", "style_strength")
 _TAG = re.compile(rf"<{NAME}:([^>]+)>")
 _FREE = frozenset(name for name, option in options().items() if option.free)
-"""Settings whose text may hold signs of the tag's own: these are written as in URLs, %3A for a colon."""
+"""Settings whose text may hold signs of the tag's own, written as in URLs like those of names."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Tag:
             if name in values:
                 raise SettingsError(name, "is given twice")
             values[name] = unquote(value) if name in _FREE else value
-        return cls(names[0], names[1], Settings.parse(values))
+        return cls(unquote(names[0]), unquote(names[1]), Settings.parse(values))
 
     def __str__(self) -> str:
         """Write the tag, with what differs from the defaults."""
@@ -65,7 +66,7 @@ class Tag:
         while strengths and strengths[-1] == "1":
             strengths.pop()
         named = [f"{name}={_quoted(value) if name in _FREE else _text(value)}" for name, value in changed.items()]
-        return f"<{':'.join((NAME, self.subject, self.style, *strengths, *named))}>"
+        return f"<{':'.join((NAME, quoted_name(self.subject), quoted_name(self.style), *strengths, *named))}>"
 
 
 def find_tag(prompt: str) -> Tag | None:
@@ -79,5 +80,14 @@ def _text(value: Any) -> str:
     return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
 
 
+def quoted_name(name: str) -> str:
+    """Write a LoRA's name so that it can stand in a tag."""
+    return _without("[%:<>=\r\n]", name)
+
+
 def _quoted(text: str) -> str:
-    return re.sub("[%:<>()\\[\\]|,]", lambda sign: f"%{ord(sign[0]):02X}", text)
+    return _without("[%:<>()\\[\\]|,]", text)
+
+
+def _without(signs: str, text: str) -> str:
+    return re.sub(signs, lambda sign: f"%{ord(sign[0]):02X}", text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import PurePath
 from typing import Any
@@ -10,10 +11,14 @@ from typing import Any
 from klora.errors import KloraError
 from klora.hosts.webui.lora_library import Library
 from klora.settings import Option
-from klora.webui.args import choices_of, setting_options
+from klora.webui.args import choices_of, override_tag, read_args, setting_options
 from klora.webui.injection import OVERRIDES
+from klora.webui.prompt_tag import find_tag
+from klora.webui.ui import TITLE
 
 PREFIX = "[K-LoRA] "
+AXES = "klora_axes"
+"""Where a grid's processing object keeps the values of its axes until they have been looked at together."""
 SETTINGS = ("balance", "alpha", "beta", "scale", "policy", "subject_strength", "style_strength", "scope")
 # Other files to open, and other text to encode, but no other checkpoint.
 _PAIR_COST = 0.4
@@ -36,7 +41,12 @@ def plots() -> Iterator[Any]:
 def _axes(module: Any) -> Iterable[Any]:
     for side in ("subject", "style"):
         yield module.AxisOption(
-            f"{PREFIX}{side.capitalize()}", str, _apply(side), confirm=_confirm_names, cost=_PAIR_COST, choices=_names
+            f"{PREFIX}{side.capitalize()}",
+            str,
+            _apply(side),
+            confirm=_confirm_names(side),
+            cost=_PAIR_COST,
+            choices=_names,
         )
     for name in SETTINGS:
         option = setting_options()[name]
@@ -53,14 +63,62 @@ def _axes(module: Any) -> Iterable[Any]:
 
 def _apply(name: str) -> Callable[[Any, Any, Any], None]:
     def apply(p: Any, value: Any, _values: Any) -> None:
+        _refuse_bad_cells(p)
         # A cell's `p` is a shallow copy: what is on it is shared with the other cells.
         setattr(p, OVERRIDES, {**(getattr(p, OVERRIDES, None) or {}), name: value})
 
     return apply
 
 
+def _refuse_bad_cells(p: Any) -> None:
+    """Raise KloraError before the first picture where a cell of the grid would be none; all axes are known by now."""
+    axes: dict[str, list[Any]] = getattr(p, AXES, {})
+    if not axes:
+        return
+    names, cells = tuple(axes), list(itertools.product(*axes.values()))
+    # Emptied, for this dictionary is that of every cell: once is enough.
+    axes.clear()
+    prompt = p.prompt[0] if isinstance(p.prompt, list) else p.prompt
+    tag = find_tag(prompt)
+    pairs = set()
+    for values in cells:
+        overrides = dict(zip(names, values, strict=True))
+        request = override_tag(tag, overrides) if tag else read_args(_args_of(p), overrides)
+        if request is None:
+            raise KloraError("an axis needs a pair: choose one in the accordion and enable it, or type a tag")
+        pairs.add((request.subject, request.style))
+    for pair in pairs:
+        _open(*pair)
+
+
+def _args_of(p: Any) -> list[Any]:
+    """What the accordion or the API has handed over for the job."""
+    for script in getattr(p.scripts, "alwayson_scripts", ()):
+        if script.title() == TITLE:
+            return list(p.script_args[script.args_from : script.args_to])
+    return []
+
+
+def _open(subject: str, style: str) -> None:
+    from klora.pair import PAIRS
+    from klora.webui.messages import named_by
+    from klora.webui.options import score_cache
+
+    names = Library()
+    files = names.find(subject).path, names.find(style).path
+    with named_by(*files):
+        PAIRS.open(files[0], files[1], score_cache())
+
+
+def _keep(p: Any, name: str, values: list[Any]) -> None:
+    if not hasattr(p, AXES):
+        setattr(p, AXES, {})
+    getattr(p, AXES)[name] = values
+
+
 def _confirm(name: str, option: Option) -> Callable[[Any, list[Any]], None]:
-    def confirm(_p: Any, values: list[Any]) -> None:
+    def confirm(p: Any, values: list[Any]) -> None:
+        _keep(p, name, values)
         for value in values:
             read = option.read(name, value)
             choices = choices_of(name, option)
@@ -74,6 +132,10 @@ def _names() -> list[str]:
     return Library().names()
 
 
-def _confirm_names(_p: Any, values: list[Any]) -> None:
-    for value in values:
-        Library().find(value)
+def _confirm_names(side: str) -> Callable[[Any, list[Any]], None]:
+    def confirm(p: Any, values: list[Any]) -> None:
+        _keep(p, side, values)
+        for value in values:
+            Library().find(value)
+
+    return confirm

@@ -23,7 +23,8 @@ TAG = "<klora:dog:ink>"
 def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeHost]:
     """A host with four LoRAs: dog and ink for attention, dog_te and ink_te for the text encoder too."""
     names = shapes([*ATTENTION, *FEED_FORWARD])
-    write_lora(tmp_path / "dog.safetensors", names, rank=4, seed=1)
+    trained_on = {"ss_base_model_version": "sd_v1-5"}
+    write_lora(tmp_path / "dog.safetensors", names, rank=4, seed=1, metadata=trained_on)
     write_lora(tmp_path / "ink.safetensors", names, rank=8, seed=2)
     write_lora(tmp_path / "ink_peft.safetensors", names, "peft", rank=8, seed=2)
     for name, seed in (("dog_te", 3), ("ink_te", 4)):

@@ -111,5 +111,5 @@ def test_a_pair_for_another_model_than_the_loaded_one_is_analysed_with_a_warning
     _, plan = analysis.plan_of(read_values(PAIR))
     assert names(plan) >= set(ATTENTION)
     (warning,) = plan.warnings
-    assert warning.startswith("dog.safetensors is for ")
+    assert warning.startswith("this pair is for SD 1, the checkpoint is SDXL")
     assert "zero modules matched in the SDXL checkpoint other" in warning

@@ -100,6 +100,7 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
 
 class Processing:
     def __init__(self, prompt: str) -> None:
+        self.prompt, self.scripts = prompt, None
         self.all_prompts = [prompt]
         self.extra_generation_params: dict[str, Any] = {}
         self.comments: list[str] = []
@@ -185,6 +186,28 @@ def test_an_axis_keeps_its_value_on_one_cell_and_refuses_bad_ones_before_the_plo
         with pytest.raises(KloraError):
             axes[label].confirm(p, [bad])
     axes["Subject"].confirm(p, ["puppy"])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "grid", "says"),
+    [
+        ("a <klora:puppy:ink>", {"α": [1.0, 0.0], "Scale": ["s", "s*"]}, "alpha"),
+        ("a", {"Balance": [-1.0, 1.0]}, "an axis needs a pair"),
+        ("a", {"Subject": ["puppy"]}, "an axis needs a pair"),
+        ("a <klora:puppy:ink:beta=x>", {"Balance": [0.0]}, "beta"),
+    ],
+)
+def test_a_grid_with_a_cell_that_would_be_no_fusion_is_refused_before_its_first_picture(
+    host: Any, prompt: str, grid: dict[str, list[Any]], says: str
+) -> None:
+    xyz_axes.add_axes()
+    axes = {axis.label.removeprefix("[K-LoRA] "): axis for axis in host.plot.axis_options}
+    p = Processing(prompt)
+    for label, values in grid.items():
+        axes[label].confirm(p, values)
+    label, values = next(iter(grid.items()))
+    with pytest.raises(KloraError, match=says):
+        axes[label].apply(p, values[0], values)
 
 
 def test_the_settings_page_has_defaults_cache_and_map(host: Any) -> None:

@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from klora.engine.bypass import Site
+from klora.errors import MismatchError
 from klora.hosts.base import Host
 from klora.hosts.sites import Weights, is_flux_model, weights_by_host, weights_by_rule
+from klora.hosts.webui.checkpoints import made_for, two_models
 from klora.hosts.webui.text_encoder import TextPart
 from klora.lora.model_index import ModelIndex
+from klora.pair import Pair
 
 
 class WebuiHost(Host):
@@ -66,6 +69,16 @@ class WebuiHost(Host):
         """The names under which files may mean the diffusion model's modules."""
         shapes = {name: site.shape for name, site in self._weights.sites.items()}
         return ModelIndex(shapes, self._weights.aliases, self.architecture)
+
+    def fit(self, pair: Pair) -> Pair:
+        """The pair under the names of the model; MismatchError where it is for another, in words if these are known."""
+        try:
+            return super().fit(pair)
+        except MismatchError as error:
+            meant = made_for(pair)
+            if meant and self.architecture and meant != self.architecture:
+                raise MismatchError(f"{two_models(meant, self.architecture)} ({error})") from None
+            raise
 
     @cached_property
     def _weights(self) -> Weights:

@@ -47,15 +47,23 @@ class Library:
             self.refresh()
             on_disk = self._lookup(name)
         if on_disk is None:
-            known = {one.casefold(): one for one in self.names()}
-            near = difflib.get_close_matches(name.casefold(), known, n=1)
-            hint = f"did you mean {known[near[0]]}?" if near else "see the Lora tab for the names"
+            near = self._near(name)
+            hint = f"did you mean {near}?" if near else "see the Lora tab for the names"
             raise KloraError(f"there is no LoRA named {name!r}; {hint}")
         return ListedLora(on_disk.name, Path(on_disk.filename), on_disk)
 
     def knows(self, name: str) -> bool:
         """Whether there is a LoRA of that name or alias."""
         return self._lookup(name) is not None
+
+    def _near(self, name: str) -> str | None:
+        """A listed name that is spelled like this one, or else holds it; "None" is a menu's word and like no name."""
+        known = {one.casefold(): one for one in self.names()}
+        typed = name.casefold()
+        if typed == "none" or not typed:
+            return None
+        found = difflib.get_close_matches(typed, known, n=1) or [one for one in known if typed in one]
+        return known[found[0]] if found else None
 
     def _lookup(self, name: str) -> Any:
         networks = self._networks

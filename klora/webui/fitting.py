@@ -1,0 +1,27 @@
+"""Whether a pair goes with the chosen checkpoint, told in the accordion before a picture is made."""
+
+from __future__ import annotations
+
+from klora.errors import KloraError
+from klora.webui.args import NONE
+from klora.webui.messages import named_by
+from klora.webui.options import score_cache
+
+
+def misfit(subject: str, style: str, checkpoint: str) -> str:
+    """Say that a pair is for another model than the checkpoint of that title, or is no pair; else nothing."""
+    from klora.hosts.webui.checkpoints import architecture_of, made_for, two_models
+    from klora.hosts.webui.lora_library import Library
+    from klora.pair import PAIRS
+
+    if NONE in (subject, style) or not subject or not style:
+        return ""
+    names = Library()
+    try:
+        files = names.find(subject).path, names.find(style).path
+        with named_by(*files):
+            meant = made_for(PAIRS.open(files[0], files[1], score_cache()))
+    except KloraError as error:
+        return str(error)
+    chosen = architecture_of(checkpoint) if checkpoint else None
+    return two_models(meant, chosen) if meant and chosen and meant != chosen else ""
