@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from klora.fusion.policies import make_policy, policies_on, policies_with, resolve
-from klora.fusion.policies.base import COMFYUI
+from klora.fusion.policies import POLICIES, make_policy, policies_with, resolve
 from klora.hosts.comfyui.loras import listed_loras
 from klora.settings import AUTO, Option, Settings, shown_options
 
@@ -63,7 +62,7 @@ def steps_input() -> Inputs:
 def read_settings(values: Mapping[str, Any], more: Mapping[str, Any] | None = None) -> Settings:
     """Make settings of a node's `values`, and of `more` from the settings node; SettingsError for a bad one."""
     settings = Settings.parse({**(more or {}), **values})
-    make_policy(resolve(settings, None), COMFYUI)
+    make_policy(resolve(settings, None))
     return settings
 
 
@@ -71,7 +70,7 @@ def _input(name: str, option: Option) -> tuple[Any, dict[str, Any]]:
     default = getattr(Settings(), name)
     common = {"default": AUTO if default is None else default, "tooltip": _tooltip(name, option)}
     if name == "policy":
-        return list(policies_on(COMFYUI)), common
+        return list(POLICIES), common
     if option.choices:
         return list(option.choices), common
     if option.optional or option.kind is str:

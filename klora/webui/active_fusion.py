@@ -13,6 +13,7 @@ from klora.hosts.guidance import make_guidance
 from klora.hosts.webui.guidance import DenoiserGuidance
 from klora.hosts.webui.host import WebuiHost
 from klora.hosts.webui.loaded_model import host_of
+from klora.hosts.webui.predictions import Predictions
 from klora.hosts.webui.schedule import schedule_of
 from klora.settings import Settings
 from klora.webui.acted import Acted, report
@@ -39,6 +40,7 @@ class ActiveFusion:
         self._session: Session | None = None
         self._host: WebuiHost | None = None
         self._guidance: DenoiserGuidance | None = None
+        self._predictions: Predictions | None = None
         self._bound_to: tuple[Any, ...] | None = None
         self._wrappers = Wrappers()
         self._encoder = ExitStack()
@@ -79,6 +81,8 @@ class ActiveFusion:
             # A picture made inside this one (by another extension) may have taken the hooks off.
             self._attached.attach(self._session)
             self._session.at_level(level)
+            if self._predictions is not None:
+                self._predictions.begin_evaluation()
             self._acted.step(self._session)
 
     def stop(self, error: Exception) -> None:
@@ -106,15 +110,18 @@ class ActiveFusion:
         self._pass = hires, fusion.tag.settings
         if guidance is not None:
             self._guidance = DenoiserGuidance(host, session, guidance, denoiser)
+        if plan.policy.forwards > 1:
+            self._predictions = Predictions(host.diffusion_model, session)
         report(self.p, session)
 
     def _release(self) -> None:
         if self._session is not None:
             self._attached.detach(self._session)
             self._acted.note(self._session, *self._pass)
-        if self._guidance is not None:
-            self._guidance.remove()
-        self._session = self._host = self._guidance = None
+        for around in (self._guidance, self._predictions):
+            if around is not None:
+                around.remove()
+        self._session = self._host = self._guidance = self._predictions = None
         self._bound_to = None
 
     @contextmanager

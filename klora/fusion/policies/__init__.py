@@ -51,11 +51,6 @@ OF_SCALES = frozenset({"balance", "share", "scale", "alpha", "beta", "k", "gamma
 """Settings that only a policy heeds that compares a ratio with a scale."""
 
 
-def policies_on(host: str) -> tuple[str, ...]:
-    """The policies that run on a kind of host, such as `base.DIFFUSERS`."""
-    return tuple(name for name, policy in POLICIES.items() if host in policy.hosts)
-
-
 def policies_with(setting: str) -> tuple[str, ...]:
     """The policies whose own setting this is; empty where it is for all."""
     return tuple(name for name, policy in POLICIES.items() if setting in policy.own_settings)
@@ -75,17 +70,14 @@ def resolve(settings: Settings, architecture: str | None) -> Settings:
     return settings.resolve(architecture, policy.defaults if policy else {})
 
 
-def make_policy(settings: Settings, host: str | None = None) -> Policy:
+def make_policy(settings: Settings) -> Policy:
     """Make the policy that `settings` (resolved) name.
 
-    Raises SettingsError where they do not fit together, or where the policy does not run on that kind of host.
+    Raises SettingsError where they do not fit together.
     """
     if settings.policy not in POLICIES:
         raise SettingsError("policy", f"{settings.policy!r} is not one of {', '.join(POLICIES)}")
     policy = POLICIES[settings.policy]
-    if host is not None and host not in policy.hosts:
-        reason = f"{policy.name} takes {policy.forwards} forwards of the model per evaluation"
-        raise SettingsError("policy", f"{reason}, which a WebUI does not make; use {', '.join(policies_on(host))}")
     if settings.share is not None and not issubclass(policy, ScaledPolicy):
         raise SettingsError("share", f"the policy {policy.name} takes no share target; leave it at auto")
     return policy(settings)

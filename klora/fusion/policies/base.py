@@ -18,9 +18,6 @@ if TYPE_CHECKING:
     from klora.fusion.scores import ModuleScore
     from klora.lora.deltas import Delta
 
-DIFFUSERS, WEBUI, COMFYUI = "diffusers", "webui", "comfyui"
-"""The kinds of host; A1111 and the Forge family are WebUIs."""
-
 
 class Active(NamedTuple):
     """Which LoRA is active: how much of each one's ΔW acts, before the user's strengths."""
@@ -69,17 +66,15 @@ class Forward(NamedTuple):
 class Policy(ABC):
     """The rule of a fusion; a subclass says with `decide` what is active in a contested module.
 
-    `hosts`: the kinds of host on which the policy runs. `forwards`: how many forwards of the denoiser one evaluation
-    takes at most. `static`: what is active is so at every step. `measured`: the engine decides contested modules by
-    their outputs, among the LoRAs that `decide` gives. `takes_references`: latents are moved towards references.
-    `folds_strengths`: what `combine` gives has the user's strengths in it. `own_settings`: settings that only this
-    policy and others that name them heed. `defaults`: what "auto" means for a setting where it is not what it usually
-    means.
+    `forwards`: how many forwards of the denoiser one evaluation takes at most. `static`: what is active is so at every
+    step. `measured`: the engine decides contested modules by their outputs, among the LoRAs that `decide` gives.
+    `takes_references`: latents are moved towards references. `folds_strengths`: what `combine` gives has the user's
+    strengths in it. `own_settings`: settings that only this policy and others that name them heed. `defaults`: what
+    "auto" means for a setting where it is not what it usually means.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
-    hosts: ClassVar[frozenset[str]] = frozenset({DIFFUSERS, WEBUI, COMFYUI})
     forwards: ClassVar[int] = 1
     static: ClassVar[bool] = False
     measured: ClassVar[bool] = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from klora.fusion.policies.base import BOTH, COMFYUI, DIFFUSERS, STYLE, SUBJECT, Active, Forward, Moment, Policy
+from klora.fusion.policies.base import BOTH, STYLE, SUBJECT, Active, Forward, Moment, Policy
 
 
 class Composite(Policy):
@@ -13,7 +13,6 @@ class Composite(Policy):
 
     name = "composite"
     title = "LoRA Composite"
-    hosts = frozenset({DIFFUSERS, COMFYUI})
     forwards = 2
 
     def decide(self, module: str, rho: float, moment: Moment) -> Active:

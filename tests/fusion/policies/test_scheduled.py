@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from klora.errors import SettingsError
 from klora.fusion.plan import FileModule, FusionPlan, make_plan
-from klora.fusion.policies import POLICIES, is_heeded, make_policy, policies_on, resolve
-from klora.fusion.policies.base import BOTH, DIFFUSERS, NEITHER, STYLE, SUBJECT, WEBUI, Active, Moment
+from klora.fusion.policies import POLICIES, is_heeded, make_policy, resolve
+from klora.fusion.policies.base import BOTH, NEITHER, STYLE, SUBJECT, Active, Moment
 from klora.fusion.policies.cm_lora import CmLora
 from klora.fusion.scores import ModuleScore
 from klora.settings import Settings, options
@@ -170,13 +170,8 @@ def test_dominance_goes_round() -> None:
     assert [forward.reuse for forward in rule.predictions(Moment(0, 8, 0.0))] == [1, 4]
 
 
-def test_score_level_policies_run_on_diffusers_only() -> None:
-    assert set(policies_on(DIFFUSERS)) - set(policies_on(WEBUI)) == {"composite", "cm-lora"}
-    for policy in ("composite", "cm-lora"):
-        settings = resolve(Settings(policy=policy), None)
-        assert make_policy(settings, DIFFUSERS).forwards == 2
-        with pytest.raises(SettingsError, match="2 forwards"):
-            make_policy(settings, WEBUI)
+def test_score_level_policies_take_two_forwards() -> None:
+    assert {name for name, policy in POLICIES.items() if policy.forwards == 2} == {"composite", "cm-lora"}
 
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=list(POLICIES))
