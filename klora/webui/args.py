@@ -10,7 +10,7 @@ from typing import Any
 from klora.errors import SettingsError
 from klora.fusion.policies import POLICIES, make_policy, resolve
 from klora.settings import AUTO, Option, Settings, options
-from klora.webui.prompt_tag import Tag
+from klora.webui.prompt_tag import Tag, quoted_name
 
 _FIRST = (
     "enabled",
@@ -189,13 +189,13 @@ def truth(name: str, value: Any) -> bool:
 
 
 def lora_name(side: str, value: Any) -> str:
-    """Read the name of a LoRA; SettingsError for none."""
+    """Read the name of a LoRA, as it can stand in a tag; SettingsError for none."""
     name = value.strip() if isinstance(value, str) else value
     if name in _NOT_CHOSEN:
         raise NotChosenError(side)
     if not isinstance(name, str):
         raise SettingsError(side, f"{value!r} is not the name of a LoRA")
-    return name
+    return quoted_name(name)
 
 
 def json_schema() -> dict[str, Any]:

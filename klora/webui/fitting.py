@@ -5,22 +5,22 @@ from __future__ import annotations
 from klora.errors import KloraError
 from klora.webui.args import NONE
 from klora.webui.messages import named_by
-from klora.webui.options import score_cache
+from klora.webui.prompt_tag import quoted_name
 
 
 def misfit(subject: str, style: str, checkpoint: str) -> str:
     """Say that a pair is for another model than the checkpoint of that title, or is no pair; else nothing."""
     from klora.hosts.webui.checkpoints import architecture_of, made_for, two_models
     from klora.hosts.webui.lora_library import Library
-    from klora.pair import PAIRS
+    from klora.webui.sides import find_side, open_pair
 
     if NONE in (subject, style) or not subject or not style:
         return ""
     names = Library()
     try:
-        files = names.find(subject).path, names.find(style).path
-        with named_by(*files):
-            meant = made_for(PAIRS.open(files[0], files[1], score_cache()))
+        sides = find_side(quoted_name(subject), "subject", names), find_side(quoted_name(style), "style", names)
+        with named_by(*(one.lora.path for side in sides for one in side)):
+            meant = made_for(open_pair(*sides))
     except KloraError as error:
         return str(error)
     chosen = architecture_of(checkpoint) if checkpoint else None

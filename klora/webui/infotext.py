@@ -14,7 +14,7 @@ from urllib.parse import unquote
 from klora.errors import KloraError
 from klora.fusion.policies import is_heeded
 from klora.settings import Settings
-from klora.webui.args import ARG_ORDER, choices_of, setting_options, text_of
+from klora.webui.args import ARG_ORDER, setting_options, text_of
 from klora.webui.prompt_tag import NAME, Tag, find_tag, quoted_name
 
 PREFIX = "K-LoRA "
@@ -61,10 +61,7 @@ def from_infotext(params: Mapping[str, Any]) -> dict[str, Any]:
     if tag is None:
         return {}
     values: dict[str, Any] = {"subject": tag.subject, "style": tag.style}
-    for name, option in setting_options().items():
-        value, choices = getattr(tag.settings, name), choices_of(name, option)
-        if not choices or value in choices:
-            values[name] = value
+    values.update({name: getattr(tag.settings, name) for name in setting_options()})
     return values
 
 
@@ -111,16 +108,16 @@ def rename_by_hash(params: dict[str, Any], name_for: Callable[[str, str], str | 
     if not hashes:
         return
 
-    def here(name: str) -> str:
+    def here(written: str) -> str:
+        name = unquote(written.strip())
         # The host leaves out these signs in this list.
-        value = hashes.get(name.strip().replace(":", "").replace(",", ""))
-        return (name_for(name.strip(), value) if value else None) or name
+        value = hashes.get(name.replace(":", "").replace(",", ""))
+        found = name_for(name, value) if value else None
+        return quoted_name(found) if found else written
 
     for key in ("Prompt", "Hires prompt"):
         if isinstance(params.get(key), str):
-            params[key] = _TAG.sub(
-                lambda m: f"<{NAME}:" + ":".join(quoted_name(here(unquote(name))) for name in m.groups()), params[key]
-            )
+            params[key] = _TAG.sub(lambda m: f"<{NAME}:{here(m.group(1))}:{here(m.group(2))}", params[key])
 
 
 def _text(value: Any) -> Any:

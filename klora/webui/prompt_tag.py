@@ -2,7 +2,7 @@
 
 `<klora:dog:ink:0.9:1.1:scale=s*:beta=0.6>`: two names, the strengths of subject and style if they are not 1, then
 any setting by name. The host splits a tag at its colons and hands over the pieces. Signs of the tag's own in a name are
-written as in URLs: %3A for a colon.
+written as in URLs, %3A for a colon; the names stay as they are written, for they may be sides of several LoRAs.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Tag:
             if name in values:
                 raise SettingsError(name, "is given twice")
             values[name] = unquote(value) if name in _FREE else value
-        return cls(unquote(names[0]), unquote(names[1]), Settings.parse(values))
+        return cls(names[0], names[1], Settings.parse(values))
 
     def __str__(self) -> str:
         """Write the tag, with what differs from the defaults."""
@@ -66,7 +66,7 @@ class Tag:
         while strengths and strengths[-1] == "1":
             strengths.pop()
         named = [f"{name}={_quoted(value) if name in _FREE else _text(value)}" for name, value in changed.items()]
-        return f"<{':'.join((NAME, quoted_name(self.subject), quoted_name(self.style), *strengths, *named))}>"
+        return f"<{':'.join((NAME, self.subject, self.style, *strengths, *named))}>"
 
 
 def find_tag(prompt: str) -> Tag | None:
@@ -82,7 +82,7 @@ def _text(value: Any) -> str:
 
 def quoted_name(name: str) -> str:
     """Write a LoRA's name so that it can stand in a tag."""
-    return _without("[%:<>=\r\n]", name)
+    return _without("[:<>=\r\n]", name)
 
 
 def _quoted(text: str) -> str:

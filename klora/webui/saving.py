@@ -8,7 +8,6 @@ from pathlib import Path
 from klora.errors import KloraError
 from klora.webui.args import FusionRequest
 from klora.webui.messages import named_by
-from klora.webui.options import score_cache
 
 _LONGEST = 120
 _ENDINGS = (".safetensors", ".ckpt", ".pt")
@@ -24,15 +23,15 @@ def save(request: FusionRequest, name: str) -> str:
 
     from klora.hosts.webui.lora_library import Library
     from klora.merge import check_static, fused_file, merge
-    from klora.pair import PAIRS
+    from klora.webui.sides import find_side, open_pair
 
     check_static(request.settings)
     path = _free_path(name)
     names = Library()
-    files = names.find(request.subject).path, names.find(request.style).path
-    with named_by(*files):
+    sides = find_side(request.subject, "subject", names), find_side(request.style, "style", names)
+    with named_by(*(one.lora.path for side in sides for one in side)):
         # Files hold names that other programs read, and not those of the model at hand.
-        pair = PAIRS.open(files[0], files[1], score_cache())
+        pair = open_pair(*sides)
         made, plan = merge(pair, request.settings)
         data = fused_file(pair, request.settings, made, torch.float16)
     _write_new(path, data)

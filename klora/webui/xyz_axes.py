@@ -100,14 +100,13 @@ def _args_of(p: Any) -> list[Any]:
 
 
 def _open(subject: str, style: str) -> None:
-    from klora.pair import PAIRS
     from klora.webui.messages import named_by
-    from klora.webui.options import score_cache
+    from klora.webui.sides import find_side, open_pair
 
     names = Library()
-    files = names.find(subject).path, names.find(style).path
-    with named_by(*files):
-        PAIRS.open(files[0], files[1], score_cache())
+    sides = find_side(subject, "subject", names), find_side(style, "style", names)
+    with named_by(*(one.lora.path for side in sides for one in side)):
+        open_pair(*sides)
 
 
 def _keep(p: Any, name: str, values: list[Any]) -> None:

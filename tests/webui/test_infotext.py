@@ -123,12 +123,6 @@ def test_each_control_gets_its_own_value_and_nothing_without_a_tag() -> None:
     assert PASTERS["subject"]({"Prompt": "a dog"}) is None
 
 
-def test_a_policy_that_the_menu_does_not_have_is_not_pasted_into_it() -> None:
-    params = {"Prompt": "<klora:dog:ink:policy=composite:period=3>"}
-    assert PASTERS["policy"](params) is None
-    assert PASTERS["period"](params) == 3
-
-
 def test_whole_numbers_are_written_without_a_point() -> None:
     given_ = Settings(balance=1.0, subject_strength=0.5, gamma=2.0)
     entries = to_infotext(given_.resolve("SD1"), given_)

@@ -27,7 +27,7 @@ def made_for(pair: Pair) -> str | None:
     """What a pair is for, by the names in its files, else by what their trainers wrote into them."""
     if pair.architecture:
         return pair.architecture
-    for file in (pair.subject, pair.style):
+    for file in pair.loras:
         said = " ".join(file.metadata.get(key, "") for key in ("ss_base_model_version", "modelspec.architecture"))
         for word, name in _TRAINED_ON.items():
             if word in said.lower():
