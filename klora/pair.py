@@ -68,6 +68,9 @@ class Pair:
         pair = cls(Side.of(subject, SUBJECT), Side.of(style, STYLE), cache)
         if not (pair.subject.is_named_by_rule and pair.style.is_named_by_rule):
             pair = dataclasses.replace(pair, subject=pair.subject.bare(), style=pair.style.bare())
+        # What one file alone does not tell of a layer, another may.
+        shapes = telling_shapes(pair.loras)
+        pair = dataclasses.replace(pair, subject=pair.subject.in_shapes(shapes), style=pair.style.in_shapes(shapes))
         for one, other in itertools.combinations(pair.loras, 2):
             check_partner(one, other)
         return pair

@@ -16,9 +16,11 @@ from klora.errors import LoraFileError, MismatchError
 from klora.lora.container import TensorFile
 from klora.lora.deltas import Delta, FileDelta
 from klora.lora.deltas.base import size
+from klora.lora.fit import Places, at_place, fitted
 from klora.lora.memory import TensorsInMemory
 from klora.lora.model_index import ModelIndex, Place, flat
 from klora.lora.names import Target, bare, sort_key
+from klora.lora.parameters import ParameterDelta
 from klora.lora.parsed import ParsedFile, twice
 from klora.lora.source import TensorSource
 from klora.lora.tables import architecture_of
@@ -29,37 +31,44 @@ _DIGEST = re.compile("[0-9a-f]{12,64}")
 LoraSource = str | os.PathLike[str] | Mapping[str, Tensor]
 """A LoRA as people have it: the path of a .safetensors file, or a state dict in memory."""
 
-Places = Mapping[str, tuple[Place, ...]]
-"""Of each delta of a file, by its own prefix, the modules that it acts in."""
-
 
 class LoraFile:
     """A parsed file under names: those of the tables by rule, of a model at hand, or its own bare ones, flattened.
 
-    `modules` and `text_encoder` hold the deltas by name, in network order; `unmatched` the full keys that were not
-    understood. `table` says by which rule all of the file can be named. Tensors are read when they are used.
+    `modules` and `text_encoder` hold the deltas by name, in network order; `parameters` what the file makes of others
+    of the model's parameters, by their path; `unmatched` the full keys that were not understood. `table` says by which
+    rule all of the file can be named. Tensors are read when they are used.
     """
 
-    def __init__(self, parsed: ParsedFile, places: Places, first: LoraFile | None = None) -> None:
+    def __init__(
+        self,
+        parsed: ParsedFile,
+        places: Places,
+        parameters: Mapping[str, ParameterDelta],
+        first: LoraFile | None = None,
+    ) -> None:
         """Name what was parsed; `first` is the file as it was opened. LoraFileError for two deltas in one module."""
         self._parsed = parsed
+        self._places = places
         self._first = first or self
-        self._views: WeakValueDictionary[tuple[tuple[Place, ...], ...], LoraFile] = WeakValueDictionary()
+        self._views: WeakValueDictionary[object, LoraFile] = WeakValueDictionary()
         source = parsed.source
         self.path, self.name, self.where = source.path, source.name, source.file
         self.identity, self.metadata = source.identity, source.metadata
         self.table, self.kernels = parsed.table, parsed.kernels
+        self.parameters = parameters
         self.unmatched = list(parsed.unread)
+        changed = {one.key for one in parameters.values()}
         modules: dict[str, FileDelta] = {}
         text_encoder: dict[str, FileDelta] = {}
         for prefix, delta in parsed.deltas.items():
             named = text_encoder if parsed.is_text(prefix) else modules
-            if not places[prefix]:
+            if not places[prefix] and not changed & {*parsed.keys[prefix].values()}:
                 self.unmatched.extend(parsed.keys[prefix].values())
-            for name, rows in places[prefix]:
-                if name in named:
-                    raise twice(source.file, named[name].key, delta.key)
-                named[name] = delta.part(*rows) if rows else delta
+            for place in places[prefix]:
+                if place.name in named:
+                    raise twice(source.file, named[place.name].key, delta.key)
+                named[place.name] = at_place(delta, place)
         self.modules, self.text_encoder = _in_order(modules), _in_order(text_encoder)
 
     @classmethod
@@ -74,8 +83,8 @@ class LoraFile:
             lora = TensorsInMemory(lora, name)
         parsed = ParsedFile.parse(lora if isinstance(lora, TensorSource) else TensorFile(Path(lora)))
         places = _places(parsed, _by_rule if parsed.table else _bare_place)
-        first = cls(parsed, places)
-        first._views[tuple(places.values())] = first
+        first = cls(parsed, places, {flat(one.paths[0]): one for one in parsed.parameters})
+        first._views[first._key] = first
         return first
 
     def __repr__(self) -> str:
@@ -117,10 +126,13 @@ class LoraFile:
 
     @cached_property
     def naming(self) -> str:
-        """Tells the names of the modules apart from those that the file was opened with; empty where they are these."""
-        if self.modules.keys() == self._first.modules.keys():
+        """Tells names and shapes of the modules apart from those that the file was opened with; empty if equal."""
+        first = {name: delta.shape for name, delta in self._first.modules.items()}
+        own = {name: delta.shape for name, delta in self.modules.items()}
+        if own == first:
             return ""
-        return hashlib.sha256("\n".join(self.modules).encode()).hexdigest()[:16]
+        told = "\n".join(name if first.get(name, shape) == shape else f"{name} {shape}" for name, shape in own.items())
+        return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     @property
     def finite(self) -> bool:
@@ -142,6 +154,8 @@ class LoraFile:
             delta.check_finite(name in scored)
         for delta in self.text_encoder.values():
             delta.check_finite()
+        for parameter in self.parameters.values():
+            parameter.check_finite()
         self.know_finite()
 
     def for_model(self, index: ModelIndex) -> LoraFile:
@@ -156,31 +170,47 @@ class LoraFile:
         except ValueError as error:
             reason = f"does not fit the model: {error}"
             raise LoraFileError(self.where, reason, "the file is damaged or made for another model") from None
+        for prefix, there in found.items():
+            self._check_height(parsed.deltas[prefix], there)
         by_rule = _by_rule if self.table else _bare_place
-        for prefix, places in found.items():
-            self._check_height(parsed.deltas[prefix], places)
-        return self._named(
-            _places(parsed, lambda file, prefix: found.get(prefix) or by_rule(file, prefix), index.text_name)
-        )
+
+        def place(file: ParsedFile, prefix: str) -> tuple[Place, ...]:
+            return found[prefix] if prefix in found else by_rule(file, prefix)
+
+        places = _places(parsed, place, index.text_name)
+        full = {prefix: one for prefix in shapes if prefix not in found and (one := parsed.as_parameter(prefix))}
+        named = {
+            name: one for one in (*parsed.parameters, *full.values()) if (name := index.parameter(one.paths, one.shape))
+        }
+        absent = {flat(one.paths[0]): one for one in parsed.parameters if one not in named.values()}
+        places |= {prefix: () for prefix, one in full.items() if one in named.values()}
+        return self._named(fitted(parsed.deltas, places, index.shapes), {**named, **absent})
 
     def bare(self) -> LoraFile:
         """The same file with its modules under their own bare names, as where no table fits."""
-        return self._named(_places(self._parsed, _bare_place))
+        return self._named(_places(self._parsed, _bare_place), self._first.parameters)
 
-    def _named(self, places: Places) -> LoraFile:
-        """The file under other names; the same object for the same names, since much is kept by it."""
-        views, key = self._first._views, tuple(places.values())
-        if (view := views.get(key)) is None:
-            view = views[key] = LoraFile(self._parsed, places, self._first)
-        return view
+    def beside(self, other: LoraFile) -> LoraFile:
+        """The same file with its modules in the shapes that another file gives them, as far as they fit these."""
+        shapes = {name: delta.shape for name, delta in {**other.text_encoder, **other.modules}.items()}
+        return self._named(fitted(self._parsed.deltas, self._places, shapes), self.parameters)
 
     def _check_height(self, delta: Delta, places: tuple[Place, ...]) -> None:
-        last = places[-1].rows
+        last = places[-1].rows if places else None
         if last and last[1] != delta.shape[0]:
             raise MismatchError(
                 f"{self.label} is for {self.made_for}: its {delta.key} is {size(delta.shape)}, in the model it has"
                 f" {last[1]} rows; choose a LoRA made for this model"
             )
+
+    @property
+    def _key(self) -> object:
+        return tuple(self._places.values()), tuple(self.parameters)
+
+    def _named(self, places: Places, parameters: Mapping[str, ParameterDelta]) -> LoraFile:
+        """The file under other names; the same object for the same names, since much is kept by it."""
+        view = LoraFile(self._parsed, places, parameters, self._first)
+        return self._first._views.setdefault(view._key, view)
 
 
 def _places(

@@ -10,7 +10,8 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from klora.lora.names import Kind, bare, kind_of, resolve, spellings
-from klora.lora.renames import renamed
+from klora.lora.numbered import unet_names
+from klora.lora.renames import fused, renamed
 from klora.lora.text_names import t5_path
 
 Rows = tuple[int, int]
@@ -18,10 +19,14 @@ Shape = tuple[int, ...]
 
 
 class Place(NamedTuple):
-    """A module that a file's weight acts in, and which rows [start, stop) of that weight do; None: all of them."""
+    """A module that a file's weight acts in.
+
+    `rows` [start, stop) of that weight do, None: all of them; `shape` is that of the layer, where these have another.
+    """
 
     name: str
     rows: Rows | None = None
+    shape: Shape | None = None
 
 
 class ModelIndex:
@@ -29,7 +34,8 @@ class ModelIndex:
 
     `aliases` are other spellings of the host's own, each of one or several of those names, in the order of the rows.
     `architecture` is SD1, SD2, SDXL, FLUX, or None for any other. `translate` says where the weights of a whole file
-    act that is written in names of others still. `text_encoder` are the names of the text encoders' modules.
+    act that is written in names of others still. `text_encoder` are the names of the text encoders' modules,
+    `parameters` the shapes of the model's other parameters by their path.
     """
 
     def __init__(
@@ -39,6 +45,7 @@ class ModelIndex:
         architecture: str | None = None,
         translate: Callable[[Mapping[str, Shape]], Mapping[str, tuple[Place, ...]]] | None = None,
         text_encoder: Iterable[str] = (),
+        parameters: Mapping[str, Shape] | None = None,
     ) -> None:
         self.shapes = shapes
         self.architecture = architecture
@@ -48,7 +55,13 @@ class ModelIndex:
         known = {bare(alias): tuple(names) for alias, names in (aliases or {}).items()}
         known |= {name: (name,) for name in shapes}
         self._names = {flat(other): names for name, names in known.items() for other in renamed(name)}
+        # As old attention processors call it.
+        self._names |= {flat(name.removesuffix(".0")): (name,) for name in shapes if name.endswith(".to_out.0")}
+        self._originals = self._names.keys() - {flat(name) for name in shapes}
+        self._fused = {flat(whole): parts for whole, parts in fused(shapes)}
         self._names |= {flat(name): names for name, names in known.items()}
+        self.parameters = parameters or {}
+        self._parameters = {flat(other): name for name in self.parameters for other in (*renamed(name), name)}
         self._attention = {
             names[0] for alias, names in (aliases or {}).items() if len(names) == 1 and kind_of(alias) == "attention"
         }
@@ -59,23 +72,56 @@ class ModelIndex:
         Raises ValueError where a weight is fused and cannot be split into the parts that the model has.
         """
         found = {prefix: places for prefix, shape in file.items() if (places := self.find(prefix, shape))}
+        found |= {
+            prefix: (Place(name),) for prefix, name in unet_names(file, self.shapes).items() if name in self.shapes
+        }
         if self._translate and len(found) < len(file):
             found = {**self._translate(file), **found}
-        return found
+            # A loader that knows no file of this kind may know some of its names.
+            for prefix in file.keys() - found.keys():
+                found |= self._translate({prefix: file[prefix]})
+        return self._without_repeated(found)
+
+    def _without_repeated(self, found: dict[str, tuple[Place, ...]]) -> dict[str, tuple[Place, ...]]:
+        """Leave out what a file has under the names of the original code, where it has it under the model's own too.
+
+        Trainers of Z-Image write qkv beside q, k and v; the loaders that know them take the parts.
+        """
+        own = {place.name for prefix, places in found.items() if not self._is_original(prefix) for place in places}
+        repeated = {prefix for prefix, places in found.items() if {place.name for place in places} <= own}
+        return {
+            prefix: () if prefix in repeated and self._is_original(prefix) else places
+            for prefix, places in found.items()
+        }
+
+    def _is_original(self, prefix: str) -> bool:
+        """Whether a prefix is in the names of the original code, and neither the model's own nor one by rule."""
+        found = next((one for one in spellings(prefix) if one in self._names or one in self._fused), None)
+        return found in self._originals or found in self._fused
+
+    def parameter(self, paths: Iterable[str], shape: Shape) -> str | None:
+        """Which of the model's other parameters has one of these paths and that shape; None where it has none."""
+        for path in paths:
+            for spelling in spellings(path):
+                name = self._parameters.get(spelling)
+                if name and same_numbers(self.parameters[name], shape):
+                    return name
+        return None
 
     def find(self, prefix: str, shape: Shape) -> tuple[Place, ...] | None:
         """Where a weight of `shape` under a file's own key prefix acts; None where the model has no such module.
 
-        The model's own names and its host's come first, then the tables by rule. Raises ValueError where the weight
-        is fused and cannot be split into the parts that the model has.
+        The model's own names and its host's come first, then the tables by rule, then the fused weights of original
+        code. Raises ValueError where a weight is fused and cannot be split into the parts that the model has.
         """
         for spelling in spellings(prefix):
             if names := self._names.get(spelling):
                 return tuple(self._split(names))
         targets = resolve(prefix) or ()
-        if not targets or any(target.name not in self.shapes for target in targets):
-            return None
-        return tuple(Place(target.name, target.rows(*shape[:2]) if target.fused else None) for target in targets)
+        if targets and all(target.name in self.shapes for target in targets):
+            return tuple(Place(target.name, target.rows(*shape[:2]) if target.fused else None) for target in targets)
+        parts = next((self._fused[spelling] for spelling in spellings(prefix) if spelling in self._fused), None)
+        return tuple(self._split(parts)) if parts else None
 
     def text_name(self, name: str) -> str:
         """A text encoder's module by the model's own count: the T5 is the first, second or third of its encoders."""
@@ -99,6 +145,11 @@ class ModelIndex:
 def flat(name: str) -> str:
     """A name as kohya's keys have it."""
     return name.replace(".", "_")
+
+
+def same_numbers(one: Shape, other: Shape) -> bool:
+    """Whether two shapes are equal but for sides of 1."""
+    return [side for side in one if side != 1] == [side for side in other if side != 1]
 
 
 def slice_name(path: str, rows: Rows | None) -> str:

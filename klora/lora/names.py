@@ -24,6 +24,7 @@ __all__ = [
     "bare",
     "block_of",
     "is_flux",
+    "is_input",
     "is_text",
     "kernel_of",
     "kind_of",
@@ -87,11 +88,16 @@ _WRAPPERS = (
     "model.diffusion_model.",
     "diffusion_model.",
     "lora_unet_",
+    "lora_prior_unet_",
     "lora_transformer_",
     "lycoris_",
     "unet.",
     "transformer.",
+    "module.",
 )
+# What torch.compile, and ai-toolkit in the place of dots, leave in names; and what old attention processors add.
+_COMPILED, _DOTS = re.compile(r"(?<![^._])_orig_mod[._]"), "$$"
+_PROCESSOR = re.compile(r"([._])processor[._](to_(?:q|k|v|out|add_out)|add_[qkv]_proj)_lora$")
 _FLAT_WRAPPERS = tuple(wrapper.replace(".", "_") for wrapper in _WRAPPERS)
 # A wrapper may stand before another ("base_model.model.unet.…", "unet.unet.…"), seldom more than two.
 _DEEPEST = 4
@@ -99,15 +105,20 @@ _DEEPEST = 4
 
 def spellings(prefix: str) -> Iterator[str]:
     """A file's own key prefix, flattened, then again without each wrapper and prefix that it begins with."""
-    flat = prefix.replace(".", "_")
-    if len(flat) > _LONGEST:
+    if len(prefix) > _LONGEST:
         return
+    flat = _plain(prefix).replace(".", "_").strip("_")
     for _ in range(_DEEPEST):
         yield flat
         wrapper = next((wrapper for wrapper in _FLAT_WRAPPERS if flat.startswith(wrapper)), None)
         if wrapper is None:
             return
-        flat = flat[len(wrapper) :]
+        flat = flat[len(wrapper) :].lstrip("_")
+
+
+def _plain(prefix: str) -> str:
+    """A prefix without what is no part of a module's name."""
+    return _PROCESSOR.sub(r"\1\2", _COMPILED.sub("", prefix.replace(_DOTS, ".")))
 
 
 def bare(prefix: str) -> str:
@@ -115,9 +126,10 @@ def bare(prefix: str) -> str:
 
     A wrapper is taken as it is written, since "transformer_blocks" does not begin with "transformer.".
     """
+    prefix = _plain(prefix).strip("_")
     for _ in range(_DEEPEST):
         wrapper = next((wrapper for wrapper in _WRAPPERS if prefix.startswith(wrapper)), "")
-        prefix = prefix[len(wrapper) :]
+        prefix = prefix[len(wrapper) :].lstrip("_")
     return prefix
 
 
@@ -163,6 +175,17 @@ def kind_of(name: str, shape: tuple[int, ...] = ()) -> Kind:
     if _ATTENTION.search(name):
         return "attention"
     return "conv" if len(shape) > 2 or _CONVOLUTION.search(name) else "linear"
+
+
+_INPUT = re.compile(
+    r"(?:conv_in|x_embedder(?:[._]proj)?|img_in(?:[._]proj)?|patch_embedding|(?:patch|pos)_embed[._]proj|patchify_proj"
+    r"|all_x_embedder[._][\w-]+|init_x_linear|input_blocks[._]0[._]0|proj_in)"
+)
+
+
+def is_input(name: str) -> bool:
+    """Whether a module takes the latents, to which variants of a model add channels (inpainting, control)."""
+    return _INPUT.fullmatch(name) is not None
 
 
 def kernel_of(name: str) -> int:

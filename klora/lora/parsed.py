@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from klora.errors import LoraFileError, LoraValueError, UnsupportedFormatError
-from klora.lora import peft_alpha
-from klora.lora.deltas import FileDelta, Group, load_delta
-from klora.lora.keys import is_numbered, refused_family, split_key
+from klora.errors import LoraFileError, UnsupportedFormatError
+from klora.lora.alpha import MetadataAlpha
+from klora.lora.deltas import FileDelta, FullDelta, Group, load_delta
+from klora.lora.keys import FACTOR, NUMBERS, refused_family, split_key
 from klora.lora.names import Target, bare, is_text, kernel_of, resolve
+from klora.lora.numbered import is_numbered, text_name, unet_names
+from klora.lora.parameters import ParameterDelta, is_whole, of_full, of_key, of_slots
 from klora.lora.source import TensorSource
 from klora.lora.tables import Table, table_of
 from klora.text import printable
@@ -23,48 +25,61 @@ class ParsedFile:
     """What a file holds, by its own prefixes, in its order.
 
     `keys` are the full keys of each prefix by slot, `deltas` what these make, `targets` what the prefix stands for by
-    rule. `unread` are the full keys that were not understood, `kernels` the prefixes of deltas stored as a
-    convolution's, a 1×1 one's too. `table` says by which rule all of it can be named.
+    rule, `parameters` what else of the model is changed. `unread` are the full keys that were not understood, `kernels`
+    the prefixes of deltas stored as a convolution's, a 1×1 one's too. `table` says by which rule all of it can be
+    named, `alphas` how many modules have their alpha from where.
     """
 
     source: TensorSource
     keys: Mapping[str, Slots]
     deltas: Mapping[str, FileDelta]
+    parameters: tuple[ParameterDelta, ...]
     targets: Mapping[str, tuple[Target, ...]]
     unread: tuple[str, ...]
     kernels: frozenset[str]
     table: Table | None
+    alphas: Mapping[str, int]
 
     @classmethod
     def parse(cls, source: TensorSource) -> ParsedFile:
         """Understand what is in `source`. Raises LoraFileError naming file, key and cure."""
         keys, unread = _group_keys(source)
-        targets = {prefix: resolve(prefix) or () for prefix in keys}
+        targets = _targets(keys, source)
         read = {prefix: slots for prefix, slots in keys.items() if _is_read(prefix, slots, targets[prefix])}
-        alphas = _alphas(source, (slots["alpha"] for slots in read.values() if "alpha" in slots))
-        configs = peft_alpha.read(source.metadata, source.file)
+        numbers = source.numbers(key for slots in read.values() for slot, key in slots.items() if _is_number(slot))
+        metadata = MetadataAlpha(source.metadata, source.file)
         deltas: dict[str, FileDelta] = {}
+        parameters = [of_key(source.file, key, source.weight(key)) for key in unread if is_whole(key)]
+        unread = [key for key in unread if not is_whole(key)]
         kernels = set()
+        alphas: Counter[str] = Counter()
         for prefix, slots in keys.items():
             if prefix not in read:
                 unread.extend(slots.values())
                 continue
             target = next(iter(targets[prefix]), Target(bare(prefix)))
-            group = _group(source, prefix, slots, target)
-            if "alpha" in slots:
-                group.alpha = alphas[slots["alpha"]]
-                group.used.add("alpha")
-            elif config := configs.get(target.component):
-                group.alpha, group.rslora = config.of(target.path), config.rslora
+            group = _group(source, prefix, slots, target, numbers)
+            said = _set_alpha(group, target, metadata)
             delta = load_delta(group)
             if delta is not None:
                 deltas[prefix] = delta
-                if any(len(stored.shape) == 4 for stored in group.tensors.values()):
+                alphas[said] += not isinstance(delta, FullDelta)
+                if any(len(stored.shape) > 2 for stored in group.tensors.values()):
                     kernels.add(delta.key)
-            unread.extend(key for slot, key in slots.items() if delta is None or slot not in group.used)
+            elif not is_text(prefix):
+                others = of_slots(source.file, prefix, slots, group.tensors)
+                parameters.extend(others)
+                group.used.update(slot for slot, key in slots.items() if any(key == other.key for other in others))
+            unread.extend(key for slot, key in slots.items() if slot not in group.used)
         if not deltas:
             raise _no_modules(source)
-        return cls(source, keys, deltas, targets, tuple(unread), frozenset(kernels), table_of(targets, deltas))
+        table = table_of(targets, deltas)
+        return cls(source, keys, deltas, tuple(parameters), targets, tuple(unread), frozenset(kernels), table, +alphas)
+
+    def as_parameter(self, prefix: str) -> ParameterDelta | None:
+        """A full difference as one of a parameter: without a model, it may be of either."""
+        delta = self.deltas[prefix]
+        return of_full(delta, self.keys[prefix]["diff"], prefix) if isinstance(delta, FullDelta) else None
 
     def is_text(self, prefix: str) -> bool:
         """Whether a prefix stands for a module of a text encoder."""
@@ -89,9 +104,6 @@ def _group_keys(source: TensorSource) -> tuple[dict[str, dict[str, str]], list[s
         if family := refused_family(key, len(entry.shape)):
             cure = "use a LoRA, LoCon, DoRA, LoHa, LoKr or full-difference file"
             raise UnsupportedFormatError(source.file, f"is of the {family} family", cure, key)
-        if is_numbered(key):
-            reason = "is by the first LoRA trainer for SD 1, which numbers layers and does not name them"
-            raise UnsupportedFormatError(source.file, reason, "convert it to diffusers' or kohya's keys", key)
         if (split := split_key(key)) is None:
             unread.append(key)
             continue
@@ -102,26 +114,68 @@ def _group_keys(source: TensorSource) -> tuple[dict[str, dict[str, str]], list[s
     return groups, unread
 
 
+def _targets(keys: Mapping[str, Slots], source: TensorSource) -> dict[str, tuple[Target, ...]]:
+    """What each prefix stands for by rule; nothing where it is not understood."""
+    shapes = {
+        prefix: (*source.entries[slots["up"]].shape[:1], *source.entries[slots["down"]].shape[1:])
+        for prefix, slots in keys.items()
+        if is_numbered(prefix) and slots.keys() >= {"up", "down"}
+    }
+    in_order = unet_names(shapes)
+    targets: dict[str, tuple[Target, ...]] = {}
+    for prefix in keys:
+        if name := text_name(prefix):
+            targets[prefix] = (Target(name, text_encoder=True),)
+        elif prefix in in_order:
+            targets[prefix] = (Target(in_order[prefix]),)
+        else:
+            targets[prefix] = resolve(prefix) or ()
+    return targets
+
+
+# What says something of a module's tensors, and makes no module on its own.
+_BESIDE = {*NUMBERS, "down_bias", "up_bias", "reshape"}
+
+
 def _is_read(prefix: str, slots: Slots, targets: tuple[Target, ...]) -> bool:
     """Whether a group is a module: one known by rule, or one of a LoRA for the diffusion model of any kind."""
-    if targets:
+    if targets or is_numbered(prefix):
         return True
     # Checkpoints have layers called "up" and "down" too.
     of_lora = {"down", "up"} <= slots.keys() and "lora" in f"{slots['down']}{slots['up']}".lower()
-    return (of_lora or bool(slots.keys() - {"alpha", "down", "up"})) and not is_text(prefix)
+    own = {slot for slot in slots if slot not in _BESIDE and not slot.endswith(FACTOR)}
+    return (of_lora or bool(own - {"down", "up"})) and not is_text(prefix)
 
 
-def _alphas(source: TensorSource, keys: Iterable[str]) -> dict[str, float]:
-    alphas = source.numbers(keys)
-    for key, alpha in alphas.items():
-        if not math.isfinite(alpha):
-            raise LoraValueError(source.file, "is NaN or infinity", "use another file", key)
-    return alphas
+def _is_number(slot: str) -> bool:
+    return slot in NUMBERS or slot.endswith(FACTOR)
 
 
-def _group(source: TensorSource, prefix: str, slots: Slots, target: Target) -> Group:
-    tensors = {slot: source.weight(key) for slot, key in slots.items() if slot != "alpha"}
-    return Group(source.file, printable(prefix), tensors, kernel=kernel_of(target.name))
+def _group(source: TensorSource, prefix: str, slots: Slots, target: Target, numbers: Mapping[str, float]) -> Group:
+    """The tensors and numbers of one prefix; `numbers` go by full key."""
+    own = {slot: numbers[key] for slot, key in slots.items() if _is_number(slot)}
+    tensors = {
+        slot: source.weight(key, own.get(slot + FACTOR, 1.0))
+        for slot, key in slots.items()
+        if not _is_number(slot) and slot != "reshape"
+    }
+    group = Group(source.file, printable(prefix), tensors, slots, own, own.get("alpha"), kernel=kernel_of(target.name))
+    group.used.update(slot for slot in own if slot.endswith(FACTOR) and slot.removesuffix(FACTOR) in tensors)
+    if "reshape" in slots:
+        group.reshape = tuple(source.read(source.entries[slots["reshape"]]).long().flatten().tolist())
+    return group
+
+
+def _set_alpha(group: Group, target: Target, metadata: MetadataAlpha) -> str:
+    """Give a group without an alpha of its own what the metadata say; where its alpha is from."""
+    if group.alpha is not None or "scale" in group.numbers:
+        return "keys"
+    rank = group.rank()
+    said = metadata.of(target.component, target.path, rank, group.has_kernel(), group.key) if rank else None
+    if said is None:
+        return "rank"
+    group.alpha, group.rslora = said.alpha, said.rslora
+    return f"metadata {printable(said.key)}"
 
 
 def _no_modules(source: TensorSource) -> LoraFileError:

@@ -1,4 +1,4 @@
-"""alpha and rsLoRA from the metadata that diffusers ≥ 0.34 keeps: `lora_adapter_metadata`, PEFT's config as JSON."""
+"""alpha and rsLoRA from PEFT's config as JSON, which diffusers ≥ 0.34 keeps in the metadata `lora_adapter_metadata`."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from klora.errors import LoraFileError
 
-KEY = "lora_adapter_metadata"
+KEYS = ("lora_adapter_metadata", "lora_adapter_config", "adapter_config", "lora_config", "peft_config")
+"""Under which names in the metadata it is found; all but the first are other people's."""
 _CURE = "save the file again with a current diffusers, or remove this metadata"
 _COMPONENTS = ("unet", "transformer", "text_encoder_2", "text_encoder")
 _MAX_TEXT = 2**20
@@ -21,6 +22,17 @@ _LITERAL = re.compile(r"(\^?)((?:[\w\-]|\\?\.)+)")
 _PLAIN_REGEX = re.compile(r"[\w.\-\\^$|()*+?\[\]]{1,200}")
 _MAX_REGEXES = 64
 _MAX_WORK = 10_000
+
+
+class Where(NamedTuple):
+    """A file, and the key of the metadata that holds a config."""
+
+    file: str
+    source: str
+
+    def error(self, reason: str) -> LoraFileError:
+        """What is wrong with it."""
+        return LoraFileError(self.file, reason, _CURE, self.source)
 
 
 @dataclass(frozen=True)
@@ -46,47 +58,46 @@ class AlphaConfig:
         return min(found)[1] if found else self.alpha
 
 
-def read(metadata: Mapping[str, str], file: str) -> dict[str, AlphaConfig]:
-    """The alpha of each component ("unet" stands for the diffusion model) named in the metadata of a file.
+def read(metadata: Mapping[str, str], file: str, source: str) -> dict[str, AlphaConfig]:
+    """The alpha of each component ("unet" stands for the diffusion model) in the config under the key `source`.
 
-    Raises LoraFileError when it is there but cannot be understood.
+    Raises LoraFileError where it cannot be understood.
     """
-    if KEY not in metadata:
-        return {}
-    if len(metadata[KEY]) > _MAX_TEXT:
-        raise _error(file, f"has {len(metadata[KEY])} characters, far too many")
+    where = Where(file, source)
+    if len(metadata[source]) > _MAX_TEXT:
+        raise where.error(f"has {len(metadata[source])} characters, far too many")
     try:
-        parsed = json.loads(metadata[KEY])
+        parsed = json.loads(metadata[source])
     except (ValueError, RecursionError):
-        raise _error(file, "is not JSON") from None
+        raise where.error("is not JSON") from None
     if not isinstance(parsed, dict):
-        raise _error(file, "is not a table")
+        raise where.error("is not a table")
     by_component: dict[str, dict[str, Any]] = {}
     for key, value in parsed.items():
         component = next((c for c in _COMPONENTS if key.startswith(f"{c}.")), None)
         name = key[len(component) + 1 :] if component else key
         for place in [component] if component else ["unet", "text_encoder", "text_encoder_2"]:
             by_component.setdefault("unet" if place == "transformer" else str(place), {})[name] = value
-    return {component: _config(values, file) for component, values in by_component.items()}
+    return {component: _config(values, where) for component, values in by_component.items()}
 
 
-def _config(values: Mapping[str, Any], file: str) -> AlphaConfig:
+def _config(values: Mapping[str, Any], where: Where) -> AlphaConfig:
     alpha, patterns = values.get("lora_alpha"), values.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
-        raise _error(file, "has an alpha_pattern that is not a table")
+        raise where.error("has an alpha_pattern that is not a table")
     names: dict[str, tuple[int, float]] = {}
     endings: dict[str, tuple[int, float]] = {}
     regexes = []
     for order, (pattern, value) in enumerate(patterns.items()):
-        found = (order, _number(value, file))
+        found = (order, _number(value, where))
         if literal := _LITERAL.fullmatch(pattern):
             (names if literal[1] else endings).setdefault(literal[2].replace("\\", ""), found)
         else:
             regexes.append((order, pattern, found[1]))
     if len(regexes) > _MAX_REGEXES or sum(_work(pattern) for _, pattern, _ in regexes) > _MAX_WORK:
-        raise _error(file, "has alpha patterns too complicated to be modules' names")
-    default = None if alpha is None else _number(alpha, file)
-    compiled = tuple((order, _regex(pattern, file), alpha) for order, pattern, alpha in regexes)
+        raise where.error("has alpha patterns too complicated to be modules' names")
+    default = None if alpha is None else _number(alpha, where)
+    compiled = tuple((order, _regex(pattern, where), alpha) for order, pattern, alpha in regexes)
     return AlphaConfig(default, values.get("use_rslora") is True, names, endings, compiled)
 
 
@@ -97,19 +108,15 @@ def _work(pattern: str) -> int:
     return int(64 ** len(re.findall(r"[*+?]", pattern)) * 2 ** pattern.count("|"))
 
 
-def _regex(pattern: str, file: str) -> re.Pattern[str]:
+def _regex(pattern: str, where: Where) -> re.Pattern[str]:
     try:
         return re.compile(rf"(?:.*\.)?(?:{pattern})$")
     except re.error:
-        raise _error(file, "has an alpha pattern that is not a regular expression") from None
+        raise where.error("has an alpha pattern that is not a regular expression") from None
 
 
-def _number(value: object, file: str) -> float:
+def _number(value: object, where: Where) -> float:
     # A JSON integer may be too large for a float.
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= sys.float_info.max:
-        raise _error(file, "has an alpha that is not a number")
+        raise where.error("has an alpha that is not a number")
     return float(value)
-
-
-def _error(file: str, reason: str) -> LoraFileError:
-    return LoraFileError(file, reason, _CURE, KEY)

@@ -44,12 +44,12 @@ class TensorSource(ABC):
     def tensors_sha256(self) -> str:
         """The same of the tensors alone."""
 
-    def weight(self, key: str) -> Stored:
-        """A floating-point tensor, not yet read. Raises LoraFileError for another dtype."""
+    def weight(self, key: str, factor: float = 1.0) -> Stored:
+        """A floating-point tensor times `factor`, not yet read. Raises LoraFileError for another dtype."""
         entry = self.entries[key]
         if entry.dtype not in WEIGHTS:
             raise LoraFileError(self.file, f"has dtype {entry.dtype}", "weights must be fp32, fp16, bf16 or fp8", key)
-        return Stored(printable(key), self, entry)
+        return Stored(printable(key), self, entry, factor)
 
     def numbers(self, keys: Iterable[str]) -> dict[str, float]:
         """The values of tensors of one number each. Raises LoraFileError where one holds none or more."""
@@ -66,10 +66,11 @@ class TensorSource(ABC):
 class Stored:
     """A tensor of a file under its full key: read when it is used, and kept as long as somebody holds it."""
 
-    def __init__(self, key: str, source: TensorSource, entry: Entry) -> None:
+    def __init__(self, key: str, source: TensorSource, entry: Entry, factor: float = 1.0) -> None:
         self.key = key
         self._source = source
         self._entry = entry
+        self._factor = factor
         self._kept: weakref.ref[Tensor] | None = None
 
     @property
@@ -83,10 +84,12 @@ class Stored:
         return self._entry.end - self._entry.begin
 
     def data(self) -> Tensor:
-        """The tensor in the file's dtype: the same object for all who hold it at one time."""
+        """The tensor in the file's dtype, with a factor in fp32: the same object for all who hold it at one time."""
         tensor = self._kept() if self._kept else None
         if tensor is None:
             tensor = self._source.read(self._entry)
+            if self._factor != 1.0:
+                tensor = tensor.float() * self._factor
             self._kept = weakref.ref(tensor)
         return tensor
 
@@ -101,8 +104,8 @@ class Stored:
 
     def view(self, *shape: int) -> Stored:
         """The same tensor in another shape."""
-        return Stored(self.key, self._source, self._entry.view(*shape))
+        return Stored(self.key, self._source, self._entry.view(*shape), self._factor)
 
     def rows(self, start: int, stop: int) -> Stored:
         """The rows [start, stop) of it."""
-        return Stored(self.key, self._source, self._entry.rows(start, stop))
+        return Stored(self.key, self._source, self._entry.rows(start, stop), self._factor)

@@ -12,9 +12,9 @@ _T5_FF = [f"DenseReluDense.{leaf}" for leaf in ("wi", "wi_0", "wi_1", "wo")]
 _T5 = flat_table([*(f"SelfAttention.{leaf}" for leaf in "qkvo"), *_T5_FF])
 
 _PREFIX = re.compile(
-    r"(?:lora_te([123]?)|text_encoder(?:_([23]))?|text_encoders_(clip_l|clip_g|t5xxl)(?:_transformer)?)_(?:text_model_)?(.+)"
+    r"(?:lora_te([123]?)|text_encoder(?:_([23]))?|(?:text_encoders_)?(clip_l|clip_h|clip_g|t5xxl)(?:_transformer)?)_(?:text_model_)?(.+)"
 )
-_ANY = re.compile(r"(?:lora_te[0-9]?|text_encoders?(?:_[0-9])?)_")
+_ANY = re.compile(r"(?:lora_te[0-9]?|text_encoders?(?:_[0-9])?|clip_[lgh]|t5xxl)_")
 _CLIP_LAYER = re.compile(rf"encoder_layers_{NUMBER}_(.+)")
 _T5_LAYER = re.compile(rf"encoder_block_{NUMBER}_layer_{NUMBER}_(.+)")
 
@@ -35,7 +35,7 @@ def find(flat: str) -> str | None:
         leaf, second = _T5.get(layer[3]), True
         path = leaf and f"encoder.block.{layer[1]}.layer.{layer[2]}.{leaf}"
     else:
-        path = "text_projection" if second and rest == "text_projection" else None
+        path = "text_projection" if rest == "text_projection" and encoder not in ("3", "t5xxl") else None
     root = "text_encoder_2" if second else "text_encoder"
     return f"{root}.{path}" if path else None
 

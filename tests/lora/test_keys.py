@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from klora.lora.keys import is_numbered, refused_family, split_key
+from klora.lora.keys import FACTOR, refused_family, split_key
+from klora.lora.numbered import is_numbered
 
 
 @pytest.mark.parametrize(
@@ -14,6 +15,24 @@ from klora.lora.keys import is_numbered, refused_family, split_key
         ("lora.down.weight", "down"),
         ("lora_linear_layer.down.weight", "down"),
         ("down.weight", "down"),
+        ("lora_down", "down"),
+        ("lora_A", "down"),
+        ("lora_B.default", "up"),
+        ("lora_B.bias", "up_bias"),
+        ("lora_up.bias", "up_bias"),
+        ("lora_A.bias", "down_bias"),
+        ("scale", "scale"),
+        ("scalar", "scalar"),
+        ("magnitude", "magnitude"),
+        ("diff_b", "diff_b"),
+        ("diff_m", "diff_m"),
+        ("set_weight", "set"),
+        ("reshape_weight", "reshape"),
+        ("w_norm", "w_norm"),
+        ("lora_down.scale_weight", "down" + FACTOR),
+        ("lora_B.weight_scale", "up" + FACTOR),
+        ("diff.scale_weight", "diff" + FACTOR),
+        ("lokr_w1.scale_weight", "lokr_w1" + FACTOR),
         ("lora_A.weight", "down"),
         ("lora_A.default.weight", "down"),
         ("lora_up.weight", "up"),
@@ -45,9 +64,8 @@ def test_every_ending_has_its_slot_behind_any_prefix(ending: str, slot: str) -> 
         ".lora_down.alpha",
         "alpha",
         "x.weight",
-        "x.lora_A",
         "x.alpha.more",
-        "x.diff_b",
+        "x.scale_weight",
         "x.lora_A." + "name" * 40 + ".weight",
     ],
 )
@@ -62,6 +80,8 @@ def test_only_four_dimensions_make_oft_blocks_those_of_boft() -> None:
 
 
 def test_a_numbered_key_is_nothing_but_a_number() -> None:
-    assert is_numbered("unet:12:up")
-    assert not is_numbered("unet:12:up.weight")
-    assert not is_numbered("unet.12.up")
+    assert split_key("unet:12:up") == ("unet:12", "up")
+    assert is_numbered("unet:12")
+    assert is_numbered("text_encoder:0")
+    assert not is_numbered("unet.12")
+    assert split_key("unet:12:up.weight") is None

@@ -235,7 +235,6 @@ def test_text_encoder_names(prefix: str, name: str) -> None:
         "blocks_0_img_mod_lin",
         "double_blocks.0.attn.to_q",
         "transformer_blocks.0.img_attn.qkv",
-        "lora_te_text_projection",
         "lora_te3_text_projection",
         f"lora_te3_{CLIP}.0.mlp.fc1",
         f"text_encoders.t5xxl.transformer.{CLIP}.0.mlp.fc1",

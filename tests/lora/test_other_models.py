@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from klora.cache import ScoreCache
-from klora.errors import LoraFileError, MismatchError, UnsupportedFormatError
+from klora.errors import LoraFileError, MismatchError
 from klora.lora.file import LoraFile
 from klora.lora.likeness import alike
 from klora.lora.model_index import ModelIndex, Place, finest_slices, slice_name
@@ -389,13 +389,6 @@ def test_an_underscore_before_lora_down_is_understood(tmp_path: Path) -> None:
     block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     assert {name: delta.scale for name, delta in file.modules.items()} == {f"{block}.to_q": 0.5, f"{block}.to_k": 0.5}
     assert (file.unmatched, file.table) == ([], "unet")
-
-
-def test_files_that_number_their_layers_are_named_for_what_they_are(tmp_path: Path) -> None:
-    path = tmp_path / "x.safetensors"
-    save_file({"unet:0:up": torch.ones(8, 4), "unet:0:down": torch.ones(4, 8), "<s1>": torch.ones(768)}, path)
-    with pytest.raises(UnsupportedFormatError, match=r"unet:0:\w+: is by the first LoRA trainer for SD 1"):
-        LoraFile.open(path)
 
 
 def test_layers_of_a_checkpoint_that_are_called_up_and_down_are_no_lora(tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def translator(pipe: Any, shapes: Mapping[str, Shape]) -> Translate:
         return {
             prefix: tuple(sorted(found, key=lambda place: place.rows or (0, 0)))
             for prefix, found in places.items()
-            if sum(stop - start for _, rows in found for start, stop in filter(None, [rows])) == file[prefix][0]
+            if sum(stop - start for place in found for start, stop in filter(None, [place.rows])) == file[prefix][0]
         }
 
     return translate

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
 from typing import ClassVar, NamedTuple, TypeVar
@@ -15,16 +15,17 @@ from torch import Tensor
 from klora.errors import LoraFileError, LoraValueError
 from klora.lora.source import Stored
 
+WEIGHT, KERNEL = (2, 3, 4, 5), (3, 4, 5)
+"""How many dimensions a weight of a linear layer or a convolution has, and one with a kernel."""
 D = TypeVar("D", bound="Delta")
 F = TypeVar("F", bound="FileDelta")
 
 FULL_RANK = 64
-# Times the strongest strength, it must still be a number in half precision.
-MAX_SCALE = 4096
+_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 
 
 class Factors(NamedTuple):
-    """ΔW = up·down, unscaled: up (out, r), down (r, in[, kh, kw]); with `mid` (r, r, kh, kw), down is (r, in)."""
+    """ΔW = up·down, unscaled: up (out, r), down (r, in[, *kernel]); with `mid` (r, r, *kernel), down is (r, in)."""
 
     up: Tensor
     down: Tensor
@@ -52,24 +53,28 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def cp_down(core: Tensor, down: Tensor) -> Tensor:
-    """The core (m, r, kh, kw) of a CP decomposition times down (r, in), for all of the kernel: (m, in·kh·kw)."""
-    return torch.einsum("mnkl,ni->mikl", core, down).reshape(len(core), -1)
+    """The core (m, r, *kernel) of a CP decomposition times down (r, in), for all of the kernel: (m, in·kernel)."""
+    return torch.einsum("mn...,ni->mi...", core, down).reshape(len(core), -1)
 
 
 @dataclass
 class Group:
-    """The tensors that a file holds for one module, by slot ("down", "up", "hada_w1_a" …).
+    """The tensors that a file holds for one module, by slot ("down", "up", "hada_w1_a" …), and its `numbers`.
 
-    `alpha` is None where neither a key nor the metadata gives one; `kernel` is the side of the module's kernel, known
-    from its name, for the families that store kernels flat. A family notes in `used` what it took.
+    `keys` are the full keys. `alpha` is None where neither a key nor the metadata gives one; `kernel` is the side of
+    the module's kernel, known from its name, for the families that store kernels flat; `reshape` the shape that a file
+    of ComfyUI's gives the layer. A family notes in `used` what it took.
     """
 
     file: str
     key: str
     tensors: dict[str, Stored]
+    keys: Mapping[str, str]
+    numbers: Mapping[str, float]
     alpha: float | None = None
     rslora: bool = False
     kernel: int = 1
+    reshape: tuple[int, ...] | None = None
     used: set[str] = field(default_factory=set)
 
     def __contains__(self, slot: str) -> bool:
@@ -97,20 +102,37 @@ class Group:
             raise self.error(stored, f"is empty ({size(stored.shape)}), so its rank or width is 0")
         return stored
 
+    def rank(self) -> int | None:
+        """The rank of its factors; None where ΔW is stored whole, or nothing is."""
+        shared = ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b")
+        shapes = [self.tensors[slot].shape for slot in shared if slot in self.tensors]
+        return shapes[0][0] if shapes and shapes[0] else None
+
+    def has_kernel(self) -> bool:
+        """Whether it is of a convolution whose kernel is larger than 1."""
+        return self.kernel > 1 or any(side > 1 for stored in self.tensors.values() for side in stored.shape[2:])
+
     def error(self, stored: Stored, reason: str) -> LoraFileError:
         """An error about the structure of one tensor."""
         return LoraFileError(self.file, reason, "the file is damaged: download or export it again", stored.key)
 
-    def scaling(self, rank: int) -> tuple[float, float]:
+    def scaling(self, rank: int, whole: bool = False) -> tuple[float, float]:
         """(alpha, scale): alpha = rank where the file gives none; scale is alpha / rank, or alpha / √rank (rsLoRA).
 
-        Raises LoraValueError for an alpha beyond all reason.
+        Of what is stored `whole`, alpha has no meaning. A `scale` of the file's own stands in the place of all that; a
+        `scalar` comes on top. Raises LoraValueError where the outcome is no number.
         """
-        alpha = float(rank) if self.alpha is None else self.alpha
-        scale = alpha / (math.sqrt(rank) if self.rslora else rank)
-        if abs(scale) > MAX_SCALE:
-            reason = f"has an alpha of {alpha:g} for a rank of {rank}"
-            raise LoraValueError(self.file, reason, "the file is damaged: download or export it again", self.key)
+        self.used.update(("alpha", "scale", "scalar") & self.numbers.keys())
+        divisor = math.sqrt(rank) if self.rslora else rank
+        alpha = float(rank) if whole or self.alpha is None else self.alpha
+        scale = 1.0 if whole else alpha / divisor
+        if own := self.numbers.keys() & {"scale", "scalar"}:
+            scale = self.numbers.get("scale", scale) * self.numbers.get("scalar", 1.0)
+            alpha = scale * divisor
+        if not abs(scale) <= _LARGEST:
+            slot = next(iter(own or {"alpha"}))
+            key = self.keys.get(slot, self.key)
+            raise LoraValueError(self.file, f"makes the scale {scale:g}", "use another file", key)
         return alpha, scale
 
 
@@ -125,18 +147,37 @@ def squeeze(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def with_kernel(out: int, columns: int, kernel: int) -> tuple[int, ...]:
-    """The shape of a module whose `columns` = in·k·k are stored flat."""
+    """The shape of a module whose `columns` = in·k·k are stored flat; flat where these are no multiple of k·k."""
     if columns % kernel**2:
         return (out, columns)
     return squeeze((out, columns // kernel**2, kernel, kernel))
 
 
+@dataclass(frozen=True)
+class Bias:
+    """What a file adds to a module's bias (out,): the sum of tensors of one dimension, each times a factor."""
+
+    terms: tuple[tuple[Stored, float], ...]
+
+    def rows(self, start: int, stop: int) -> Bias:
+        """That of the rows [start, stop)."""
+        return Bias(tuple((stored.rows(start, stop), factor) for stored, factor in self.terms))
+
+    def change(self) -> Tensor:
+        """The sum, fp32 (out,)."""
+        return torch.stack([stored.fp32() * factor for stored, factor in self.terms]).sum(0)
+
+    def stored(self) -> Iterator[Stored]:
+        """The tensors of the file."""
+        return (stored for stored, _ in self.terms)
+
+
 @dataclass(eq=False)
 class Delta(ABC):
-    """The difference that a file makes to one module's weight.
+    """The difference that a file makes to one module's weight, and maybe to its `bias`.
 
-    `file` and `key` (the file's own prefix) say where it comes from. `shape` is (out, in) or (out, in, kh, kw), 1×1
-    kernels squeezed. `scale` is alpha / rank (rsLoRA: alpha / √rank; full differences: 1).
+    `file` and `key` (the file's own prefix) say where it comes from. `shape` is (out, in) or (out, in, *kernel),
+    kernels of 1 squeezed. `scale` is alpha / rank (rsLoRA: alpha / √rank; full differences: 1).
     """
 
     file: str
@@ -145,12 +186,13 @@ class Delta(ABC):
     alpha: float
     scale: float
     shape: tuple[int, ...]
+    bias: Bias | None = field(default=None, kw_only=True)
 
     family: ClassVar[str]
 
     @abstractmethod
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
-        """Write scale·ΔW[start:stop] into `block`, fp32 (stop - start, in·kh·kw)."""
+        """Write scale·ΔW[start:stop] into `block`, fp32 (stop - start, in·kernel)."""
 
     @abstractmethod
     def _part(self: D, start: int, stop: int, shape: tuple[int, ...]) -> D:
@@ -163,7 +205,7 @@ class Delta(ABC):
 
     @property
     def columns(self) -> int:
-        """in·kh·kw."""
+        """in·kernel."""
         return math.prod(self.shape[1:])
 
     @property
@@ -172,7 +214,7 @@ class Delta(ABC):
         return False
 
     def rows(self, start: int, stop: int, out: Tensor | None = None) -> Tensor:
-        """Rows [start, stop) of scale·ΔW, fp32 (stop - start, in·kh·kw) on the CPU; of a DoRA, its direction.
+        """Rows [start, stop) of scale·ΔW, fp32 (stop - start, in·kernel) on the CPU; of a DoRA, its direction.
 
         `out`, a contiguous fp32 tensor of at least that many entries, is written to and returned in part. Values are
         not checked. Raises IndexError outside of the matrix.
@@ -216,7 +258,12 @@ class Delta(ABC):
             raise IndexError(f"rows {start} to {stop} of a delta with {self.shape[0]} rows")
         if (start, stop) == (0, self.shape[0]):
             return self
-        return self._part(start, stop, (stop - start, *self.shape[1:]))
+        part = self._part(start, stop, (stop - start, *self.shape[1:]))
+        return replace(part, bias=self.bias.rows(start, stop)) if self.bias else part
+
+    def shaped(self: D, shape: tuple[int, ...]) -> D:
+        """The same delta in another shape of as many columns: a kernel is told from the layer where it was flat."""
+        return replace(self, shape=shape)
 
     def stored(self) -> Iterator[Stored]:
         """The tensors of the file that it is made of; none of what a policy has made."""
@@ -235,8 +282,10 @@ class Delta(ABC):
 
     def unscored(self) -> Iterator[Stored]:
         """The tensors whose NaN would not show in a sum over `rows`."""
+        if abs(self.scale) >= _SMALLEST:
+            return self.bias.stored() if self.bias else iter(())
         # A product by 0 is not computed at all.
-        return iter(()) if abs(self.scale) >= torch.finfo(torch.float32).tiny else self.stored()
+        return self.stored()
 
     def check_finite(self, scored: bool = False) -> None:
         """Raise LoraValueError, naming file and full tensor key, when a tensor holds NaN or infinity.
@@ -268,3 +317,5 @@ class FileDelta(Delta):
             value = getattr(self, entry.name)
             if isinstance(value, Stored):
                 yield value
+        if self.bias:
+            yield from self.bias.stored()

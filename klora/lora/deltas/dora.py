@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from klora.errors import MismatchError, UnsupportedFormatError
-from klora.lora.deltas.base import Delta, FileDelta, Group, size
+from klora.lora.deltas.base import WEIGHT, Delta, FileDelta, Group, size
 from klora.lora.deltas.loha import LohaDelta
 from klora.lora.deltas.lokr import LokrDelta
 from klora.lora.deltas.lora import LoraDelta
@@ -40,11 +40,12 @@ class DoraDelta(FileDelta):
         direction = next((d for kind in _DIRECTIONS if (d := kind.load(group))), None) if slot else None
         if slot is None or direction is None:
             return None
-        magnitude = group.take(slot, 1, 2, 4)
+        magnitude = group.take(slot, 1, *WEIGHT)
         count = math.prod(magnitude.shape)
         out, columns = direction.shape[:2]
-        # LyCORIS writes (out, 1…) or (1, in, 1…); PEFT always one per output, (out,) or (1, out, 1, 1).
-        per_row = count == out and (slot == "magnitude" or magnitude.shape[0] == out)
+        # LyCORIS writes (out, 1…) or (1, in, 1…); PEFT always one per output, (out,) or (1, out, 1, 1), which others
+        # take over as (1, out): where a layer is square, (1, n) is LyCORIS'.
+        per_row = count == out and (slot == "magnitude" or magnitude.shape[0] == out or count != columns)
         if not per_row and (slot == "magnitude" or count != columns):
             raise group.error(magnitude, f"is {size(magnitude.shape)}, for a direction of {size(direction.shape)}")
         common = (group.file, group.key, direction.rank, direction.alpha, direction.scale, direction.shape)
@@ -80,11 +81,19 @@ class DoraDelta(FileDelta):
         """The direction's tensors and the magnitude."""
         yield from self.direction.stored()
         yield self.magnitude
+        if self.bias:
+            yield from self.bias.stored()
 
     def unscored(self) -> Iterator[Stored]:
         """The magnitude, since the direction alone is scored."""
         yield from self.direction.unscored()
         yield self.magnitude
+        if self.bias:
+            yield from self.bias.stored()
+
+    def shaped(self, shape: tuple[int, ...]) -> DoraDelta:
+        """The same in another shape of as many columns."""
+        return replace(self, shape=shape, direction=self.direction.shaped(shape))
 
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         self.direction.rows(start, stop, out=block)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from klora.lora.deltas.base import FULL_RANK, FileDelta, Group, squeeze
+from klora.lora.deltas.base import FULL_RANK, WEIGHT, FileDelta, Group, squeeze
 from klora.lora.source import Stored
 
 
@@ -20,13 +20,13 @@ class FullDelta(FileDelta):
 
     @classmethod
     def load(cls, group: Group) -> FullDelta | None:
-        """Read `.diff` of a weight; one-dimensional differences (norms, biases) are not a matrix and are left."""
-        if "diff" not in group or len(group.tensors["diff"].shape) == 1:
+        """Read `.diff` of a weight; others (norms, modulations) are not a matrix and are left."""
+        if "diff" not in group or len(group.tensors["diff"].shape) in (1, 3):
             return None
-        diff = group.take("diff", 2, 4)
+        diff = group.take("diff", *WEIGHT)
         shape = squeeze(diff.shape)
         rank = min(*shape[:2], FULL_RANK)
-        return cls(group.file, group.key, rank, float(rank), 1.0, shape, diff.view(*shape))
+        return cls(group.file, group.key, rank, *group.scaling(rank, whole=True), shape, diff.view(*shape))
 
     @property
     def is_stored_whole(self) -> bool:

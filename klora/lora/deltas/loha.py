@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from klora.errors import LoraFileError
-from klora.lora.deltas.base import FileDelta, Group, cp_down, size, squeeze, with_kernel
+from klora.lora.deltas.base import KERNEL, FileDelta, Group, cp_down, size, squeeze, with_kernel
 from klora.lora.source import Stored
 
 _SLOTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -38,7 +38,7 @@ class LohaDelta(FileDelta):
         if not any(slot.startswith("hada_") for slot in group.tensors):
             return None
         w1_a, w1_b, w2_a, w2_b = (group.take(slot) for slot in _SLOTS)
-        cores = [group.take(slot, 4) for slot in _CORES] if any(slot in group for slot in _CORES) else [None] * 2
+        cores = [group.take(slot, *KERNEL) for slot in _CORES] if any(slot in group for slot in _CORES) else [None] * 2
         shapes = [_shape(group, *factor) for factor in ((w1_a, w1_b, cores[0]), (w2_a, w2_b, cores[1]))]
         if shapes[0] != shapes[1]:
             reason = f"its two halves are {size(shapes[0])} and {size(shapes[1])}: they do not multiply"

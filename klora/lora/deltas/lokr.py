@@ -7,7 +7,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import FULL_RANK, FileDelta, Group, cp_down, size, squeeze, with_kernel
+from klora.lora.deltas.base import (
+    FULL_RANK,
+    KERNEL,
+    WEIGHT,
+    FileDelta,
+    Group,
+    cp_down,
+    size,
+    squeeze,
+    with_kernel,
+)
 from klora.lora.source import Stored
 
 
@@ -38,16 +48,18 @@ class LokrDelta(FileDelta):
         if not any(slot.startswith("lokr_") for slot in group.tensors):
             return None
         w1, w1_right = _factor(group, "lokr_w1")
-        w2, w2_right = _factor(group, "lokr_w2", 2, 4)
-        t2 = group.take("lokr_t2", 4) if "lokr_t2" in group else None
+        w2, w2_right = _factor(group, "lokr_w2", *WEIGHT)
+        t2 = group.take("lokr_t2", *KERNEL) if "lokr_t2" in group else None
         if w1_right and w1.shape[1] != w1_right.shape[0]:
             raise _mismatch(group, w1, w1_right)
         inner = _second_shape(group, w2, w2_right, t2)
         outer = (w1.shape[0], (w1_right or w1).shape[1])
-        shape = squeeze((outer[0] * inner[0], outer[1] * inner[1], *inner[2:]))
+        shape = (outer[0] * inner[0], outer[1] * inner[1], *inner[2:])
+        # Where the kernel is flat, its area divides the columns of w1, of w2 or of both.
+        shape = squeeze(shape) if inner[2:] else with_kernel(shape[0], shape[1], group.kernel)
         right = w1_right or w2_right
         rank = right.shape[0] if right else min(*shape[:2], FULL_RANK)
-        alpha, scale = group.scaling(rank) if right else (float(rank), 1.0)
+        alpha, scale = group.scaling(rank, whole=right is None)
         return cls(group.file, group.key, rank, alpha, scale, shape, w1, w2, w1_right, w2_right, t2)
 
     def kronecker(self) -> tuple[Tensor, ...] | None:
@@ -97,12 +109,12 @@ def _second_shape(group: Group, w2: Stored, right: Stored | None, core: Stored |
     if right is None:
         if core:
             raise group.error(core, "is a core without lokr_w2_a and lokr_w2_b")
-        return w2.shape if len(w2.shape) == 4 else with_kernel(w2.shape[0], w2.shape[1], group.kernel)
+        return w2.shape
     rank, columns = right.shape
     if core is None:
         if w2.shape[1] != rank:
             raise _mismatch(group, w2, right)
-        return with_kernel(w2.shape[0], columns, group.kernel)
+        return (w2.shape[0], columns)
     if core.shape[:2] != (w2.shape[0], rank):
         raise _mismatch(group, core, right)
     return (w2.shape[1], columns, *core.shape[2:])

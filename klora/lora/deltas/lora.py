@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import Factors, FileDelta, Group, cp_down, size, squeeze
+from klora.lora.deltas.base import KERNEL, WEIGHT, Factors, FileDelta, Group, cp_down, size, squeeze
 from klora.lora.source import Stored
 
 
@@ -26,8 +26,8 @@ class LoraDelta(FileDelta):
         """Read lora_down, lora_up (and lora_mid); LoraFileError where one is missing or they do not multiply."""
         if "down" not in group and "up" not in group:
             return None
-        down, up = group.take("down", 2, 4), group.take("up", 2, 4)
-        mid = group.take("mid", 4) if "mid" in group else None
+        down, up = group.take("down", *WEIGHT), group.take("up", *WEIGHT)
+        mid = group.take("mid", *KERNEL) if "mid" in group else None
         rank = down.shape[0]
         if up.shape[1] != rank or any(side != 1 for side in up.shape[2:]):
             raise group.error(up, f"is {size(up.shape)} and {down.key} is {size(down.shape)}: they do not multiply")
@@ -48,6 +48,11 @@ class LoraDelta(FileDelta):
         if self.mid and len(self.shape) == 2:
             return None
         return Factors(self.up.native(), self.down.native(), self.mid.native() if self.mid else None)
+
+    def shaped(self, shape: tuple[int, ...]) -> LoraDelta:
+        """The same in another shape of as many columns."""
+        down = self.down if self.mid else self.down.view(self.rank, *shape[1:])
+        return replace(self, shape=shape, down=down)
 
     def flat_down(self) -> Tensor:
         """The second factor as one matrix, core included: (r, in·kh·kw), fp32."""

@@ -1,0 +1,41 @@
+"""A LoRA or LoHa of rank 0, as trainers write it for a module that they left alone: ΔW = 0."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from klora.lora.deltas.base import Factors, FileDelta, Group, squeeze
+
+_PAIRS = (("up", "down"), ("hada_w1_a", "hada_w1_b"))
+
+
+@dataclass(eq=False)
+class ZeroDelta(FileDelta):
+    """ΔW = 0 of a shape; its rank counts as 1, as that of a product of zeros."""
+
+    family = "zero"
+
+    @classmethod
+    def load(cls, group: Group) -> ZeroDelta | None:
+        """Read factors (out, 0) and (0, in[, *kernel])."""
+        for left, right in _PAIRS:
+            up, down = group.tensors.get(left), group.tensors.get(right)
+            if up and down and up.shape[1:2] == (0,) == down.shape[:1] and math.prod(down.shape[1:]) * up.shape[0]:
+                group.used.update(group.tensors)
+                group.used.update(group.numbers)
+                return cls(group.file, group.key, 1, 0.0, 0.0, squeeze((up.shape[0], *down.shape[1:])))
+        return None
+
+    def factors(self) -> Factors:
+        """Zeros."""
+        return Factors(torch.zeros(self.shape[0], 1), torch.zeros(1, *self.shape[1:]))
+
+    def _fill(self, start: int, stop: int, block: Tensor) -> None:
+        block.zero_()
+
+    def _part(self, start: int, stop: int, shape: tuple[int, ...]) -> ZeroDelta:
+        return replace(self, shape=shape)

@@ -1,0 +1,42 @@
+"""Deltas brought into the shape of the layer that they act in, where the file alone does not tell it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from klora.lora.deltas import Delta, WideDelta
+from klora.lora.model_index import Place, Shape
+from klora.lora.names import is_input
+
+Places = Mapping[str, tuple[Place, ...]]
+"""Of each delta of a file, by its own prefix, the modules that it acts in."""
+
+
+def fitted(deltas: Mapping[str, Delta], places: Places, shapes: Mapping[str, Shape]) -> dict[str, tuple[Place, ...]]:
+    """The same places, with the shapes of the layers there where a delta has another one and fits."""
+    return {
+        prefix: tuple(_fitted(deltas[prefix], place, shapes) for place in found) for prefix, found in places.items()
+    }
+
+
+def at_place(delta: Delta, place: Place) -> Delta:
+    """What of a delta acts at a place, in the shape of the layer there."""
+    part = delta.part(*place.rows) if place.rows else delta
+    if place.shape is None or place.shape == part.shape:
+        return part
+    return part.shaped(place.shape) if _is_flat(part.shape, place.shape) else WideDelta.of(part, place.shape)
+
+
+def _fitted(delta: Delta, place: Place, shapes: Mapping[str, Shape]) -> Place:
+    rows = place.rows[1] - place.rows[0] if place.rows else delta.shape[0]
+    own, layer = (rows, *delta.shape[1:]), shapes.get(place.name)
+    if layer is None or own == layer:
+        return place
+    narrower = is_input(place.name) and own[0] == layer[0] and own[2:] == layer[2:] and own[1] < layer[1]
+    return place._replace(shape=layer) if narrower or _is_flat(own, layer) else place
+
+
+def _is_flat(own: Shape, layer: Shape) -> bool:
+    """Whether a shape (out, in·kernel) is that of a layer (out, in, *kernel)."""
+    return len(own) == 2 < len(layer) and own[0] == layer[0] and own[1] == math.prod(layer[1:])
