@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from klora.cache import ScoreCache
 from klora.engine.session import Session
 from klora.engine.weights import KEPT
+from klora.errors import LeftOutWarning
 from klora.fusion.plan import FusionPlan
 from klora.fusion.scores import OnScored
 from klora.hosts.diffusers import DiffusersHost, follow
@@ -74,6 +76,8 @@ def fuse(
     pair = host.fit(PAIRS.open(subject, style, cache))
     plan = pair.plan(Settings.parse(settings), host.device, on_scored)
     session = host.session(pair, plan)
+    for text in session.left_out:
+        warnings.warn(f"klora: {text}", LeftOutWarning, stacklevel=3)
     guidance = make_guidance(plan.settings, host.device)
     with follow(host, session, guidance), session:
         yield session

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from klora import __version__
 from klora.commands.console import BAD, INTERRUPTED, fail, never_fail_on_a_character, settle, warn
-from klora.errors import KloraError
+from klora.errors import KloraError, LeftOutWarning
 
 COMMANDS = {
     "analyze": "say which LoRA would act in which module at which step",
@@ -33,6 +33,8 @@ COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return the exit code; never raises for anything a user can cause."""
     never_fail_on_a_character(sys.stdout)
+    # The commands say it in their own words, where they say what is to be known of a fusion.
+    warnings.filterwarnings("ignore", category=LeftOutWarning)
     try:
         code = _run(sys.argv[1:] if argv is None else argv)
         sys.stdout.flush()

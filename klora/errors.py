@@ -44,3 +44,7 @@ class UnsupportedFormatError(LoraFileError):
 
 class MismatchError(KloraError):
     """Two files, or a file and a model, do not belong together."""
+
+
+class LeftOutWarning(UserWarning):
+    """Something of a LoRA found no place in the model, and does nothing."""

@@ -21,6 +21,7 @@ from klora.lora.coverage import Coverage, coverage
 from klora.lora.deltas import Delta
 from klora.lora.disk import Identity, identity
 from klora.lora.file import LoraFile, LoraSource
+from klora.lora.fit import telling_shapes
 from klora.lora.memory import TensorsInMemory
 from klora.lora.model_index import ModelIndex
 from klora.lora.names import kind_of, slice_of, sort_key
@@ -69,7 +70,7 @@ class Pair:
         if not (pair.subject.is_named_by_rule and pair.style.is_named_by_rule):
             pair = dataclasses.replace(pair, subject=pair.subject.bare(), style=pair.style.bare())
         # What one file alone does not tell of a layer, another may.
-        shapes = telling_shapes(pair.loras)
+        shapes = telling_shapes(lora.modules for lora in pair.loras)
         pair = dataclasses.replace(pair, subject=pair.subject.in_shapes(shapes), style=pair.style.in_shapes(shapes))
         for one, other in itertools.combinations(pair.loras, 2):
             check_partner(one, other)

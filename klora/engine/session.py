@@ -13,10 +13,11 @@ from torch.utils.hooks import RemovableHandle
 from klora.engine.bypass import BypassLayer, Operand, Part, Site
 from klora.engine.dynamic import Chooser, MeasuredPart, Rows
 from klora.engine.joined import SharedInput, shared_inputs
+from klora.engine.parameters import HeldParameters
 from klora.engine.progress import SamplingPass
 from klora.engine.weights import KEPT, Room
 from klora.errors import MismatchError
-from klora.fusion.plan import FusionPlan
+from klora.fusion.plan import ROLES, FusionPlan
 from klora.fusion.policies.base import BOTH, Active, Moment
 from klora.lora.checks import check_model
 from klora.lora.deltas import Delta
@@ -75,6 +76,9 @@ class Session:
         plan.policy.check_model(self._parts)
         self._join()
         self._bind_text(text_sites or {})
+        self._sites, self._text_sites = sites.keys(), (text_sites or {}).keys()
+        self._parameters = HeldParameters()
+        self._hold_parameters(sites, text_sites or {}, denoiser)
         self.set_tau(0.0)
 
     @property
@@ -82,6 +86,26 @@ class Session:
         """The modules of either file that the model does not have."""
         files = (self.pair.subject, self.pair.style)
         return tuple(dict.fromkeys(name for file in files for name in file.modules if name not in self._parts))
+
+    @property
+    def left_out(self) -> list[str]:
+        """What of each file found no place in the model, one line a file."""
+        return [text for lora in self.pair.loras if (text := self._left_out(lora))]
+
+    def _left_out(self, lora: LoraFile) -> str:
+        modules = [name for name in lora.modules if name not in self._sites]
+        # Where none is known, the host's own LoRA code applies them, or there is no text encoder to encode with.
+        text = [name for name in lora.text_encoder if self._text_sites and name not in self._text_sites]
+        known = self.pair.model.parameters if self.pair.model else {}
+        others = [delta.key for path, delta in lora.parameters.items() if path not in known]
+        biases = [name for name in self._parameters.absent if (delta := lora.modules.get(name)) and delta.bias]
+        count = len(lora.modules) + len(lora.text_encoder)
+        told = [
+            f"{len(absent)} of its {count} modules (such as {absent[0]})" for absent in [[*modules, *text]] if absent
+        ]
+        told += [f"{len(others)} changes of other parameters (such as {others[0]})"] if others else []
+        told += [f"{len(biases)} biases (such as that of {biases[0]})"] if biases else []
+        return f"{lora.label}: {', '.join(told)} found no place in the model and do nothing" if told else ""
 
     @property
     def decisions(self) -> dict[str, list[tuple[float, str]]]:
@@ -107,12 +131,14 @@ class Session:
             self._watch = self._denoiser.register_forward_pre_hook(self._look_at, with_kwargs=True)
         for layer in self._layers.values():
             layer.attach()
+        self._parameters.attach()
 
     def detach(self) -> None:
         """Take every hook off."""
         if self._watch is not None:
             self._watch.remove()
             self._watch = None
+        self._parameters.detach()
         for layer in self._layers.values():
             layer.detach()
         for shared in self._shared:
@@ -163,6 +189,8 @@ class Session:
         for name, part in self._parts.items():
             active = self.plan.decide(name, self.tau).times(among)
             part.set(active if name in self._folded else self._strengths(active))
+            # What a policy makes of two weights has no biases: then both act.
+            self._parameters.set(name, self._strengths(among if name in self._combined else active))
 
     def _strengths(self, active: Active) -> tuple[float, float]:
         settings = self.plan.settings
@@ -218,6 +246,29 @@ class Session:
                     for place, operand in enumerate(operands):
                         operand.share(shared, place)
                     self._shared.append(shared)
+
+    def _hold_parameters(
+        self, sites: Mapping[str, Site], text_sites: Mapping[str, Site], model: nn.Module | None
+    ) -> None:
+        """Take what the files change beside weights; what they change there of both files is a sum all the time."""
+        subject, style = self.pair.subject, self.pair.style
+        names = {**subject.modules, **style.modules, **subject.text_encoder, **style.text_encoder}
+        deltas = {
+            name: (
+                subject.modules.get(name) or subject.text_encoder.get(name),
+                style.modules.get(name) or style.text_encoder.get(name),
+            )
+            for name in names
+        }
+        self._parameters.add_biases({**text_sites, **sites}, deltas)
+        for name, active in self.pair.text_encoder_active(self.plan.settings).items():
+            self._parameters.set(name, self._strengths(active))
+        known = self.pair.model.parameters if self.pair.model else {}
+        paths = [path for path in {**subject.parameters, **style.parameters} if path in known]
+        if model is not None and paths:
+            pairs = {path: (subject.parameters.get(path, ()), style.parameters.get(path, ())) for path in paths}
+            role = ROLES[self.plan.settings.other_layers]
+            self._parameters.add(model, pairs, lambda *both: self._strengths(role if all(both) else BOTH))
 
     def _bind_text(self, sites: Mapping[str, Site]) -> None:
         subject, style = self.pair.subject.text_encoder, self.pair.style.text_encoder

@@ -80,9 +80,7 @@ def _counted(denoiser: torch.nn.Module) -> Iterator[list[None]]:
 
 def session_notices(session: Session) -> list[str]:
     """What a person should know of a fusion: about the pair, and about what the model lacks."""
-    missing = session.missing
-    lacking = [f"the model lacks {len(missing)} of the files' modules, such as {missing[0]}"] if missing else []
-    return [*notices(session.pair, session.plan), *lacking]
+    return [*notices(session.pair, session.plan), *session.left_out]
 
 
 def _facts(request: GenerationRequest, pipe: Any, session: Session, image: Image, seed: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from klora.lora.deltas import Delta, FileDelta
 from klora.lora.deltas.base import size
 from klora.lora.fit import Places, at_place, fitted
 from klora.lora.memory import TensorsInMemory
-from klora.lora.model_index import ModelIndex, Place, flat
+from klora.lora.model_index import ModelIndex, Place, Shape, flat
 from klora.lora.names import Target, bare, sort_key
 from klora.lora.parameters import ParameterDelta
 from klora.lora.parsed import ParsedFile, twice
@@ -178,21 +178,19 @@ class LoraFile:
             return found[prefix] if prefix in found else by_rule(file, prefix)
 
         places = _places(parsed, place, index.text_name)
-        full = {prefix: one for prefix in shapes if prefix not in found and (one := parsed.as_parameter(prefix))}
-        named = {
-            name: one for one in (*parsed.parameters, *full.values()) if (name := index.parameter(one.paths, one.shape))
-        }
+        full = {prefix: both for prefix in shapes if prefix not in found and (both := parsed.as_parameters(prefix))}
+        others = [*parsed.parameters, *(one for both in full.values() for one in both)]
+        named = {name: one for one in others if (name := index.parameter(one.paths, one.shape))}
         absent = {flat(one.paths[0]): one for one in parsed.parameters if one not in named.values()}
-        places |= {prefix: () for prefix, one in full.items() if one in named.values()}
+        places |= {prefix: () for prefix, both in full.items() if both[0] in named.values()}
         return self._named(fitted(parsed.deltas, places, index.shapes), {**named, **absent})
 
     def bare(self) -> LoraFile:
         """The same file with its modules under their own bare names, as where no table fits."""
         return self._named(_places(self._parsed, _bare_place), self._first.parameters)
 
-    def beside(self, other: LoraFile) -> LoraFile:
-        """The same file with its modules in the shapes that another file gives them, as far as they fit these."""
-        shapes = {name: delta.shape for name, delta in {**other.text_encoder, **other.modules}.items()}
+    def in_shapes(self, shapes: Mapping[str, Shape]) -> LoraFile:
+        """The same file with its modules in the shapes that these have by name, as far as they fit them."""
         return self._named(fitted(self._parsed.deltas, self._places, shapes), self.parameters)
 
     def _check_height(self, delta: Delta, places: tuple[Place, ...]) -> None:

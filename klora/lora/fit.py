@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from klora.lora.deltas import Delta, WideDelta
+from klora.lora.deltas import Delta, FileDelta, WideDelta
 from klora.lora.model_index import Place, Shape
 from klora.lora.names import is_input
 
@@ -20,7 +20,16 @@ def fitted(deltas: Mapping[str, Delta], places: Places, shapes: Mapping[str, Sha
     }
 
 
-def at_place(delta: Delta, place: Place) -> Delta:
+def telling_shapes(files: Iterable[Mapping[str, Delta]]) -> dict[str, Shape]:
+    """Of each module the shape that tells most of its layer: with a kernel rather than flat, wide rather than narrow."""
+    found: dict[str, Shape] = {}
+    for modules in files:
+        for name, delta in modules.items():
+            found[name] = max(found.get(name, ()), delta.shape, key=lambda shape: (len(shape), math.prod(shape)))
+    return found
+
+
+def at_place(delta: FileDelta, place: Place) -> FileDelta:
     """What of a delta acts at a place, in the shape of the layer there."""
     part = delta.part(*place.rows) if place.rows else delta
     if place.shape is None or place.shape == part.shape:

@@ -87,14 +87,10 @@ def is_whole(key: str) -> bool:
     return _WHOLE.fullmatch(key) is not None
 
 
-def of_full(delta: FullDelta, key: str, prefix: str) -> ParameterDelta:
-    """A full difference of what turns out to be no linear layer or convolution."""
-    return ParameterDelta(delta.file, key, (f"{prefix}.weight", prefix), delta.diff)
-
-
-def changed(base: Tensor, changes: list[tuple[ParameterDelta, float]]) -> Tensor:
-    """W0 + Σ s·ΔW, formed in fp32 and rounded once to the dtype of W0."""
-    total = base.detach().float()
-    for delta, strength in changes:
-        total = total + strength * delta.change(base)
-    return total.to(base.dtype)
+def of_full(delta: FullDelta, prefix: str, keys: Mapping[str, str]) -> list[ParameterDelta]:
+    """A full difference of what is no linear layer or convolution, and that of its bias; `keys` go by slot."""
+    beside = delta.bias.stored() if delta.bias else ()
+    return [
+        ParameterDelta(delta.file, keys["diff"], (f"{prefix}.weight", prefix), delta.diff),
+        *(ParameterDelta(delta.file, keys["diff_b"], (f"{prefix}.bias",), bias) for bias in beside),
+    ]

@@ -76,10 +76,10 @@ class ParsedFile:
         table = table_of(targets, deltas)
         return cls(source, keys, deltas, tuple(parameters), targets, tuple(unread), frozenset(kernels), table, +alphas)
 
-    def as_parameter(self, prefix: str) -> ParameterDelta | None:
-        """A full difference as one of a parameter: without a model, it may be of either."""
-        delta = self.deltas[prefix]
-        return of_full(delta, self.keys[prefix]["diff"], prefix) if isinstance(delta, FullDelta) else None
+    def as_parameters(self, prefix: str) -> list[ParameterDelta]:
+        """A full difference, and that of the bias beside it, as ones of parameters: of what, a model tells."""
+        delta, keys = self.deltas[prefix], self.keys[prefix]
+        return of_full(delta, prefix, keys) if isinstance(delta, FullDelta) else []
 
     def is_text(self, prefix: str) -> bool:
         """Whether a prefix stands for a module of a text encoder."""

@@ -13,8 +13,9 @@ from klora.errors import SettingsError
 from klora.lora.deltas import Delta, FileDelta
 from klora.lora.deltas.computed import SumDelta
 from klora.lora.file import LoraFile, LoraSource
-from klora.lora.model_index import ModelIndex
+from klora.lora.model_index import ModelIndex, Shape
 from klora.lora.names import sort_key
+from klora.lora.parameters import ParameterDelta
 from klora.lora.source import TensorSource
 from klora.lora.weighted import check_weight, weighted_name
 
@@ -73,6 +74,15 @@ class Side:
     def text_encoder(self) -> Mapping[str, Delta]:
         """The deltas of the text encoders' modules."""
         return _sums([(part.lora.text_encoder, part.weight) for part in self.acting])
+
+    @cached_property
+    def parameters(self) -> Mapping[str, tuple[tuple[ParameterDelta, float], ...]]:
+        """What the parts make of other parameters than modules' weights, by path: each with its weight in the sum."""
+        found: dict[str, tuple[tuple[ParameterDelta, float], ...]] = {}
+        for part in self.acting:
+            for path, delta in part.lora.parameters.items():
+                found[path] = (*found.get(path, ()), (delta, part.weight))
+        return found
 
     @property
     def loras(self) -> tuple[LoraFile, ...]:
@@ -135,6 +145,10 @@ class Side:
     def for_model(self, index: ModelIndex) -> Side:
         """The same under the names of a model; MismatchError where a fused weight cannot be split as it is."""
         return self._named([lora.for_model(index) for lora in self.loras])
+
+    def in_shapes(self, shapes: Mapping[str, Shape]) -> Side:
+        """The same with the modules of its files in these shapes, by name, as far as they fit them."""
+        return self._named([lora.in_shapes(shapes) for lora in self.loras])
 
     def _named(self, loras: Iterable[LoraFile]) -> Side:
         """The same of files under other names; the same object for the same ones, since much is kept by its deltas."""

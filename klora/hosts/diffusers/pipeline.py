@@ -79,7 +79,14 @@ class DiffusersHost(Host):
         shapes = {name: site.shape for name, site in self.sites().items()}
         by_table = self.architecture is not None or hasattr(self.pipe, "unet")
         translate = None if by_table else translator(self.pipe, shapes)
-        return ModelIndex(shapes, architecture=self.architecture, translate=translate, text_encoder=self.text_sites())
+        others = self.diffusion_model.named_parameters()
+        return ModelIndex(
+            shapes,
+            architecture=self.architecture,
+            translate=translate,
+            text_encoder=self.text_sites(),
+            parameters={path: tuple(parameter.shape) for path, parameter in others if ".lora_" not in path},
+        )
 
     def sites(self) -> Mapping[str, Site]:
         """The denoiser's Linear and Conv modules by canonical name, which is their path."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 from klora.errors import LoraFileError
-from klora.lora.deltas.base import Bias, Delta, Factors, FileDelta, Group, size
+from klora.lora.deltas.base import Bias, Delta, Factors, FamilyDelta, FileDelta, Group, size
 from klora.lora.deltas.dora import DoraDelta
 from klora.lora.deltas.full import FullDelta
 from klora.lora.deltas.loha import LohaDelta
@@ -22,6 +22,7 @@ __all__ = [
     "Delta",
     "DoraDelta",
     "Factors",
+    "FamilyDelta",
     "FileDelta",
     "FullDelta",
     "Group",
@@ -35,7 +36,7 @@ __all__ = [
 ]
 
 # DoRA before its directions, which look like any other family.
-FAMILIES: tuple[type[FileDelta], ...] = (ZeroDelta, DoraDelta, LoraDelta, LohaDelta, LokrDelta, FullDelta)
+FAMILIES: tuple[type[FamilyDelta], ...] = (ZeroDelta, DoraDelta, LoraDelta, LohaDelta, LokrDelta, FullDelta)
 
 
 # Larger than any layer of a known model; small factors can have a product that fills the memory.

@@ -19,6 +19,7 @@ WEIGHT, KERNEL = (2, 3, 4, 5), (3, 4, 5)
 """How many dimensions a weight of a linear layer or a convolution has, and one with a kernel."""
 D = TypeVar("D", bound="Delta")
 F = TypeVar("F", bound="FileDelta")
+L = TypeVar("L", bound="FamilyDelta")
 
 FULL_RANK = 64
 _SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
@@ -163,6 +164,10 @@ class Bias:
         """That of the rows [start, stop)."""
         return Bias(tuple((stored.rows(start, stop), factor) for stored, factor in self.terms))
 
+    def times(self, weight: float) -> Bias:
+        """weight times as much."""
+        return Bias(tuple((stored, factor * weight) for stored, factor in self.terms))
+
     def change(self) -> Tensor:
         """The sum, fp32 (out,)."""
         return torch.stack([stored.fp32() * factor for stored, factor in self.terms]).sum(0)
@@ -300,16 +305,14 @@ class Delta(ABC):
 
 
 class FileDelta(Delta):
-    """A delta of a family that files hold."""
-
-    @classmethod
-    @abstractmethod
-    def load(cls: type[F], group: Group) -> F | None:
-        """Read a group of tensors, or return None when they are of another family. Raises LoraFileError."""
+    """A delta of tensors that a file holds."""
 
     def times(self: F, weight: float) -> F:
         """weight·ΔW; the delta itself for a weight of 1."""
-        return self if weight == 1 else replace(self, alpha=self.alpha * weight, scale=self.scale * weight)
+        if weight == 1:
+            return self
+        bias = self.bias and self.bias.times(weight)
+        return replace(self, alpha=self.alpha * weight, scale=self.scale * weight, bias=bias)
 
     def stored(self) -> Iterator[Stored]:
         """The tensors of the file among its fields."""
@@ -319,3 +322,12 @@ class FileDelta(Delta):
                 yield value
         if self.bias:
             yield from self.bias.stored()
+
+
+class FamilyDelta(FileDelta):
+    """A delta of a family that files hold."""
+
+    @classmethod
+    @abstractmethod
+    def load(cls: type[L], group: Group) -> L | None:
+        """Read a group of tensors, or return None when they are of another family. Raises LoraFileError."""

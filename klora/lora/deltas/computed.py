@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import Delta, Factors, FileDelta
+from klora.lora.deltas.base import Bias, Delta, Factors, FileDelta
 from klora.lora.deltas.lora import LoraDelta
+from klora.lora.deltas.wide import WideDelta
+from klora.lora.deltas.zero import ZeroDelta
 from klora.lora.source import Stored
 
 
@@ -19,6 +21,8 @@ def low_rank(delta: Delta) -> tuple[Tensor, Tensor] | None:
         return delta.up, delta.down.reshape(delta.rank, -1)
     if isinstance(delta, SumDelta):
         return delta.side_by_side()
+    if isinstance(delta, (WideDelta, ZeroDelta)) and (factors := delta.factors()) and factors.mid is None:
+        return factors.up.float(), factors.down.float().reshape(delta.rank, -1)
     if not isinstance(delta, LoraDelta):
         return None
     return delta.up.fp32(), delta.flat_down()
@@ -67,7 +71,9 @@ class SumDelta(Delta):
     def of(cls, terms: Sequence[FileDelta]) -> SumDelta:
         """The sum of deltas of one shape, in the place of the first."""
         first, rank = terms[0], sum(term.rank for term in terms)
-        return cls(first.file, first.key, rank, float(rank), 1.0, first.shape, tuple(terms))
+        biases = [term.bias for term in terms if term.bias]
+        bias = Bias(tuple(each for one in biases for each in one.terms)) if biases else None
+        return cls(first.file, first.key, rank, float(rank), 1.0, first.shape, tuple(terms), bias=bias)
 
     @property
     def needs_base(self) -> bool:

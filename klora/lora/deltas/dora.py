@@ -10,23 +10,23 @@ import torch
 from torch import Tensor
 
 from klora.errors import MismatchError, UnsupportedFormatError
-from klora.lora.deltas.base import WEIGHT, Delta, FileDelta, Group, size
+from klora.lora.deltas.base import WEIGHT, FamilyDelta, FileDelta, Group, size
 from klora.lora.deltas.loha import LohaDelta
 from klora.lora.deltas.lokr import LokrDelta
 from klora.lora.deltas.lora import LoraDelta
 from klora.lora.source import Stored
 
-_DIRECTIONS: tuple[type[FileDelta], ...] = (LoraDelta, LohaDelta, LokrDelta)
+_DIRECTIONS: tuple[type[FamilyDelta], ...] = (LoraDelta, LohaDelta, LokrDelta)
 
 
 @dataclass(eq=False)
-class DoraDelta(FileDelta):
+class DoraDelta(FamilyDelta):
     """`magnitude` is one number per output row, or per input column where `by_column` (LyCORIS' older default).
 
     What acts is `weight` times W' − W0.
     """
 
-    direction: Delta
+    direction: FileDelta
     magnitude: Stored
     by_column: bool
     weight: float = 1.0
@@ -75,7 +75,11 @@ class DoraDelta(FileDelta):
 
     def times(self, weight: float) -> DoraDelta:
         """weight·(W' − W0); the direction is scored with that weight too."""
-        return self if weight == 1 else replace(self, weight=self.weight * weight)
+        return (
+            self
+            if weight == 1
+            else replace(self, weight=self.weight * weight, bias=self.bias and self.bias.times(weight))
+        )
 
     def stored(self) -> Iterator[Stored]:
         """The direction's tensors and the magnitude."""

@@ -6,12 +6,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from klora.lora.deltas.base import FULL_RANK, WEIGHT, FileDelta, Group, squeeze
+from klora.lora.deltas.base import FULL_RANK, WEIGHT, FamilyDelta, Group, squeeze
 from klora.lora.source import Stored
 
 
 @dataclass(eq=False)
-class FullDelta(FileDelta):
+class FullDelta(FamilyDelta):
     """`diff` is (out, in[, kh, kw]); the scale is a file's 1, and the rank counts as min(out, in, 64)."""
 
     diff: Stored

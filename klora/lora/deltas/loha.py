@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from klora.errors import LoraFileError
-from klora.lora.deltas.base import KERNEL, FileDelta, Group, cp_down, size, squeeze, with_kernel
+from klora.lora.deltas.base import KERNEL, FamilyDelta, Group, cp_down, size, squeeze, with_kernel
 from klora.lora.source import Stored
 
 _SLOTS = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
@@ -16,7 +16,7 @@ _CORES = ("hada_t1", "hada_t2")
 
 
 @dataclass(eq=False)
-class LohaDelta(FileDelta):
+class LohaDelta(FamilyDelta):
     """`w1_a` is (out, r), `w1_b` (r, in·kh·kw); with the core `t1` (r, r, kh, kw): (r, out) and (r, in). 2 likewise.
 
     `row` is the first row of the product that is meant.

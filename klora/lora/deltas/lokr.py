@@ -11,7 +11,7 @@ from klora.lora.deltas.base import (
     FULL_RANK,
     KERNEL,
     WEIGHT,
-    FileDelta,
+    FamilyDelta,
     Group,
     cp_down,
     size,
@@ -22,7 +22,7 @@ from klora.lora.source import Stored
 
 
 @dataclass(eq=False)
-class LokrDelta(FileDelta):
+class LokrDelta(FamilyDelta):
     """w1 (a, b) and w2 (c, d[, kh, kw]) give (a·c, b·d[, kh, kw]); `row` is the first row of it that is meant.
 
     `w1` and `w2` hold either the whole factor or a pair (left, right): w1 (a, r)·(r, b), w2 (c, r)·(r, d·kh·kw), and

@@ -7,12 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import KERNEL, WEIGHT, Factors, FileDelta, Group, cp_down, size, squeeze
+from klora.lora.deltas.base import KERNEL, WEIGHT, Factors, FamilyDelta, Group, cp_down, size, squeeze
 from klora.lora.source import Stored
 
 
 @dataclass(eq=False)
-class LoraDelta(FileDelta):
+class LoraDelta(FamilyDelta):
     """`up` is (out, r), `down` (r, in[, kh, kw]); with `mid` (r, r, kh, kw), `down` is (r, in)."""
 
     up: Stored

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 import torch.nn.functional as F
 from torch import Tensor
 
-from klora.lora.deltas.base import Delta, Factors
+from klora.lora.deltas.base import Factors, FileDelta
 from klora.lora.source import Stored
 
 
 @dataclass(eq=False)
-class WideDelta(Delta):
+class WideDelta(FileDelta):
     """`source` (out, in, …), and zeros for further inputs."""
 
-    source: Delta
+    source: FileDelta
 
     @classmethod
-    def of(cls, source: Delta, shape: tuple[int, ...]) -> WideDelta:
+    def of(cls, source: FileDelta, shape: tuple[int, ...]) -> WideDelta:
         """Make `source` as wide as `shape`."""
         common = (source.file, source.key, source.rank, source.alpha, source.scale)
         return cls(*common, shape, source, bias=source.bias)
@@ -30,9 +30,13 @@ class WideDelta(Delta):
         return self.source.family
 
     @property
-    def needs_base(self) -> bool:  # type: ignore[override]
+    def needs_base(self) -> bool:
         """As the source does."""
         return self.source.needs_base
+
+    def times(self, weight: float) -> WideDelta:
+        """weight·ΔW."""
+        return self if weight == 1 else WideDelta.of(self.source.times(weight), self.shape)
 
     def factors(self) -> Factors | None:
         """Those of the source, the second with zeros in the columns that it lacks."""

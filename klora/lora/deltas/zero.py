@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from klora.lora.deltas.base import Factors, FileDelta, Group, squeeze
+from klora.lora.deltas.base import Factors, FamilyDelta, Group, squeeze
 
 _PAIRS = (("up", "down"), ("hada_w1_a", "hada_w1_b"))
 
 
 @dataclass(eq=False)
-class ZeroDelta(FileDelta):
+class ZeroDelta(FamilyDelta):
     """ΔW = 0 of a shape; its rank counts as 1, as that of a product of zeros."""
 
     family = "zero"
