@@ -21,7 +21,7 @@ def fitted(deltas: Mapping[str, Delta], places: Places, shapes: Mapping[str, Sha
 
 
 def telling_shapes(files: Iterable[Mapping[str, Delta]]) -> dict[str, Shape]:
-    """Of each module the shape that tells most of its layer: with a kernel rather than flat, wide rather than narrow."""
+    """Of each module the shape that tells most of its layer: a kernel's rather than flat, wide rather than narrow."""
     found: dict[str, Shape] = {}
     for modules in files:
         for name, delta in modules.items():
