@@ -100,9 +100,8 @@ class Session:
         others = [delta.key for path, delta in lora.parameters.items() if path not in known]
         biases = [name for name in self._parameters.absent if (delta := lora.modules.get(name)) and delta.bias]
         count = len(lora.modules) + len(lora.text_encoder)
-        told = [
-            f"{len(absent)} of its {count} modules (such as {absent[0]})" for absent in [[*modules, *text]] if absent
-        ]
+        absent = [*modules, *text]
+        told = [f"{len(absent)} of its {count} modules (such as {absent[0]})"] if absent else []
         told += [f"{len(others)} changes of other parameters (such as {others[0]})"] if others else []
         told += [f"{len(biases)} biases (such as that of {biases[0]})"] if biases else []
         return f"{lora.label}: {', '.join(told)} found no place in the model and do nothing" if told else ""

@@ -234,7 +234,7 @@ def test_a_header_that_is_not_json_is_refused(path: Path, text: bytes) -> None:
         ({"dtype": "I32"}, "has dtype I32; weights must be fp32, fp16, bf16 or fp8"),
         ({"dtype": "U32"}, "has dtype U32"),
         ({"shape": [16]}, "has shape 16"),
-        ({"shape": [1, 2, 8]}, "has shape 1×2×8"),
+        ({"shape": [1, 2, 2, 1, 2, 2]}, "has shape 1×2×2×1×2×2"),
         ({"shape": [4, 4]}, "they do not multiply"),
     ],
 )
@@ -322,13 +322,13 @@ def test_every_wrong_shape_is_an_error_naming_a_key_of_the_module(path: Path, fa
                 assert error.cure
 
 
-def test_missing_up_missing_down_and_rank_0_name_the_key(path: Path) -> None:
+def test_missing_up_missing_down_and_width_0_name_the_key(path: Path) -> None:
     tensors = lora_tensors({NAME: (8, 8)})
     save_file({DOWN: tensors[DOWN]}, path)
     assert f"{DOWN}: its up tensor is missing" in str(refused(path))
     save_file({UP: tensors[UP]}, path)
     assert f"{UP}: its down tensor is missing" in str(refused(path))
-    save_file({DOWN: torch.zeros(0, 8), UP: torch.zeros(8, 0)}, path)
+    save_file({DOWN: torch.zeros(4, 0), UP: torch.zeros(8, 4)}, path)
     assert "rank or width is 0" in str(refused(path))
 
 
@@ -384,14 +384,14 @@ def test_alpha_must_be_one_finite_number(path: Path) -> None:
         assert LoraFile.open(path).modules[NAME].alpha == 3.0
 
 
-@pytest.mark.parametrize("alpha", [1e30, -1e30, 3e5])
+@pytest.mark.parametrize("alpha", [1e30, -1e30])
 def test_an_alpha_beyond_all_reason_is_refused_where_it_counts(path: Path, alpha: float) -> None:
     stored = torch.tensor(alpha, dtype=torch.float64)
     for family in ("lora", "loha", "lokr"):
         save_file({**lora_tensors({NAME: (8, 8)}, family=family), f"{PREFIX}.alpha": stored}, path)
-        assert f"{PREFIX}: has an alpha of" in str(refused(path, LoraValueError))
-    save_file({**lora_tensors({NAME: (8, 8)}, rank=4), f"{PREFIX}.alpha": torch.tensor(4 * 4096.0)}, path)
-    assert LoraFile.open(path).modules[NAME].scale == 4096
+        assert f"{PREFIX}.alpha: makes a scale of" in str(refused(path, LoraValueError))
+    save_file({**lora_tensors({NAME: (8, 8)}, rank=4), f"{PREFIX}.alpha": torch.tensor(3e5)}, path)
+    assert LoraFile.open(path).modules[NAME].scale == 75_000
     # LyCORIS ignores it where both factors are whole.
     save_file({**lora_tensors({NAME: (8, 8)}, family="lokr-full"), f"{PREFIX}.alpha": stored}, path)
     assert LoraFile.open(path).modules[NAME].scale == 1.0

@@ -22,7 +22,9 @@ F = TypeVar("F", bound="FileDelta")
 L = TypeVar("L", bound="FamilyDelta")
 
 FULL_RANK = 64
-_SMALLEST, _LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
+_SMALLEST = torch.finfo(torch.float32).tiny
+# Far beyond any that a trainer writes, so that the file is damaged.
+MAX_SCALE = 2.0**40
 
 
 class Factors(NamedTuple):
@@ -130,10 +132,11 @@ class Group:
         if own := self.numbers.keys() & {"scale", "scalar"}:
             scale = self.numbers.get("scale", scale) * self.numbers.get("scalar", 1.0)
             alpha = scale * divisor
-        if not abs(scale) <= _LARGEST:
+        if not abs(scale) <= MAX_SCALE:
             slot = next(iter(own or {"alpha"}))
             key = self.keys.get(slot, self.key)
-            raise LoraValueError(self.file, f"makes the scale {scale:g}", "use another file", key)
+            reason = f"makes a scale of {scale:g}, for a rank of {rank}"
+            raise LoraValueError(self.file, reason, "the file is damaged: download or export it again", key)
         return alpha, scale
 
 
