@@ -5,7 +5,7 @@
     "use strict";
 
     const TABS = ["txt2img", "img2img"];
-    const GRID = /X Type: \[K-LoRA\] Balance, X Values: "?([-+\d.,\s]*\d)"?/;
+    const GRID = /X Type: \[K-LoRA\] (Balance|Judged share), X Values: "?([-+\d.,\s]*\d)"?/;
 
     function root() {
         return typeof gradioApp === "function" ? gradioApp() : document;
@@ -114,7 +114,7 @@
         }
     }
 
-    // ---- a grid of balances: a click on a cell sets the slider
+    // ---- a grid of balances or shares: a click on a cell sets the slider
 
     // The text of the picture that a gallery shows large; the host writes that of the first cell below a grid.
     function infoOf(tab) {
@@ -138,13 +138,13 @@
         if (!match || /[YZ] Type: /.test(info)) {
             return null;
         }
-        const values = match[1].split(",").map(Number);
+        const values = match[2].split(",").map(Number);
         const box = image.getBoundingClientRect();
         const scale = Math.min(box.width / image.naturalWidth, box.height / image.naturalHeight);
         const width = image.naturalWidth * scale;
         const x = (event.clientX - box.left - (box.width - width) / 2) / width;
         const value = values[Math.floor(x * values.length)];
-        return value === undefined ? null : { tab, image, value };
+        return value === undefined ? null : { tab, image, value, isShare: match[1] !== "Balance" };
     }
 
     function setValue(input, value) {
@@ -155,18 +155,19 @@
 
     function pickBalance(event) {
         const cell = event.button === 0 && !event.shiftKey ? balanceAt(event) : null;
-        const slider = cell && find(`#${cell.tab}_klora_balance input[type=number]`);
+        const name = cell && `#${cell.tab}_klora_${cell.isShare ? "share_slider" : "balance"}`;
+        const slider = cell && find(`${name} input[type=number]`);
         if (!slider) {
             return;
         }
         event.preventDefault();
         event.stopImmediatePropagation();
         const byShare = find(`#${cell.tab}_klora_share_switch input`);
-        if (byShare && byShare.checked) {
+        if (byShare && byShare.checked !== cell.isShare) {
             byShare.click();
         }
         setValue(slider, cell.value);
-        const block = find(`#${cell.tab}_klora_balance`);
+        const block = find(name);
         block.classList.add("klora-picked");
         setTimeout(() => block.classList.remove("klora-picked"), 1200);
     }
@@ -174,7 +175,7 @@
     function nameCell(event) {
         const cell = balanceAt(event);
         if (cell) {
-            cell.image.title = `${say("Balance")} ${cell.value} — ${say("click: use it, Shift-click: enlarge")}`;
+            cell.image.title = `${say(cell.isShare ? "Subject share" : "Balance")} ${cell.value} — ${say("click: use it, Shift-click: enlarge")}`;
         }
     }
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from statistics import fmean
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,12 @@ from klora.balance.parts import Parts, part
 
 Who = Literal["base", "subject", "style"]
 """What acts in a model: no LoRA, the subject's alone, or the style's alone, each with its own strength."""
+
+ALONE: Mapping[Who, Mapping[str, Any]] = {
+    "subject": {"policy": "direct", "preset": "1,1", "share": None, "style_strength": 0.0},
+    "style": {"policy": "direct", "preset": "1,1", "share": None, "subject_strength": 0.0},
+}
+"""The settings that make a fusion one LoRA alone."""
 
 Denoise = Callable[[Tensor, Tensor, float], Tensor]
 """From a picture's latents x0 (1, …), noise ε of their shape and a place τ of sampling to the x0 that the model sees in

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from klora.api import fuse
-from klora.balance.judge import Denoise, Who, forwards, judge
+from klora.balance.judge import ALONE, Denoise, Who, forwards, judge
 from klora.balance.search import PLACES, SHARES, Candidate, best_of, check_findable
 from klora.cache import ScoreCache
 from klora.engine.session import Session
@@ -26,12 +26,6 @@ from klora.settings import Settings
 if TYPE_CHECKING:
     from PIL.Image import Image
     from typing_extensions import Unpack
-
-ALONE: Mapping[Who, Mapping[str, Any]] = {
-    "subject": {"policy": "direct", "preset": "1,1", "style_strength": 0.0},
-    "style": {"policy": "direct", "preset": "1,1", "subject_strength": 0.0},
-}
-"""The settings that make a fusion one LoRA alone."""
 
 OnStage = Callable[[str, float], None]
 """Is told what is done now, and how many pictures' worth of work has been done, of what `cost` says."""

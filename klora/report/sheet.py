@@ -32,7 +32,7 @@ def contact_sheet(
     width, height = first.width * zoom, first.height * zoom
     count = len(groups[0][0])
     group = count * (width + _GAP) - _GAP
-    title, small = _font(18), _font(13)
+    title, small = font(18), font(13)
     label = 24 + int(max(max(title.getlength(a), small.getlength(b)) for a, b in rows))
     sheet = Image.new(
         "RGB",
@@ -60,7 +60,7 @@ def _heading(draw: object, place: tuple[int, int], heading: tuple[str, str], fon
         draw.text((place[0], place[1] + down), line, fill=colour, font=font)  # type: ignore[attr-defined]
 
 
-def _font(size: int) -> FreeTypeFont:
+def font(size: int) -> FreeTypeFont:
     """The font that comes with matplotlib, which has the signs we write on every system."""
     import matplotlib
     from PIL import ImageFont

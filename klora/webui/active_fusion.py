@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
+from klora.balance.search import PLACES
 from klora.engine.session import Session
 from klora.engine.wrapping import Wrappers
 from klora.hosts.guidance import make_guidance
@@ -14,10 +15,12 @@ from klora.hosts.webui.guidance import DenoiserGuidance
 from klora.hosts.webui.host import WebuiHost
 from klora.hosts.webui.loaded_model import host_of
 from klora.hosts.webui.predictions import Predictions
+from klora.hosts.webui.replay import JudgedModel, Recording
 from klora.hosts.webui.schedule import schedule_of
 from klora.settings import Settings
 from klora.webui.acted import Acted, report
 from klora.webui.attached_sessions import AttachedSessions
+from klora.webui.judged import is_judged, judge_picture
 from klora.webui.messages import comment, fail, named_by, reason_of
 from klora.webui.options import reference_folder
 from klora.webui.picture_text import add_hashes
@@ -41,6 +44,7 @@ class ActiveFusion:
         self._host: WebuiHost | None = None
         self._guidance: DenoiserGuidance | None = None
         self._predictions: Predictions | None = None
+        self._recording: Recording | None = None
         self._bound_to: tuple[Any, ...] | None = None
         self._wrappers = Wrappers()
         self._encoder = ExitStack()
@@ -57,9 +61,9 @@ class ActiveFusion:
             for name, around in (
                 ("setup_conds", self._encoding),
                 ("calculate_hr_conds", self._encoding),
-                ("sample", self._sampling),
             ):
                 self._wrappers.wrap(self.p, name, _inside(around))
+            self._wrappers.wrap(self.p, "sample", _inside(self._sampling, self._judge))
             self._wrappers.wrap(self.p, "cached_params", self._cached_by)
 
     def evaluate(self, denoiser: Any, level: float) -> None:
@@ -84,6 +88,8 @@ class ActiveFusion:
             if self._predictions is not None:
                 self._predictions.begin_evaluation()
             self._acted.step(self._session)
+            if self._recording is not None and self._session.tau is not None:
+                self._recording.at(self._session.tau, level)
 
     def stop(self, error: Exception) -> None:
         """Go on without K-LoRA and say why."""
@@ -112,16 +118,26 @@ class ActiveFusion:
             self._guidance = DenoiserGuidance(host, session, guidance, denoiser)
         if plan.policy.forwards > 1:
             self._predictions = Predictions(host.diffusion_model, session)
+        if is_judged(self.p):
+            self._recording = Recording(host, denoiser, PLACES)
         report(self.p, session)
+
+    def _judge(self, latents: Any) -> None:
+        """Say how much of each LoRA is in the picture that was sampled, where that is asked for."""
+        session, host, recording = self._session, self._host, self._recording
+        if session is not None and host is not None and recording is not None:
+            self._release()
+            model = JudgedModel(host, session.pair, session.plan.settings, recording)
+            judge_picture(self.p, model, latents, host.found_for(session.pair))
 
     def _release(self) -> None:
         if self._session is not None:
             self._attached.detach(self._session)
             self._acted.note(self._session, *self._pass)
-        for around in (self._guidance, self._predictions):
+        for around in (self._guidance, self._predictions, self._recording):
             if around is not None:
                 around.remove()
-        self._session = self._host = self._guidance = self._predictions = None
+        self._session = self._host = self._guidance = self._predictions = self._recording = None
         self._bound_to = None
 
     @contextmanager
@@ -180,13 +196,17 @@ class ActiveFusion:
         return wrapper
 
 
-def _inside(around: Callable[[], AbstractContextManager[None]]) -> Callable[[Any], Any]:
-    """What wraps a method so that it runs inside a context."""
+def _inside(
+    around: Callable[[], AbstractContextManager[None]], then: Callable[[Any], None] = lambda _result: None
+) -> Callable[[Any], Any]:
+    """What wraps a method so that it runs inside a context; `then` is told its result, still in there."""
 
     def wrapper_of(original: Any) -> Any:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             with around():
-                return original(*args, **kwargs)
+                result = original(*args, **kwargs)
+                then(result)
+                return result
 
         return wrapper
 

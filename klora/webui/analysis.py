@@ -65,7 +65,18 @@ def analyse(request: FusionRequest, view: View) -> tuple[str, str]:
     pair, plan = plan_of(dataclasses.replace(request, settings=settings))
     title = f"{request.subject} × {request.style}"
     overlap = overlap_of(pair, plan)
-    return page(title, pair, plan, _cells(plan, view), overlap, _bars(overlap, title, view)), rule_line(plan)
+    drawn = _cells(plan, view), overlap, _bars(overlap, title, view)
+    return page(title, pair, plan, *drawn, _found(pair)), rule_line(plan)
+
+
+def _found(pair: Pair) -> float | None:
+    """The share that was found for the pair with the loaded checkpoint; None where there is none."""
+    from klora.hosts.webui.host import WebuiHost
+    from klora.hosts.webui.loaded_model import loaded_host
+    from klora.webui.judged import found_shares
+
+    host = loaded_host()
+    return found_shares().get(host.found_for(pair)) if isinstance(host, WebuiHost) else None
 
 
 def _bars(overlap: Overlap, title: str, view: View) -> Images.Image | None:

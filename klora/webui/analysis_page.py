@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 STALE = "The pair or a setting has changed since: analyse again."
 POINT = "Point at the map to see which module and step it is."
 WITHOUT_MATPLOTLIB = "The selection map needs matplotlib; install it into the WebUI's environment."
+FOUND = "Found for this pair and checkpoint, share:"
 DURING = "decided while sampling"
 NOTHING = "nothing is contested"
 SUBJECT, STEPS, MODULES, RULE, OVERLAP = "Subject", "steps", "Modules:", "Rule:", "Overlap:"
@@ -43,15 +44,18 @@ def page(
     picture: Images.Image | None,
     overlap: Overlap,
     bars: Images.Image | None,
+    found: float | None = None,
 ) -> str:
     """Write what a pair would do and what its files share.
 
-    `picture` is the drawing of `selection_cells`, `bars` of `overlap_picture`; None without matplotlib.
+    `picture` is the drawing of `selection_cells`, `bars` of `overlap_picture`; None without matplotlib. `found` is the
+    share that was found for the pair the last time.
     """
     figure = _figure(plan, picture) if picture is not None else f"<p>{_say(WITHOUT_MATPLOTLIB)}</p>"
     warnings = "".join(f'<p class="klora-warning">{_data(warning)}</p>' for warning in plan.warnings)
+    offer = f'<p class="klora-found">{_say(FOUND)} {_data(f"{found:g}")}</p>' if found is not None else ""
     return (
-        f'<div class="klora-result">{_headline(title, plan)}{_counts(pair, plan)}{warnings}'
+        f'<div class="klora-result">{_headline(title, plan)}{offer}{_counts(pair, plan)}{warnings}'
         f'<p class="klora-stale-note">{_say(STALE)}</p>{figure}{_overlap(overlap, bars)}</div>'
     )
 

@@ -1,15 +1,14 @@
-"""One picture at five balances: the button fills in the host's X/Y/Z plot, starts it, and puts back what was there."""
+"""One picture at five shares: the button fills in the host's X/Y/Z plot, starts it, and puts back what was there."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
 
-from klora.webui.args import setting_options
+from klora.balance.search import SHARES
 from klora.webui.ui import Accordion, in_page
-from klora.webui.xyz_axes import PREFIX
+from klora.webui.xyz_axes import JUDGED
 
-BALANCES = (-1.0, -0.5, 0.0, 0.5, 1.0)
 _SCRIPT, _PLOT = "script_list", "X/Y/Z plot"
 
 # The page needs a moment to pass on what was filled in. What was there before comes back once the host has answered by
@@ -64,8 +63,8 @@ class BalanceGrid:
 def _plot(tab: str) -> dict[str, Any]:
     """What the plot's controls must say, by their ids."""
     values = {
-        "x_type": PREFIX + setting_options()["balance"].label,
-        "x_values": ", ".join(f"{balance:g}" for balance in BALANCES),
+        "x_type": JUDGED,
+        "x_values": ", ".join(f"{share:g}" for share in SHARES),
         "y_type": "Nothing",
         "z_type": "Nothing",
         "draw_legend": True,

@@ -12,6 +12,7 @@ from klora.webui.args import named, truth
 from klora.webui.balance_grid import BalanceGrid
 from klora.webui.infotext import PASTERS
 from klora.webui.injection import PLANS, apply_request, pair_of
+from klora.webui.judged import Judgement
 from klora.webui.messages import hand_on_comments
 from klora.webui.options import defaults, map_always_wanted
 from klora.webui.ui import TITLE, Header, build
@@ -23,6 +24,10 @@ def make_script() -> type:
 
     class KLoraScript(scripts.Script):  # type: ignore[misc]
         """The host's side of the accordion."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.judgement = Judgement()
 
         def title(self) -> str:
             """Name the script; in lower case also for the API."""
@@ -65,6 +70,7 @@ def make_script() -> type:
             """Add the selection map, where it is wanted and nothing takes it for a picture, and what is to be said."""
             if getattr(p, PLANS, None) and not script_runs(p) and (map_always_wanted() or map_wanted(args)):
                 add_maps(p, processed)
+            self.judgement.take(p, processed)
             hand_on_comments(p, processed)
 
     return KLoraScript

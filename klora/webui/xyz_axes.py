@@ -13,6 +13,7 @@ from klora.hosts.webui.lora_library import Library
 from klora.settings import Option
 from klora.webui.args import choices_of, override_tag, read_args, setting_options
 from klora.webui.injection import OVERRIDES
+from klora.webui.judged import CELL, Cell
 from klora.webui.prompt_tag import find_tag
 from klora.webui.ui import TITLE
 
@@ -20,6 +21,8 @@ PREFIX = "[K-LoRA] "
 AXES = "klora_axes"
 """Where a grid's processing object keeps the values of its axes until they have been looked at together."""
 SETTINGS = ("balance", "alpha", "beta", "scale", "policy", "subject_strength", "style_strength", "scope")
+JUDGED = f"{PREFIX}Judged share"
+"""The axis of shares whose pictures the LoRAs themselves judge."""
 # Other files to open, and other text to encode, but no other checkpoint.
 _PAIR_COST = 0.4
 
@@ -59,6 +62,14 @@ def _axes(module: Any) -> Iterable[Any]:
             cost=0.0,
             choices=(lambda found=choices: list(found)) if choices else None,
         )
+
+    share = _confirm("share", setting_options()["share"])
+    yield module.AxisOption(JUDGED, float, _apply_judged, confirm=share, cost=0.0, choices=None)
+
+
+def _apply_judged(p: Any, value: float, values: list[float]) -> None:
+    _apply("share")(p, value, values)
+    setattr(p, CELL, Cell(value, tuple(values)))
 
 
 def _apply(name: str) -> Callable[[Any, Any, Any], None]:

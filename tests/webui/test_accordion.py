@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from klora.balance.search import SHARES
 from klora.settings import Settings
 from klora.webui.analysis_page import View
 from klora.webui.args import ARG_ORDER, FusionRequest, setting_options
-from klora.webui.balance_grid import BALANCES, BalanceGrid, _plot
+from klora.webui.balance_grid import BalanceGrid, _plot
 from klora.webui.controls import hint_of, slider_reach
 from klora.webui.ui import Accordion, build
 from tests.webui.recorded_gradio import Component, RecordedGradio
@@ -100,14 +101,14 @@ def test_the_button_of_the_grid_shows_once_the_hosts_plot_is_there(gradio: Recor
     assert found.compare.visible is True
     (filled,) = found.compare.events["click"]
     assert filled["outputs"] == [*controls.values(), found.args["enabled"]]
-    assert json.dumps("-1, -0.5, 0, 0.5, 1") in filled["js"]
+    assert json.dumps("0.4, 0.5, 0.6, 0.7, 0.8") in filled["js"]
     (started,) = gradio.by_id("txt2img_klora_compare_start").events["click"]
     assert started["outputs"] == list(controls.values())
 
 
-def test_the_grid_is_that_of_the_balances_alone() -> None:
+def test_the_grid_is_that_of_the_judged_shares_alone() -> None:
     plot = _plot("img2img")
     assert plot["script_list"] == "X/Y/Z plot"
-    assert plot["script_img2img_xyz_plot_x_type"] == "[K-LoRA] Balance"
+    assert plot["script_img2img_xyz_plot_x_type"] == "[K-LoRA] Judged share"
     assert plot["script_img2img_xyz_plot_y_type"] == plot["script_img2img_xyz_plot_z_type"] == "Nothing"
-    assert [float(value) for value in plot["script_img2img_xyz_plot_x_values"].split(",")] == list(BALANCES)
+    assert [float(value) for value in plot["script_img2img_xyz_plot_x_values"].split(",")] == list(SHARES)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from klora.balance.mixture import Mixture
-from klora.engine.dynamic import Rows
 from klora.errors import KloraError
 from klora.hosts.diffusers.pipeline import TIMES, DiffusersHost
+from klora.hosts.rows import rows_of
 
 PREDICTED = ("epsilon", "v_prediction", "sample")
 
@@ -43,7 +43,7 @@ def first_call(host: DiffusersHost, arguments: Mapping[str, Any]) -> Call:
     def keep(_denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         rows = host.conditional_rows(args, kwargs)
         told = {**dict(zip(host.inputs, args, strict=False)), **kwargs}
-        found.append(Call({name: _rows_of(value, rows) for name, value in told.items()}))
+        found.append(Call({name: rows_of(value, rows) for name, value in told.items()}))
         raise _Stop
 
     hook = host.diffusion_model.register_forward_pre_hook(keep, with_kwargs=True)
@@ -53,19 +53,6 @@ def first_call(host: DiffusersHost, arguments: Mapping[str, Any]) -> Call:
     finally:
         hook.remove()
     return found[0]
-
-
-def _rows_of(value: Any, rows: Rows | None) -> Any:
-    """The same rows of all tensors of a batch, however they are nested."""
-    if rows is None:
-        return value
-    if isinstance(value, Mapping):
-        return {key: _rows_of(part, rows) for key, part in value.items()}
-    if isinstance(value, (tuple, list)):
-        return type(value)(_rows_of(part, rows) for part in value)
-    if isinstance(value, Tensor) and value.ndim and len(value) == rows.of:
-        return value[rows.start : rows.stop]
-    return value
 
 
 class Times:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from klora.balance.mixture import Kind, Mixture
 from klora.engine.dynamic import Rows
 from klora.hosts.sites import third_of, weight_shape
 from klora.hosts.text_tensors import host_tensors, kohya_text_key
@@ -80,6 +81,16 @@ class A1111Host(WebuiHost):
         weight = next(vae.parameters())
         images: Tensor = vae.decode((latents / self.sd_model.scale_factor).to(weight.dtype))
         return images.float() / 2 + 0.5
+
+    def mixture(self, level: float, denoiser: Any) -> Mixture:
+        """Samplers of k-diffusion are told σ, those of CompVis (DDIM and its kin) a timestep; SD3 is a flow."""
+        if getattr(self.sd_model, "is_sd3", False):
+            return Mixture(1 - level, level, "flow")
+        kind: Kind = "v_prediction" if getattr(self.sd_model, "parameterization", "eps") == "v" else "epsilon"
+        if not hasattr(denoiser, "alphas"):
+            return Mixture.at_level(level, kind)
+        alpha = float(denoiser.alphas[round(level)])
+        return Mixture(alpha**0.5, (1 - alpha) ** 0.5, kind)
 
     def _network(self, networks: Any, part: TextPart) -> Any:
         network = importlib.import_module("network")

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from klora.balance.mixture import Kind, Mixture
 from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
 from klora.errors import KloraError, MismatchError
@@ -19,6 +20,17 @@ from klora.hosts.text_tensors import host_tensors, text_keys
 from klora.hosts.webui.forge_weights import with_plain_weight
 from klora.hosts.webui.host import WebuiHost, trainable_copy
 from klora.hosts.webui.text_encoder import TextPart
+
+_KINDS: Mapping[str, Kind] = {
+    "epsilon": "epsilon",
+    "v_prediction": "v_prediction",
+    "const": "flow",
+    # V_PREDICTION is a kind of EPS there.
+    "V_PREDICTION": "v_prediction",
+    "CONST": "flow",
+    "EPS": "epsilon",
+}
+"""What the family calls the kinds of predictions."""
 
 
 class ForgeHost(WebuiHost):
@@ -104,6 +116,18 @@ class ForgeHost(WebuiHost):
         latents = self._vae.process_out(latents).to(weight.device, weight.dtype)
         images: Tensor = self._vae.decode(latents)
         return images.float() / 2 + 0.5
+
+    def mixture(self, level: float, denoiser: Any) -> Mixture:
+        """By Forge's predictor, or by the classes of reForge's and Classic's `model_sampling`."""
+        model = self.sd_model.forge_objects.unet.model
+        if (predictor := getattr(model, "predictor", None)) is not None:
+            named = {predictor.prediction_type}
+        else:
+            named = {kind.__name__ for kind in type(model.model_sampling).__mro__}
+        kind = next((ours for theirs, ours in _KINDS.items() if theirs in named), None)
+        if kind is None:
+            raise KloraError(f"{self.model_name} predicts {', '.join(named)}, which is not known here")
+        return Mixture(1 - level, level, kind) if kind == "flow" else Mixture.at_level(level, kind)
 
     @cached_property
     def _vae(self) -> Any:

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from klora.balance.found import Found
+from klora.balance.mixture import Mixture
 from klora.engine.bypass import Site
 from klora.errors import MismatchError
 from klora.hosts.base import Host
@@ -86,6 +88,15 @@ class WebuiHost(Host):
             return weights_by_rule(self.diffusion_model)
         return weights_by_host(self.diffusion_model, self.lora_keys())
 
+    def found_for(self, pair: Pair) -> Found:
+        """What a share is found for, where it is found for a pair with the loaded checkpoint."""
+        info = self.sd_model.sd_checkpoint_info
+        subject, style = (
+            "+".join(sorted(f"{pair.cache.digest(lora)}:{weight:g}" for lora, weight in side.parts if weight))
+            for side in (pair.subject, pair.style)
+        )
+        return Found(subject, style, getattr(info, "sha256", None) or info.name)
+
     def take_out(self, paths: Collection[Path]) -> list[str]:
         """Unload the LoRAs of these files that the host has loaded for the coming picture; give their names.
 
@@ -110,6 +121,13 @@ class WebuiHost(Host):
     @abstractmethod
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [0, 1] of latents as the sampler has them; gradients pass."""
+
+    @abstractmethod
+    def mixture(self, level: float, denoiser: Any) -> Mixture:
+        """What the diffusion model is shown at a level as the callback is told it, by that sampler's `denoiser`.
+
+        Raises KloraError for a model whose kind of prediction is not known.
+        """
 
 
 def trainable_copy(vae: nn.Module) -> nn.Module:
