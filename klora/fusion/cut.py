@@ -60,7 +60,8 @@ def _cut_dense(delta: Delta, rank: int) -> Cut:
 def _randomised_svd(W: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     # Always the same directions, so that a file that is made again is the same.
     generator = torch.Generator().manual_seed(0)
-    Q = torch.linalg.qr(W @ torch.randn(W.shape[1], rank + MORE, generator=generator)).Q
+    drawn = torch.randn(W.shape[1], rank + MORE, generator=generator, dtype=torch.float32, device="cpu")
+    Q = torch.linalg.qr(W @ drawn).Q
     for _ in range(ROUNDS):
         Q = torch.linalg.qr(W @ torch.linalg.qr(W.t() @ Q).Q).Q
     U, S, Vh = torch.linalg.svd(Q.t() @ W, full_matrices=False)

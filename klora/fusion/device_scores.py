@@ -93,7 +93,7 @@ def _score_batch(batch: Wanted, device: torch.device) -> FileScores:
 def _factors(deltas: list[Delta], device: torch.device) -> tuple[Tensor, Tensor]:
     """(n, out, r) and (n, r, in·kh·kw), fp32, the scale in the first."""
     factors = [found for delta in deltas if (found := delta.factors())]
-    scales = torch.tensor([delta.scale for delta in deltas], device=device)
+    scales = torch.tensor([delta.scale for delta in deltas], dtype=torch.float32, device=device)
     # One transfer each, in the file's precision, rather than one for every module.
     up = torch.stack([found.up for found in factors]).to(device).float()
     down = torch.stack([found.down.flatten(1) for found in factors]).to(device).float()

@@ -59,7 +59,7 @@ class Drawn:
         digest = hashlib.sha256(f"{self.seed}:{side}:{group}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         # All rows of a group are drawn for, so that a part of a delta is thinned as the whole is.
-        drawn = torch.rand(GROUP, rows.shape[1], generator=generator)[: len(rows)]
+        drawn = torch.rand(GROUP, rows.shape[1], generator=generator, dtype=torch.float32, device="cpu")[: len(rows)]
         return rows * (drawn < self.density) / self.density
 
 

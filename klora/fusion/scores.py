@@ -78,14 +78,14 @@ class Workspace:
     """The buffers of one block, reused from block to block and from module to module."""
 
     def __init__(self) -> None:
-        self.block = torch.zeros(0)
+        self.block = torch.zeros(0, dtype=torch.float32, device="cpu")
         self.above = np.zeros(0, dtype=np.bool_)
 
     def reserve(self, entries: int) -> None:
         """Make room for a block of `entries`."""
         if self.block.numel() < entries:
             size = _padded(entries)
-            self.block = torch.zeros(size)
+            self.block = torch.zeros(size, dtype=torch.float32, device="cpu")
             self.above = np.zeros(size, dtype=np.bool_)
 
 

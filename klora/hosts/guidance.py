@@ -50,7 +50,9 @@ def encode_square(model: VisionModel, images: Tensor) -> Tensor:
     top, left = (images.shape[-2] - side) // 2, (images.shape[-1] - side) // 2
     square = images[..., top : top + side, left : left + side].float()
     square = F.interpolate(square, (model.size, model.size), mode="bicubic", antialias=True, align_corners=False)
-    mean, std = (torch.tensor(values, device=images.device).view(3, 1, 1) for values in model.mean_and_std)
+    mean, std = (
+        torch.tensor(values, dtype=torch.float32, device=images.device).view(3, 1, 1) for values in model.mean_and_std
+    )
     return model((square - mean) / std)
 
 

@@ -41,7 +41,7 @@ def host_tensors(delta: Delta) -> dict[str, Tensor]:
     tensors = {
         "lora_up.weight": factors.up.float(),
         "lora_down.weight": factors.down.float(),
-        "alpha": torch.tensor(delta.scale * delta.rank),
+        "alpha": torch.tensor(delta.scale * delta.rank, dtype=torch.float32, device="cpu"),
     }
     if isinstance(delta, DoraDelta):
         shape = (1, -1) if delta.by_column else (-1, 1)

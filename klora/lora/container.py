@@ -51,7 +51,7 @@ class TensorFile(TensorSource):
         return disk.sha256(self.path, self.identity, self._start)
 
     def _read(self, stream: BinaryIO, entry: Entry) -> Tensor:
-        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8)
+        data = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
         disk.read_into(stream, self._start + entry.begin, data.numpy().data)
         return data.view(NUMBERS[entry.dtype]).view(entry.shape)
 

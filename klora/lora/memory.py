@@ -49,7 +49,7 @@ class TensorsInMemory(TensorSource):
     def read(self, entry: Entry) -> Tensor:
         """A copy of a tensor, or of some rows of one."""
         if entry.begin == entry.end:
-            return torch.empty(entry.shape, dtype=NUMBERS[entry.dtype])
+            return torch.empty(entry.shape, dtype=NUMBERS[entry.dtype], device="cpu")
         place = bisect_right(self._starts, entry.begin) - 1
         data = self._bytes[place][entry.begin - self._starts[place] : entry.end - self._starts[place]]
         return data.clone().view(NUMBERS[entry.dtype]).view(entry.shape)

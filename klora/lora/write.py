@@ -97,5 +97,5 @@ def _fuse(path: str, parts: Mapping[str, FactorDelta]) -> tuple[Tensor, Tensor]:
             ups.append(up)
             downs.append(down)
         else:
-            ups.append(torch.zeros(4 * width if part == "mlp" else width, 0))
+            ups.append(torch.zeros(4 * width if part == "mlp" else width, 0, dtype=torch.float32, device="cpu"))
     return torch.block_diag(*ups), torch.cat(downs)

@@ -47,10 +47,12 @@ def _tracers(file: Mapping[str, Shape]) -> dict[str, Tensor]:
     for number, (prefix, shape) in enumerate(file.items()):
         dotted = "." in prefix
         down, up = ("lora_A", "lora_B") if dotted else ("lora_down", "lora_up")
-        tensors[f"{prefix}.{down}.weight"] = torch.full((1, *shape[1:]), float(number))
-        tensors[f"{prefix}.{up}.weight"] = torch.arange(float(shape[0]))[:, None]
+        tensors[f"{prefix}.{down}.weight"] = torch.full(
+            (1, *shape[1:]), float(number), dtype=torch.float32, device="cpu"
+        )
+        tensors[f"{prefix}.{up}.weight"] = torch.arange(shape[0], dtype=torch.float32, device="cpu")[:, None]
         if not dotted:
-            tensors[f"{prefix}.alpha"] = torch.tensor(1.0)
+            tensors[f"{prefix}.alpha"] = torch.tensor(1.0, dtype=torch.float32, device="cpu")
     return tensors
 
 
@@ -78,4 +80,8 @@ def _rows(up: Tensor) -> tuple[int, int] | None:
     numbers = up.flatten()
     start = round(numbers[0].item())
     stop = start + len(numbers)
-    return (start, stop) if torch.equal(numbers, torch.arange(start, stop, dtype=numbers.dtype)) else None
+    return (
+        (start, stop)
+        if torch.equal(numbers, torch.arange(start, stop, dtype=numbers.dtype, device=numbers.device))
+        else None
+    )

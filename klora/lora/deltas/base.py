@@ -231,7 +231,7 @@ class Delta(ABC):
             raise IndexError(f"rows {start} to {stop} of a delta with {self.shape[0]} rows")
         count = stop - start
         if out is None:
-            block = torch.empty(count, self.columns)
+            block = torch.empty(count, self.columns, dtype=torch.float32, device="cpu")
         else:
             block = out.view(-1)[: count * self.columns].view(count, self.columns)
         if count:

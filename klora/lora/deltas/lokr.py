@@ -73,7 +73,7 @@ class LokrDelta(FamilyDelta):
 
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         height = self.w2.shape[0] if self.t2 is None else self.w2.shape[1]
-        rows = torch.arange(self.row + start, self.row + stop)
+        rows = torch.arange(self.row + start, self.row + stop, device="cpu")
         w1 = self._first(rows // height) * self.scale
         w2, place = self._second(rows % height, height)
         torch.mul(w1[:, :, None], w2[place][:, None, :], out=block.view(len(rows), w1.shape[1], w2.shape[1]))
@@ -86,7 +86,8 @@ class LokrDelta(FamilyDelta):
 
     def _second(self, rows: Tensor, height: int) -> tuple[Tensor, Tensor]:
         """(w2 rows, the place of each wanted row among them): no more rows of w2 than are wanted."""
-        wanted, place = (rows, torch.arange(len(rows))) if len(rows) < height else (torch.arange(height), rows)
+        each = torch.arange(min(len(rows), height), device="cpu")
+        wanted, place = (rows, each) if len(rows) < height else (each, rows)
         if self.w2_right is None:
             return self.w2.native()[wanted].float().reshape(len(wanted), -1), place
         right = self.w2_right.fp32()

@@ -52,7 +52,7 @@ def _factors(delta: Delta, strength: float) -> tuple[Tensor, Tensor]:
     factors = low_rank(delta)
     if factors is None:
         W = delta.matrix().reshape(delta.shape[0], -1)
-        narrow = torch.eye(min(W.shape))
+        narrow = torch.eye(min(W.shape), dtype=W.dtype, device=W.device)
         factors = (narrow, W) if W.shape[0] <= W.shape[1] else (W, narrow)
         return factors[0] * strength, factors[1]
     return factors[0] * (delta.scale * strength), factors[1]

@@ -41,12 +41,12 @@ def units(delta: Delta, strength: float) -> Tensor:
 def k_means(points: Tensor, k: int, seed: int) -> Tensor:
     """Put each of `points` (n, d) in one of k ≤ n clusters: labels (n,). Seeded by k-means++, so reproducible."""
     generator = torch.Generator().manual_seed(seed)
-    centres = points[torch.randint(len(points), (1,), generator=generator)]
+    centres = points[torch.randint(len(points), (1,), generator=generator, device=points.device)]
     while len(centres) < k:
         distance = torch.cdist(points, centres).square().amin(1)
         weights = distance if distance.max() > 1e-20 else torch.ones_like(distance)
         centres = torch.cat([centres, points[torch.multinomial(weights, 1, generator=generator)]])
-    labels = torch.full((len(points),), -1)
+    labels = torch.full((len(points),), -1, device=points.device)
     for _ in range(ITERATIONS):
         nearest = torch.cdist(points, centres).argmin(1)
         if torch.equal(nearest, labels):
