@@ -108,11 +108,13 @@ class Pair:
         """
         # A pair under the names of a model shares its plans with the pair as it was opened.
         key = (settings, self.architecture, self.subject, self.style)
-        if key not in self._plans:
-            while len(self._plans) >= MAX_PLANS:
-                del self._plans[next(iter(self._plans))]
-            self._plans[key] = self._plan(settings, device, on_scored)
-        return self._plans[key]
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = self._plan(settings, device, on_scored)
+            # Several threads may do so at once.
+            for old in list(self._plans)[:-MAX_PLANS]:
+                self._plans.pop(old, None)
+        return plan
 
     def _plan(self, settings: Settings, device: torch.device | None, on_scored: OnScored | None) -> FusionPlan:
         settings = resolve(settings, self.architecture)
@@ -210,8 +212,8 @@ class Pairs:
         key = (_known(ours), _known(theirs), cache.folder)
         pair = self._pairs.pop(key, None) or Pair._of(ours, theirs, cache)
         self._pairs[key] = pair
-        while len(self._pairs) > self._limit:
-            self._pairs.pop(next(iter(self._pairs)), None)
+        for old in list(self._pairs)[: -self._limit]:
+            self._pairs.pop(old, None)
         return pair
 
 
