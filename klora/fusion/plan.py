@@ -111,6 +111,21 @@ class FusionPlan:
         return tuple(module for module in self.modules if module.contested)
 
     @property
+    def of_one_step(self) -> str | None:
+        """What to know of a single step (Turbo), where the policy looks at its scale: once, where it begins."""
+        if self.steps > 1 or not isinstance(self.policy, ScaledPolicy) or self.share is None:
+            return None
+        return (
+            f"with one step the scale {self.settings.scale} is looked at once, where it begins: the subject has"
+            f" {self.share:.0%} of all choices; for another mix set the share or the balance, or take more steps"
+        )
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """The warnings, and what there is to know of this number of steps."""
+        return (*self.warnings, *filter(None, (self.of_one_step,)))
+
+    @property
     def undecided(self) -> bool:
         """Whether contested modules are decided while sampling, and nothing of it is known yet."""
         return self.policy.measured and not self.record

@@ -42,7 +42,7 @@ def summarise(pair: Pair, plan: FusionPlan, overlap: Overlap) -> str:
 
 def notices(pair: Pair, plan: FusionPlan) -> list[str]:
     """What a user should be warned of, one line each."""
-    found = list(plan.warnings)
+    found = list(plan.notices)
     if unmatched := pair.coverage.unmatched:
         found.append(f"{len(unmatched)} keys were not understood and do nothing, such as {unmatched[0]}")
     if pair.model is None and (twins := alike(pair.subject.modules, pair.style.modules)):

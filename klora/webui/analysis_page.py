@@ -52,7 +52,7 @@ def page(
     share that was found for the pair the last time.
     """
     figure = _figure(plan, picture) if picture is not None else f"<p>{_say(WITHOUT_MATPLOTLIB)}</p>"
-    warnings = "".join(f'<p class="klora-warning">{_data(warning)}</p>' for warning in plan.warnings)
+    warnings = "".join(f'<p class="klora-warning">{_data(warning)}</p>' for warning in plan.notices)
     offer = f'<p class="klora-found">{_say(FOUND)} {_data(f"{found:g}")}</p>' if found is not None else ""
     return (
         f'<div class="klora-result">{_headline(title, plan)}{offer}{_counts(pair, plan)}{warnings}'

@@ -96,7 +96,7 @@ def analysis(body: Any) -> dict[str, Any]:
     # Of its folders, a server tells nothing.
     found["subject"] |= side_facts(pair.subject, pair.cache)
     found["style"] |= side_facts(pair.style, pair.cache)
-    found["warnings"] = list(plan.warnings)
+    found["warnings"] = list(plan.notices)
     if picture:
         buffer = io.BytesIO()
         draw(plan, f"{request.subject} × {request.style}").save(buffer, "PNG")

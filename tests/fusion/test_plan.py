@@ -360,3 +360,13 @@ def test_the_same_number_of_steps_is_the_same_plan_and_another_forgets_what_was_
     plan = dataclasses.replace(plan_of([(1, 2)], steps=4), record={"m0": "cccc"})
     assert plan.with_steps(4) is plan
     assert plan.with_steps(5).record is None
+
+
+@pytest.mark.parametrize(("scale", "share"), [("s", "100%"), ("s*", "0%")])
+def test_what_one_step_means_is_said(scale: str, share: str) -> None:
+    plan = plan_of([(1.0, 1.0)], scale=scale, steps=1)
+    assert plan.of_one_step is not None
+    assert f"the subject has {share} of all choices" in plan.of_one_step
+    assert plan.of_one_step in plan.notices
+    assert plan.with_steps(2).of_one_step is None
+    assert plan_of([(1.0, 1.0)], policy="direct", steps=1).of_one_step is None
