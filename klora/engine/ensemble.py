@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from klora.engine.session import Session
 from klora.fusion.policies.base import BOTH, Active, Forward
 
-KEPT = 8
+MAX_PREDICTIONS = 8
 """How many predictions are kept at most: one per LoRA and conditioning is needed."""
 
 
-class Kept(NamedTuple):
+class Prediction(NamedTuple):
     """A prediction that may be used again: what it was made for, in which sampling pass, at which step."""
 
     condition: Any
@@ -36,16 +36,19 @@ class Ensemble:
     def __init__(self, session: Session, condition: Callable[[tuple[Any, ...], dict[str, Any]], Any]) -> None:
         self.session = session
         self._condition = condition
-        self._kept: list[Kept] = []
+        self._kept: list[Prediction] = []
         self._busy = False
+        self._arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     @property
     def _forwards(self) -> tuple[Forward, ...]:
         return self.session.plan.policy.predictions(self.session.moment)
 
-    def begin(self) -> None:
-        """Have the forward that is about to run be the first of those asked for."""
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Have the forward with these arguments, which is about to run, be the first of those asked for."""
         if not self._busy:
+            # A denoiser may empty the lists that it is called with (T2I-Adapter's features).
+            self._arguments = fresh((args, kwargs))
             self.session.set_active(self._forwards[0].active)
 
     def finish(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -53,12 +56,13 @@ class Ensemble:
         if self._busy:
             return None
         self._busy = True
+        args, kwargs = self._arguments
         try:
             first, *others = self._forwards
             outputs = [output, *(self._predict(forward, denoiser, args, kwargs) for forward in others)]
             return weighted_mean(outputs, [first.weight, *(forward.weight for forward in others)])
         finally:
-            self._busy = False
+            self._busy, self._arguments = False, ((), {})
             self.session.set_active(BOTH)
 
     def _predict(self, forward: Forward, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -70,13 +74,23 @@ class Ensemble:
                 return kept.output
         session.set_active(forward.active)
         # Hooks of others on the denoiser see one forward: pre-hooks have run, hooks will get the mean.
+        args, kwargs = fresh((args, kwargs))
         output = denoiser.forward(*args, **kwargs)
         if forward.reuse > 1:
             self._kept = [
                 kept for kept in self._kept if kept.condition is not condition or kept.active != forward.active
-            ][-KEPT + 1 :]
-            self._kept.append(Kept(condition, forward.active, session.sampling, step, output))
+            ][-MAX_PREDICTIONS + 1 :]
+            self._kept.append(Prediction(condition, forward.active, session.sampling, step, output))
         return output
+
+
+def fresh(value: Any) -> Any:
+    """The same with lists and dictionaries of its own, of the same contents."""
+    if type(value) is list or type(value) is tuple:
+        return type(value)(fresh(item) for item in value)
+    if type(value) is dict:
+        return {key: fresh(item) for key, item in value.items()}
+    return value
 
 
 def weighted_mean(outputs: Sequence[Any], weights: Sequence[float]) -> Any:

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from klora.engine.ensemble import KEPT, Ensemble, weighted_mean
+from klora.engine.ensemble import MAX_PREDICTIONS, Ensemble, weighted_mean
 from klora.fusion.policies.base import BOTH, STYLE, SUBJECT, Active, Forward, Moment
 
 
@@ -49,7 +49,7 @@ def made(*forwards: Forward) -> tuple[FakeSession, Denoiser, Ensemble]:
     session = FakeSession(*forwards)
     denoiser = Denoiser(session)
     ensemble = Ensemble(session, lambda args, kwargs: kwargs.get("condition"))  # type: ignore[arg-type]
-    denoiser.register_forward_pre_hook(lambda *_: ensemble.begin())
+    denoiser.register_forward_pre_hook(lambda _, args, kwargs: ensemble.begin(args, kwargs), with_kwargs=True)
     denoiser.register_forward_hook(ensemble.finish, with_kwargs=True)
     return session, denoiser, ensemble
 
@@ -104,9 +104,9 @@ def test_a_sampler_that_goes_back_gets_a_new_prediction() -> None:
 
 def test_the_number_kept_is_bounded() -> None:
     _, denoiser, ensemble = made(Forward(SUBJECT, 0.5), Forward(STYLE, 0.5, 5))
-    for _ in range(3 * KEPT):
+    for _ in range(3 * MAX_PREDICTIONS):
         denoiser(torch.zeros(1), condition=object())
-    assert len(ensemble._kept) == KEPT
+    assert len(ensemble._kept) == MAX_PREDICTIONS
 
 
 def test_a_fault_in_a_later_forward_leaves_both_active_and_the_next_call_whole() -> None:
@@ -157,7 +157,7 @@ def test_the_forwards_that_it_makes_itself_are_not_averaged_again() -> None:
     session, denoiser, ensemble = made(Forward(SUBJECT, 0.5), Forward(STYLE, 0.5))
     seen: list[Any] = []
     inner = nn.Linear(1, 1)
-    inner.register_forward_pre_hook(lambda *_: ensemble.begin())
+    inner.register_forward_pre_hook(lambda _, args: ensemble.begin(args, {}))
     inner.register_forward_hook(lambda module, args, out: seen.append(ensemble.finish(module, args, {}, out)))
     original = denoiser.forward
 
@@ -176,7 +176,7 @@ def test_a_condition_may_come_by_position_and_reaches_every_forward() -> None:
     session = FakeSession(Forward(SUBJECT, 0.5), Forward(STYLE, 0.5, 3))
     denoiser = Denoiser(session)
     ensemble = Ensemble(session, lambda args, kwargs: args[1] if len(args) > 1 else kwargs["condition"])  # type: ignore[arg-type]
-    denoiser.register_forward_pre_hook(lambda *_: ensemble.begin())
+    denoiser.register_forward_pre_hook(lambda _, args, kwargs: ensemble.begin(args, kwargs), with_kwargs=True)
     denoiser.register_forward_hook(ensemble.finish, with_kwargs=True)
     seen: list[Any] = []
     original = denoiser.forward
@@ -204,3 +204,20 @@ def test_a_mean_has_as_many_weights_as_outputs() -> None:
         weighted_mean([torch.zeros(1), torch.zeros(1)], [1.0])
     with pytest.raises(ValueError, match="zip"):
         weighted_mean([[torch.zeros(1)], [torch.zeros(1), torch.zeros(1)]], [0.5, 0.5])
+
+
+def test_lists_that_a_forward_empties_are_whole_in_the_next_one() -> None:
+    session = FakeSession(Forward(SUBJECT, 0.5), Forward(STYLE, 0.25), Forward(BOTH, 0.25))
+    seen: list[list[float]] = []
+
+    class Emptying(nn.Module):
+        def forward(self, x: Tensor, features: list[Tensor], more: dict[str, list[Tensor]]) -> Tensor:
+            seen.append([float(features.pop(0)), float(more["deep"].pop())])
+            return x
+
+    denoiser = Emptying()
+    ensemble = Ensemble(session, lambda args, kwargs: None)  # type: ignore[arg-type]
+    denoiser.register_forward_pre_hook(lambda _, args, kwargs: ensemble.begin(args, kwargs), with_kwargs=True)
+    denoiser.register_forward_hook(ensemble.finish, with_kwargs=True)
+    denoiser(torch.zeros(1), [torch.tensor(1.0)], more={"deep": [torch.tensor(2.0)]})
+    assert seen == 3 * [[1.0, 2.0]]

@@ -55,13 +55,13 @@ class SampledFusion:
         positive = frozenset(part.get("uuid") for part in (guider.conds.get("positive") or ()))
         host = ComfyHost(guider.model_patcher, positive)
         check_not_compiled(host.patcher)
-        session = host.session(self.pair, self.plan)
+        session = host.session(self.pair, self.plan, self._say)
         schedule = whole_schedule(host.patcher.get_model_object("model_sampling"), sigmas.tolist())
         session.start_pass(schedule.levels)
         if not schedule.known and session.plan.settings.progress == "absolute":
             self._say(ESTIMATED)
         ensemble = Ensemble(session, _Conditionings()) if session.plan.policy.forwards > 1 else None
-        handles = [host.diffusion_model.register_forward_pre_hook(self._before_a_forward)]
+        handles = [host.diffusion_model.register_forward_pre_hook(self._before_a_forward, with_kwargs=True)]
         if ensemble is not None:
             handles.append(host.diffusion_model.register_forward_hook(ensemble.finish, with_kwargs=True, prepend=True))
         self._running.append(Running(session, ensemble))
@@ -79,21 +79,22 @@ class SampledFusion:
                 "the model is called by something that is no sampler of ComfyUI's form, which does not say how far"
                 " sampling is; connect it to the model before K-LoRA"
             )
-        session, ensemble = self._running[-1]
+        session = self._running[-1].session
         session.attach()
         session.at_level(float(t.max()))
-        if ensemble is not None:
-            ensemble.begin()
         self._calling += 1
         try:
             return executor(x, t, *args, **kwargs)
         finally:
             self._calling -= 1
 
-    def _before_a_forward(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before_a_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Let go where another branch's clone of the same model is called in the midst of a pass."""
+        session, ensemble = self._running[-1]
         if not self._calling:
-            self._running[-1].session.detach()
+            session.detach()
+        elif ensemble is not None:
+            ensemble.begin(args, kwargs)
 
 
 class _Conditionings:
