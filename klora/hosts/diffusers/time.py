@@ -44,6 +44,10 @@ class Unit:
         """Whether rounding alone parts a value from the schedule."""
         return self.residual(value) * self.span <= self.eps * (abs(value) if self.relative else 1.0)
 
+    def begins(self, value: float) -> bool:
+        """Whether a value is where the schedule begins."""
+        return self.nearest(value) == max(self.schedule)
+
     def follows(self, value: float) -> bool:
         """Whether a value fits, and has no more noise than the one before."""
         return self.fits(value) and self.nearest(value) <= self.last
@@ -57,27 +61,25 @@ class Unit:
 class Schedule:
     """One pass over a scheduler's timesteps, in the unit that the denoiser is told the time in.
 
-    That is the unit which fits the first call of the pass. Where several do, as in the very middle, they agree on the
-    level there, and later calls tell them apart, since noise does not grow.
+    That is the unit which fits the first call of the pass. Where several do, it is one in which the pass begins at the
+    beginning: a flow's 1.0 is t/N, though the schedule may end with a timestep 1. Where that does not tell, as in the
+    very middle, they agree on the level, and later calls tell them apart, since noise does not grow.
     """
 
     def __init__(self, scheduler: Any, timestep: Tensor, pipeline: str) -> None:
         """Take the `timestep` of the pass's first call; KloraError, naming `pipeline`, where it fits in no unit."""
         self.timesteps = scheduler.timesteps
         value = value_of(timestep)
-        found = sorted(_units(scheduler, timestep.dtype), key=lambda unit: unit.residual(value))
+        units = _units(scheduler, timestep.dtype)
+        found = sorted(units, key=lambda unit: (not unit.begins(value), unit.residual(value)))
         self._units = [unit for unit in found if unit.fits(value)]
         if not self._units:
             raise KloraError(
                 f"{pipeline} calls its model with timestep {value:g}, which {type(scheduler).__name__} does not have in"
                 " any known unit, so that how far sampling is cannot be told; use another scheduler or pipeline"
             )
-        self.steps = self._units[0].schedule
         # Flow schedulers of older diffusers keep no count, and list no midpoints.
-        count = getattr(scheduler, "num_inference_steps", None)
-        if count and len(self.steps) == 2 * count - 1:
-            # Second-order schedulers list the level of every call: of these, every other one is a step's.
-            self.steps = self.steps[::2]
+        self.steps = steps_of(self._units[0].schedule, getattr(scheduler, "num_inference_steps", None))
 
     def level(self, timestep: Tensor) -> float:
         """The noise level that the denoiser is called with."""
@@ -86,6 +88,18 @@ class Schedule:
             self._units = [unit for unit in self._units if unit.follows(value)] or self._units[:1]
         level, *_ = [unit.level(value) for unit in self._units]
         return level
+
+
+def steps_of(levels: list[float], count: int | None) -> list[float]:
+    """The levels of a scheduler's steps, descending, of the `levels` of all calls, if it makes `count` steps.
+
+    Second-order schedulers list midpoints too: between all steps, or as PNDM's Runge-Kutta start between the first.
+    """
+    distinct = sorted(set(levels), reverse=True)
+    midpoints = len(distinct) - (count or len(distinct))
+    if not 0 < midpoints < (count or 0):
+        return distinct
+    return distinct[: 2 * midpoints : 2] + distinct[2 * midpoints :]
 
 
 def value_of(timestep: Tensor) -> float:
