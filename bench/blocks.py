@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from bench.machine import timed
 from bench.model import merged
 from klora.engine import joined
-from klora.engine.bypass import Site
 from klora.engine.session import Session
+from klora.engine.site import Site
 from klora.engine.weights import KEPT
 from klora.fusion.policies.base import NEITHER
 from klora.lora.names import kind_of

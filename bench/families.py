@@ -26,8 +26,8 @@ from bench.machine import Clock, add_busy, clock_of, describe_machine, timed, ty
 from bench.memory import peak, resident
 from bench.model import CONTEXT, TOKENS, merged, open_pair, write_pair
 from bench.scoring import sdxl_shapes
-from klora.engine.bypass import Site
 from klora.engine.session import Session
+from klora.engine.site import Site
 from klora.pair import Pair
 from klora.settings import Settings
 

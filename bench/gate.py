@@ -22,8 +22,8 @@ from bench.machine import describe_machine, timed
 from bench.model import open_pair, write_pair
 from bench.scoring import plain_scores, sdxl_shapes
 from klora.cache import ScoreCache
-from klora.engine.bypass import Site
 from klora.engine.session import Session
+from klora.engine.site import Site
 from klora.engine.weights import KEPT
 from klora.fusion.scores import score_deltas, standard_ks
 from klora.pair import PAIRS

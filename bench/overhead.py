@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from bench.machine import Clock, add_busy, clock_of, describe_machine, timed, typical
 from bench.model import merged
 from klora.cache import ScoreCache
-from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
 from klora.engine.session import Session
+from klora.engine.site import Site
 from klora.lora.names import kind_of
 from klora.pair import Pair
 from klora.settings import Settings

@@ -202,8 +202,9 @@ class Settings:
     engine: str = _setting(
         AUTO,
         "Engine",
-        "how a decision is applied; bypass adds the active LoRA's output",
-        choices=(AUTO, "bypass"),
+        "how a decision is applied; bypass: the active LoRA's output is added; held: weights with the LoRA in them"
+        " stand in where they may and there is room; auto: whichever is faster, module by module",
+        choices=(AUTO, "bypass", "held"),
         hidden=True,
     )
     seed: int = _setting(0, "Selection seed", "seed of what a policy draws at random", low=0)

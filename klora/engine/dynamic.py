@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from klora.engine.bypass import Operand, Part
+from klora.engine.bypass import Part, unchanged
+from klora.engine.products import Add, Product
 from klora.settings import Settings
 
 Distance = Callable[[Tensor, Tensor], Tensor]
@@ -115,13 +117,12 @@ class Chooser:
 
     @torch.no_grad()
     def subject_diverges_more(
-        self, x: Tensor, y: Tensor, operands: tuple[Operand, Operand], strengths: tuple[float, float]
+        self, x: Tensor, y: Tensor, operands: tuple[Product, Product], strengths: tuple[float, float]
     ) -> bool:
         """Compare D_c ≥ D_s for a layer's input x and base output y."""
         if self.rows:
             x, y = x[self.rows.within(len(x))], y[self.rows.within(len(y))]
-        positions = y.numel() // y.shape[1 if operands[0].is_conv else -1]
-        take = subsample(positions, self.tokens, y.device)
+        take = subsample(operands[0].count(y), self.tokens, y.device)
         base = operands[0].base_tokens(y, take)
         D_c, D_s = (
             divergence(self.distance, base, operand.at_tokens(x, y, take, strength))
@@ -153,25 +154,37 @@ class MeasuredPart(Part):
     without conditional rows, until there are some.
     """
 
+    measured: ClassVar[bool] = True
     chooser: Chooser = field(kw_only=True)
     name: str = field(kw_only=True)
     _choice: Choice | None = None
 
-    def apply(self, x: Tensor, y: Tensor) -> Tensor:
-        """y with the output of the LoRA that diverges more added."""
+    def adders(self, device: torch.device, dtype: torch.dtype) -> list[Add]:
+        """One, which chooses what it adds."""
         subject, style = self.operands
         if subject is None or style is None:
             raise ValueError("a choice needs two LoRAs")
-        chooser, choice = self.chooser, self._choice
-        if choice is None or self._is_over(choice):
-            diverges = chooser.subject_diverges_more(x, y, (subject, style), self.strengths)
-            choice = Choice(chooser.sampling, chooser.step, chooser.sees_condition, diverges)
-            self._choice = choice
-        self._note(choice)
-        winner, loser = (subject, style) if choice.subject else (style, subject)
-        strength = self.strengths[0 if choice.subject else 1]
-        loser.release()
-        return winner.add(x, y, strength) if strength else y
+        sides = ((subject, style), (style, subject))
+        chosen: Add | None = None
+
+        def add(x: Tensor, y: Tensor) -> Tensor:
+            nonlocal chosen
+            before, choice = self._choice, self._choose(x, y, (subject, style))
+            if chosen is None or before is not choice:
+                (winner, loser), strength = sides[not choice.subject], self.strengths[not choice.subject]
+                loser.set_acting(False)
+                chosen = winner.adder(device, dtype, strength) if strength else unchanged
+            self._note(choice)
+            return chosen(x, y)
+
+        return [add]
+
+    def _choose(self, x: Tensor, y: Tensor, operands: tuple[Product, Product]) -> Choice:
+        chooser = self.chooser
+        if self._choice is None or self._is_over(self._choice):
+            diverges = chooser.subject_diverges_more(x, y, operands, self.strengths)
+            self._choice = Choice(chooser.sampling, chooser.step, chooser.sees_condition, diverges)
+        return self._choice
 
     def _is_over(self, choice: Choice) -> bool:
         chooser = self.chooser

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from klora.engine.bypass import Site
+from klora.engine.site import Site
+from klora.engine.weights import preparing
 from klora.errors import MismatchError
 from klora.lora.deltas import Delta
 from klora.lora.parameters import ParameterDelta
@@ -65,7 +66,7 @@ class HeldParameter:
 
     def _point(self, base: Tensor) -> None:
         parameter = getattr(self._module, self._leaf)
-        with torch.no_grad():
+        with preparing():
             total = base.float()
             for pair, strengths in zip(self._changes, self._strengths, strict=True):
                 for change, strength in zip(pair, strengths, strict=True):
@@ -151,7 +152,7 @@ def _bias(delta: Delta | None, rows: tuple[int, int] | None) -> Change | None:
 
     def change(base: Tensor) -> Tensor:
         start, stop = rows or (0, len(base))
-        whole = torch.zeros(base.shape)
+        whole = torch.zeros(base.shape, dtype=torch.float32, device="cpu")
         whole[start:stop] = own
         return whole
 

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-from klora.engine.bypass import BypassLayer, Operand, Part, Site
+from klora.engine.bypass import Part
+from klora.engine.compiled import Calls
 from klora.engine.dynamic import Chooser, MeasuredPart, Rows
 from klora.engine.joined import SharedInput, shared_inputs
+from klora.engine.layers import Layers, Say
 from klora.engine.parameters import HeldParameters
+from klora.engine.products import LinearProduct, Product, product_of
 from klora.engine.progress import SamplingPass
-from klora.engine.weights import KEPT, Room
-from klora.errors import MismatchError
+from klora.engine.site import Site
+from klora.engine.ways import AUTO, BYPASS
+from klora.engine.weights import KEPT, Room, preparing
+from klora.errors import KloraError, MismatchError
 from klora.fusion.plan import ROLES, FusionPlan
 from klora.fusion.policies.base import BOTH, Active, Moment
 from klora.lora.checks import check_model
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
 from klora.pair import Pair
+
+logger = logging.getLogger("klora")
 
 ConditionalRows = Callable[[tuple[Any, ...], dict[str, Any]], "Rows | None"]
 """From the arguments of a denoiser's forward to the rows of its batch that follow the prompt; None for all."""
@@ -44,27 +53,35 @@ class Session:
         model: str = "the model",
         denoiser: nn.Module | None = None,
         conditional: ConditionalRows | None = None,
+        text_encoders: Sequence[nn.Module] = (),
+        say: Say = logger.warning,
     ) -> None:
         """Bind the pair's modules to `sites` and `text_sites` (by canonical name).
 
-        A policy that measures looks at the rows that `conditional` gives of the batch of `denoiser`, at all of them
-        where these are left out. Raises MismatchError where a file does not fit the model, LoraValueError for NaN or
-        infinity, SettingsError where the policy can do nothing with this model.
+        The modules are those of `denoiser` and `text_encoders`: where these are given, weights may be held and parts of
+        them be compiled. A policy that measures looks at the rows that `conditional` gives of the batch of `denoiser`,
+        at all of them where these are left out. `say` hears what a user should know. Raises MismatchError where a file
+        does not fit the model, LoraValueError for NaN or infinity, SettingsError where the policy can do nothing with
+        this model.
         """
         self.pair = pair
         self.plan = plan
         self.tau: float | None = None
         self._depth = 0
         self.sampling: SamplingPass | None = None
-        self._layers: dict[int, BypassLayer] = {}
+        self._say = say
+        self.acted = True
+        """False once it is known that nothing has: see `evaluated`."""
+        self._awaited = False
+        """Whether the first evaluation of a pass is not over yet."""
         self._parts: dict[str, Part] = {}
         self._folded: set[str] = set()
         self._shared: list[SharedInput] = []
-        self._room = Room()
+        self._room = Room.on(_device_of(denoiser))
         self._chooser = Chooser.of(plan.settings) if plan.policy.measured else None
-        self._denoiser = denoiser if self._chooser and conditional else None
         self._conditional = conditional
-        self._watch: RemovableHandle | None = None
+        looks = denoiser is not None and self._chooser and conditional
+        self._watch = Calls(denoiser, self._look_at) if denoiser is not None and looks else None
         shapes = {name: site.shape for name, site in sites.items()}
         for lora in pair.loras:
             check_model(lora, shapes, model)
@@ -72,14 +89,23 @@ class Session:
             side.check_finite()
         self._weights = KEPT.of(pair)
         self._combined = self._weights.combined(plan.settings)
-        self._bind(sites, self._deltas, self._parts)
-        plan.policy.check_model(self._parts)
-        self._join()
-        self._bind_text(text_sites or {})
-        self._sites, self._text_sites = sites.keys(), (text_sites or {}).keys()
-        self._parameters = HeldParameters()
-        self._hold_parameters(sites, text_sites or {}, denoiser)
+        with preparing():
+            self._parts = self._bind(sites, self._deltas)
+            plan.policy.check_model(self._parts)
+            self._join()
+            text = self._bind_text(text_sites or {})
+            self._sites, self._text_sites = sites.keys(), (text_sites or {}).keys()
+            self._parameters = HeldParameters()
+            self._hold_parameters(sites, text_sites or {}, denoiser)
+        self._layers = Layers(self._parts, denoiser, self._engine, self._room, say)
+        self._text_layers = [*self._of_text_encoders(text, text_encoders, say)]
         self.set_tau(0.0)
+
+    @property
+    def _engine(self) -> str:
+        """How decisions are applied: what acts by turns within a step is not worth holding."""
+        engine = self.plan.settings.engine
+        return BYPASS if engine == AUTO and self.plan.policy.forwards > 1 else engine
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -125,27 +151,31 @@ class Session:
         return Moment(self.tau or 0.0, self.plan.steps, self.plan.balance)
 
     def attach(self) -> None:
-        """Put the hooks on."""
-        if self._denoiser is not None and self._watch is None:
-            self._watch = self._denoiser.register_forward_pre_hook(self._look_at, with_kwargs=True)
-        for layer in self._layers.values():
-            layer.attach()
-        self._parameters.attach()
+        """Put everything on; nothing, where that fails half-way."""
+        try:
+            if self._watch is not None:
+                self._watch.attach()
+            for layers in (self._layers, *self._text_layers):
+                layers.attach()
+            self._parameters.attach()
+        except BaseException:
+            self.detach()
+            raise
 
     def detach(self) -> None:
-        """Take every hook off."""
+        """Take everything off. KloraError, after that, where a weight cannot be put back."""
         if self._watch is not None:
             self._watch.remove()
-            self._watch = None
-        self._parameters.detach()
-        for layer in self._layers.values():
-            layer.detach()
+        with ExitStack() as stack:
+            stack.callback(self._parameters.detach)
+            for layers in (self._layers, *self._text_layers):
+                stack.callback(layers.detach)
         for shared in self._shared:
             shared.forget()
 
     def __enter__(self) -> Session:
-        self._depth += 1
         self.attach()
+        self._depth += 1
         return self
 
     def __exit__(
@@ -154,16 +184,26 @@ class Session:
         self._depth -= 1
         if not self._depth:
             self.detach()
+            if error is None:
+                # A picture of one evaluation is over before another could tell.
+                self.evaluated()
 
-    def start_pass(self, levels: Iterable[float]) -> None:
-        """Begin a sampling pass whose full schedule is `levels` (noise levels, repeats allowed)."""
-        self.follow(SamplingPass(levels, relative=self.plan.settings.progress == "relative"))
+    def start_pass(self, levels: Iterable[float], running: nn.Module | None = None) -> None:
+        """Begin a sampling pass whose full schedule is `levels` (noise levels, repeats allowed).
 
-    def follow(self, sampling: SamplingPass) -> None:
+        `running` is what is called, where torch.compile has made something else of the denoiser since.
+        """
+        self.follow(SamplingPass(levels, relative=self.plan.settings.progress == "relative"), running)
+
+    def follow(self, sampling: SamplingPass, running: nn.Module | None = None) -> None:
         """Go on in a pass that may have begun in another session (a refiner has taken over)."""
+        self.evaluated()
         self.sampling = sampling
         self.plan = self.plan.with_steps(sampling.progress.steps)
         self.tau = None
+        self._layers.expect(running)
+        if self.plan.of_one_step:
+            self._say(self.plan.of_one_step)
         if self._chooser:
             self._chooser.begin()
 
@@ -171,7 +211,33 @@ class Session:
         """Make what the plan decides for this noise level active; needs `start_pass` first."""
         if self.sampling is None:
             raise RuntimeError("at_level before start_pass")
-        self.set_tau(self.sampling.tau(level))
+        tau = self.sampling.tau(level)
+        if self.tau is None:
+            self._awaited = True
+        elif tau != self.tau:
+            self.evaluated()
+        self.set_tau(tau)
+
+    def evaluated(self) -> None:
+        """Look, once in each pass, at what its first evaluation has really called.
+
+        What was not called is said. KloraError, with the cause, where nothing was.
+        """
+        if not self._awaited:
+            return
+        self._awaited = False
+        uncalled = self._layers.uncalled()
+        if uncalled and len(uncalled) == len(self._parts):
+            self.acted = False
+            raise KloraError(
+                f"none of the {len(self._parts)} modules of the LoRAs was called in the first evaluation, so that"
+                f" nothing acted: {self._layers.cause()}"
+            )
+        if uncalled:
+            self._say(
+                f"{len(uncalled)} of the LoRAs' {len(self._parts)} modules, such as {uncalled[0]}, were not called in"
+                " the first evaluation; they do nothing"
+            )
 
     def set_tau(self, tau: float) -> None:
         """Make what the plan decides for position `tau` active."""
@@ -185,11 +251,14 @@ class Session:
         """Make what the plan decides for the position told last active, as far as it is `among` these LoRAs."""
         if self.tau is None:
             raise RuntimeError("set_active before set_tau")
+        changed = []
         for name, part in self._parts.items():
             active = self.plan.decide(name, self.tau).times(among)
-            part.set(active if name in self._folded else self._strengths(active))
+            if part.set(active if name in self._folded else self._strengths(active)):
+                changed.append(name)
             # What a policy makes of two weights has no biases: then both act.
             self._parameters.set(name, self._strengths(among if name in self._combined else active))
+        self._layers.changed(changed)
 
     def _strengths(self, active: Active) -> tuple[float, float]:
         settings = self.plan.settings
@@ -210,40 +279,38 @@ class Session:
             self._combined[name] = self.plan.policy.combine(name, subject, style)
         return self._combined[name]
 
-    def _part(self, name: str, operands: tuple[Operand | None, Operand | None]) -> Part:
+    def _part(self, name: str, operands: tuple[Product | None, Product | None]) -> Part:
         subject, style = operands
         module = self.plan.by_name.get(name)
         if self._chooser and subject and style and module and module.rho is not None:
             return MeasuredPart(operands, chooser=self._chooser, name=name)
         return Part(operands)
 
-    def _operand(self, delta: Delta | None, site: Site) -> Operand | None:
-        return None if delta is None else Operand(delta, site, self._weights.of(delta), self._room)
+    def _operand(self, delta: Delta | None, site: Site) -> Product | None:
+        return None if delta is None else product_of(delta, site, self._weights.of(delta), self._room)
 
     def _bind(
-        self,
-        sites: Mapping[str, Site],
-        deltas: Callable[[str], tuple[Delta | None, Delta | None]],
-        parts: dict[str, Part],
-    ) -> None:
+        self, sites: Mapping[str, Site], deltas: Callable[[str], tuple[Delta | None, Delta | None]]
+    ) -> dict[str, Part]:
+        parts = {}
         for name, site in sites.items():
             subject, style = deltas(name)
-            if subject is None and style is None:
-                continue
-            parts[name] = self._part(name, (self._operand(subject, site), self._operand(style, site)))
-            layer = self._layers.setdefault(id(site.module), BypassLayer(site.module))
-            layer.parts.append(parts[name])
+            if subject is not None or style is not None:
+                parts[name] = self._part(name, (self._operand(subject, site), self._operand(style, site)))
+        return parts
 
     def _join(self) -> None:
         """Have operands of one LoRA share their input where their modules do, unless it is not known which will act."""
         for names in shared_inputs(tuple(self._parts)) if self._chooser is None else ():
             for side in (0, 1):
-                found = [operand for name in names if (operand := self._parts[name].operands[side])]
-                operands = [operand for operand in found if operand.weights.joinable and not operand.is_conv]
-                if len({operand.delta.columns for operand in operands}) == 1 and len(operands) > 1:
-                    shared = SharedInput(self._weights.joined(tuple(operand.delta for operand in operands)))
-                    for place, operand in enumerate(operands):
-                        operand.share(shared, place)
+                found = [self._parts[name].operands[side] for name in names]
+                products = [product for product in found if isinstance(product, LinearProduct)]
+                weights = [(product, self._weights.of(product.delta)) for product in products]
+                joinable = [product for product, prepared in weights if prepared.joinable]
+                if len({product.delta.columns for product in joinable}) == 1 and len(joinable) > 1:
+                    shared = SharedInput(self._weights.joined(tuple(product.delta for product in joinable)))
+                    for place, product in enumerate(joinable):
+                        product.share(shared, place)
                     self._shared.append(shared)
 
     def _hold_parameters(
@@ -269,16 +336,34 @@ class Session:
             role = ROLES[self.plan.settings.other_layers]
             self._parameters.add(model, pairs, lambda *both: self._strengths(role if all(both) else BOTH))
 
-    def _bind_text(self, sites: Mapping[str, Site]) -> None:
+    def _bind_text(self, sites: Mapping[str, Site]) -> dict[str, Part]:
         subject, style = self.pair.subject.text_encoder, self.pair.style.text_encoder
         active = self.pair.text_encoder_active(self.plan.settings)
         for lora in self.pair.loras:
             _check_text_encoder(lora, sites)
-        parts: dict[str, Part] = {}
         used = {name: site for name, site in sites.items() if any(active.get(name, ()))}
-        self._bind(used, lambda name: (subject.get(name), style.get(name)), parts)
+        parts = self._bind(used, lambda name: (subject.get(name), style.get(name)))
         for name, part in parts.items():
             part.set(self._strengths(active[name]))
+        return parts
+
+    def _of_text_encoders(self, parts: Mapping[str, Part], encoders: Sequence[nn.Module], say: Say) -> Iterator[Layers]:
+        """The layers of each text encoder, and of modules of which it is not known whose they are."""
+        rest = dict(parts)
+        for encoder in encoders:
+            inside = {id(module) for module in encoder.modules()}
+            found = {name: part for name, part in rest.items() if id(part.module) in inside}
+            rest = {name: part for name, part in rest.items() if name not in found}
+            if found:
+                yield Layers(found, encoder, self._engine, self._room, say, watched=True)
+        if rest:
+            yield Layers(rest, None, self._engine, self._room, say)
+
+
+def _device_of(model: nn.Module | None) -> torch.device:
+    """Where a model's weights lie."""
+    weights = iter(()) if model is None else model.parameters()
+    return next((weight.device for weight in weights), torch.device("cpu"))
 
 
 def _check_text_encoder(file: LoraFile, sites: Mapping[str, Site]) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
-from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
-from klora.engine.session import Session
+from klora.engine.layers import Say
+from klora.engine.session import Session, logger
+from klora.engine.site import Site
 from klora.fusion.plan import FusionPlan
 from klora.lora.checks import check_model
 from klora.lora.model_index import ModelIndex
@@ -35,6 +36,16 @@ class Host(ABC):
     @abstractmethod
     def diffusion_model(self) -> nn.Module:
         """The UNet or transformer that denoises."""
+
+    @property
+    def running(self) -> nn.Module:
+        """What is called to denoise: the diffusion model, or what torch.compile has made of it."""
+        return self.diffusion_model
+
+    @property
+    def text_encoders(self) -> Sequence[nn.Module]:
+        """The text encoders that the text sites lie in."""
+        return ()
 
     @property
     @abstractmethod
@@ -66,14 +77,19 @@ class Host(ABC):
             check_model(lora, index.shapes, self.model_name)
         return pair
 
-    def session(self, pair: Pair, plan: FusionPlan) -> Session:
-        """A session of a pair that fits, not yet attached. Raises what `Session` does."""
+    def session(self, pair: Pair, plan: FusionPlan, say: Say = logger.warning) -> Session:
+        """A session of a pair that fits, not yet attached; `say` hears what a user should know.
+
+        Raises what `Session` does.
+        """
         return Session(
             pair,
             plan,
             self.sites(),
             self.text_sites(),
             self.model_name,
-            self.diffusion_model,
+            self.running,
             self.conditional_rows,
+            self.text_encoders,
+            say,
         )

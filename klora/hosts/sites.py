@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from klora.engine.bypass import Site, module_shape
+from klora.engine.compiled import written_path
+from klora.engine.site import Site, module_shape
 from klora.lora.model_index import Rows, finest_slices, slice_name
 from klora.lora.names import is_flux, resolve
 
@@ -117,9 +118,10 @@ def _within(named: Mapping[str, Rows | None], height: int) -> dict[str, Rows | N
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[int, ...]]]:
     for path, module in model.named_modules():
-        shape = weight_shape(module)
+        # What torch.compile has made of a module has the attributes of that, which comes next.
+        shape = None if hasattr(module, "_orig_mod") else weight_shape(module)
         if shape is not None:
-            yield path, module, shape
+            yield written_path(path), module, shape
 
 
 def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
@@ -131,4 +133,5 @@ def weight_shape(module: nn.Module) -> tuple[int, ...] | None:
         return None
     # GGUF keeps the real shape beside the packed one, bitsandbytes in the state of the quantisation.
     shape = getattr(weight, "real_shape", None) or getattr(getattr(weight, "quant_state", None), "shape", weight.shape)
-    return tuple(shape) if len(shape) == 2 else None
+    # As plain numbers: hosts give those of GGUF as numpy's, of which a product with an int may be a float.
+    return tuple(map(int, shape)) if len(shape) == 2 else None

@@ -35,7 +35,7 @@ class Acted:
 
     def note(self, session: Session, hires: bool, given: Settings) -> None:
         """Keep what acted, with what was decided while sampling, for the steps that were made."""
-        if self._steps:
+        if self._steps and session.acted:
             plan = dataclasses.replace(session.observed, made=range(min(self._steps), max(self._steps) + 1))
             self._plans[hires].append(plan)
             self._given[hires] = given

@@ -5,11 +5,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 from klora.balance.search import PLACES
 from klora.engine.session import Session
 from klora.engine.wrapping import Wrappers
+from klora.errors import KloraError
 from klora.hosts.guidance import make_guidance
 from klora.hosts.webui.guidance import DenoiserGuidance
 from klora.hosts.webui.host import WebuiHost
@@ -104,7 +106,7 @@ class ActiveFusion:
         with named_by(*fusion.paths):
             fusion = fusion.for_model(host)
             plan = fusion.plan(host.device, hires)
-            session = host.session(fusion.pair, plan)
+            session = host.session(fusion.pair, plan, partial(comment, self.p))
         with named_by(folder=reference_folder()):
             guidance = make_guidance(plan.settings, self.evaluation.x.device if self.evaluation else "cpu")
         if sampling is None:
@@ -132,7 +134,10 @@ class ActiveFusion:
 
     def _release(self) -> None:
         if self._session is not None:
-            self._attached.detach(self._session)
+            try:
+                self._attached.detach(self._session)
+            except KloraError as error:
+                comment(self.p, reason_of(error))
             self._acted.note(self._session, *self._pass)
         for around in (self._guidance, self._predictions, self._recording):
             if around is not None:
@@ -146,10 +151,19 @@ class ActiveFusion:
         self._take_out()
         try:
             yield
+            self._look_back()
         finally:
             self._release()
             self._wrappers.remove()
             self._acted.tell()
+
+    def _look_back(self) -> None:
+        """Say of a picture of one evaluation too where nothing acted: no other evaluation has told."""
+        if self._session is not None:
+            try:
+                self._session.evaluated()
+            except KloraError as error:
+                self.stop(error)
 
     def _take_out(self) -> None:
         """Leave the two files to K-LoRA alone, whatever else has the host load them."""

@@ -8,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from klora.engine.bypass import BypassLayer, Operand, Part, Site, tokens_of
+from klora.engine.bypass import HookedLayer, Part
 from klora.engine.dynamic import DISTANCES, Chooser, MeasuredPart, Rows, divergence, kl, subsample
+from klora.engine.products import LinearProduct, product_of
 from klora.engine.session import selection_of
+from klora.engine.site import Site
 from klora.lora.deltas.computed import FactorDelta
 from klora.settings import Settings
 
@@ -40,13 +42,13 @@ def delta_of(kind: str, seed: int) -> FactorDelta:
 
 def measured(
     module: nn.Module, subject: FactorDelta, style: FactorDelta, s: tuple[float, float] = (1.0, 1.0), **settings: object
-) -> tuple[BypassLayer, MeasuredPart]:
+) -> tuple[HookedLayer, MeasuredPart]:
     site, chooser = Site(module), Chooser.of(Settings.parse({"policy": "dynamic", **settings}))
-    part = MeasuredPart((Operand(subject, site), Operand(style, site)), s, chooser=chooser, name="m")
-    return BypassLayer(module, [part]), part
+    part = MeasuredPart((product_of(subject, site), product_of(style, site)), s, chooser=chooser, name="m")
+    return HookedLayer(module, [part]), part
 
 
-def letter(module: nn.Module, x: Tensor, part_layer: tuple[BypassLayer, MeasuredPart]) -> str:
+def letter(module: nn.Module, x: Tensor, part_layer: tuple[HookedLayer, MeasuredPart]) -> str:
     layer, part = part_layer
     layer.attach()
     with torch.no_grad():
@@ -76,7 +78,7 @@ def test_the_lora_that_diverges_more_acts_alone(kind: str, distance: str, seed: 
     subject, style = delta_of(kind, seed), delta_of(kind, seed + 1)
     y, outputs = module(x), []
     for delta, strength in ((subject, s_c), (style, s_s)):
-        layer = BypassLayer(module, [Part((Operand(delta, Site(module)), None), (strength, 0.0))])
+        layer = HookedLayer(module, [Part((product_of(delta, Site(module)), None), (strength, 0.0))])
         layer.attach()
         outputs.append(module(x))
         layer.detach()
@@ -217,10 +219,10 @@ def test_rows_of_a_fused_module_are_compared_alone() -> None:
     expected = letter(slice_, x, measured(slice_, subject, style))
     site = Site(module, rows=(12, 24))
     part = MeasuredPart(
-        (Operand(subject, site), Operand(style, site)), (1.0, 1.0), chooser=Chooser.of(Settings()), name="m"
+        (product_of(subject, site), product_of(style, site)), (1.0, 1.0), chooser=Chooser.of(Settings()), name="m"
     )
     plain = module(x)
-    layer = BypassLayer(module, [part])
+    layer = HookedLayer(module, [part])
     assert letter(module, x, (layer, part)) == expected
     layer.attach()
     active = module(x)
@@ -292,7 +294,10 @@ def test_the_distances_are_what_their_names_say() -> None:
 def test_tokens_of_a_map_are_its_places_row_by_row_and_picture_by_picture() -> None:
     y = torch.randn(2, 3, 4, 5)
     take = torch.tensor([0, 7, 19, 20, 39])
-    assert torch.equal(tokens_of(y, take, is_conv=True), y.permute(0, 2, 3, 1).reshape(-1, 3)[take])
+    conv = nn.Conv2d(2, 3, 1)
+    assert torch.equal(
+        product_of(delta_of("conv1x1", 1), Site(conv)).picked(y, take), y.permute(0, 2, 3, 1).reshape(-1, 3)[take]
+    )
 
 
 def test_a_distance_is_one_number_for_each_token() -> None:
@@ -307,7 +312,7 @@ def test_where_neither_has_a_strength_nothing_is_added(monkeypatch: pytest.Monke
     module, x = module_of("linear"), input_of("linear", 0)
     layer, _ = measured(module, delta_of("linear", 1), delta_of("linear", 2), (0.0, 0.0))
     plain = module(x)
-    monkeypatch.setattr(Operand, "add", lambda *_: pytest.fail("added"))
+    monkeypatch.setattr(LinearProduct, "adder", lambda *_: pytest.fail("added"))
     layer.attach()
     assert torch.equal(module(x), plain)
     layer.detach()
@@ -315,10 +320,10 @@ def test_where_neither_has_a_strength_nothing_is_added(monkeypatch: pytest.Monke
 
 def test_a_choice_needs_two_loras() -> None:
     module = module_of("linear")
-    x, alone, chooser = input_of("linear", 0), Operand(delta_of("linear", 1), Site(module)), Chooser.of(Settings())
+    x, alone, chooser = input_of("linear", 0), product_of(delta_of("linear", 1), Site(module)), Chooser.of(Settings())
     for operands in ((alone, None), (None, alone)):
         with pytest.raises(ValueError, match="two"):
-            MeasuredPart(operands, (1.0, 1.0), chooser=chooser, name="m").apply(x, module(x))
+            MeasuredPart(operands, (1.0, 1.0), chooser=chooser, name="m").adders(x.device, x.dtype)
 
 
 def test_every_pass_is_told_from_all_before_it() -> None:

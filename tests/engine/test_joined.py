@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from klora.cache import ScoreCache
 from klora.engine import joined
-from klora.engine.bypass import Site
 from klora.engine.joined import SharedInput, input_of, shared_inputs
 from klora.engine.session import Session
+from klora.engine.site import Site
 from klora.engine.weights import KEPT, JoinedDown
 from klora.pair import Pair
 from klora.settings import Settings
@@ -212,9 +212,10 @@ def test_there_are_not_two_of_a_weight_and_the_next_session_makes_none(
         with session_of(pair, model, policy="direct") as session:
             model(x, context)
         operands = [operand for part in session._parts.values() for operand in part.operands if operand]
-        for holders in (KEPT.of(pair)._weights.values(), operands):
-            chains = [holder.chain(x.device, x.dtype) for holder in holders]
-            storages.append({down.untyped_storage().data_ptr() for down, _ in chains})
+        kept = [weights.chain(x.device, x.dtype) for weights in KEPT.of(pair)._weights.values()]
+        used = [operand.source.kept(x.device, x.dtype) for operand in operands]
+        for chains in (kept, used):
+            storages.append({chain.weights[0].untyped_storage().data_ptr() for chain in chains if chain})
     # Of either LoRA: one storage for q, k and v, one for k and v, one for the q of the cross-attention.
     assert len(storages[0]) == 6
     assert all(later == storages[0] for later in storages)
@@ -250,7 +251,7 @@ def test_what_is_not_down_and_up_is_not_joined(
     shapes = {name: site.shape for name, site in model.sites().items()}
     files = [write_lora(tmp_path / f"{kind}.safetensors", shapes, family=kind, rank=2) for kind in (family, "lora")]
     pair = Pair.open(*files, ScoreCache(tmp_path / "cache"))
-    with session_of(pair, model, policy="direct") as session:
+    with session_of(pair, model, policy="direct", engine="bypass") as session:
         model(*inputs())
         assert [shared.down.ranks for shared in session._shared] == [[2, 2, 2], [2, 2]]
     assert products == [6, 4]

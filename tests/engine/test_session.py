@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from klora.cache import ScoreCache
-from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
 from klora.engine.progress import SamplingPass
 from klora.engine.session import Session, selection_of
+from klora.engine.site import Site
 from klora.errors import LoraValueError, MismatchError, SettingsError
 from klora.fusion.policies.base import BOTH, SUBJECT, Active, Moment
 from klora.fusion.policies.np_lora import NpLora
@@ -155,14 +155,17 @@ def test_a_level_needs_a_pass_first(pair: Pair) -> None:
 
 
 def test_a_pass_has_its_own_number_of_steps_and_begins_anew(pair: Pair) -> None:
-    session = session_of(pair, model(TO_Q), balance=0.75)
+    layers = model(TO_Q)
+    session = session_of(pair, layers, balance=0.75)
     session.start_pass([3.0, 2.0, 1.0])
     assert session.plan.steps == 3
     assert session.moment.tau == 0.0
     with pytest.raises(RuntimeError, match="set_tau"):
         session.set_active(BOTH)
-    session.at_level(1.0)
-    assert session.moment == Moment(2 / 3, 3, 0.75)
+    with session:
+        session.at_level(1.0)
+        assert session.moment == Moment(2 / 3, 3, 0.75)
+        change(layers[TO_Q])
     session.start_pass([2.0, 1.0])
     assert (session.plan.steps, session.moment.tau) == (2, 0.0)
 
@@ -170,12 +173,14 @@ def test_a_pass_has_its_own_number_of_steps_and_begins_anew(pair: Pair) -> None:
 def test_a_pass_may_go_on_in_another_session(pair: Pair) -> None:
     begun = SamplingPass([4.0, 3.0, 2.0, 1.0], relative=True)
     begun.tau(3.0)
-    other = session_of(pair, model(TO_Q))
-    other.follow(begun)
-    other.at_level(3.0)
-    assert other.tau == 0.0
-    other.at_level(2.0)
-    assert other.tau == pytest.approx(1 / 3)
+    layers = model(TO_Q)
+    with session_of(pair, layers) as other:
+        other.follow(begun)
+        other.at_level(3.0)
+        assert other.tau == 0.0
+        change(layers[TO_Q])
+        other.at_level(2.0)
+        assert other.tau == pytest.approx(1 / 3)
 
 
 def test_progress_relative_begins_at_0_wherever_the_pass_does(pair: Pair) -> None:
@@ -257,8 +262,9 @@ def test_the_next_session_of_a_pair_reads_nothing_and_uses_the_same_weights(
 ) -> None:
     def addresses(session: Session) -> list[int]:
         # bf16, so that they are other tensors than those of the file.
-        chains = [op.chain(torch.device("cpu"), torch.bfloat16) for op in session._parts[TO_Q].operands if op]
-        return [weight.data_ptr() for chain in chains for weight in chain]
+        place = (torch.device("cpu"), torch.bfloat16)
+        chains = [op.source.kept(*place) for op in session._parts[TO_Q].operands if op]
+        return [weight.data_ptr() for chain in chains if chain for weight in chain.weights]
 
     first = session_of(pair, model(TO_Q))
     monkeypatch.setattr(TensorFile, "read", lambda *_: pytest.fail("the file is read again"))
@@ -359,10 +365,10 @@ def test_dense_differences_of_a_session_share_one_room(tmp_path: Path) -> None:
     files = [write_lora(tmp_path / f"{i}.safetensors", names, family="loha", seed=i) for i in (1, 2)]
     pair = Pair.open(*files, ScoreCache(tmp_path / "cache"))
     for room, kept in ((0, 0), (3 * 4 * SIZE * SIZE, 3)):
-        session = session_of(pair, layers, policy="direct")
+        session = session_of(pair, layers, policy="direct", engine="bypass")
         session._room.free = room
         with session:
             for layer in layers.values():
                 layer(torch.zeros(1, SIZE))
             operands = [operand for part in session._parts.values() for operand in part.operands if operand]
-            assert sum(len(operand._chains) for operand in operands) == kept
+            assert sum(len(operand.source._chains) for operand in operands) == kept

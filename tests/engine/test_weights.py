@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from klora.cache import ScoreCache
-from klora.engine.bypass import Site
 from klora.engine.session import Session
+from klora.engine.site import Site
 from klora.engine.weights import KEPT, KeptWeights, PairWeights, Room, Weights
 from klora.errors import LoraFileError
 from klora.lora.file import LoraFile
@@ -68,6 +68,16 @@ def test_copies_of_another_type_count_and_those_of_the_same_do_not(pairs: list[P
     assert weights.nbytes() == before * 3 / 2
 
 
+def test_of_another_type_than_the_file_there_is_one_copy(pairs: list[Pair]) -> None:
+    weights = Weights(pairs[0].subject.modules[NAME])
+    before = weights.nbytes()
+    weights.chain(CPU, torch.bfloat16)
+    assert weights.nbytes() == before / 2
+    # Wanted in full after all, they are read again, and exact.
+    down, _ = weights.chain(CPU, torch.float32).weights
+    assert torch.equal(down, pairs[0].subject.modules[NAME].factors().down)
+
+
 @pytest.mark.parametrize("family", ["lora", "loha", "lokr", "full"])
 def test_the_weights_of_every_family_take_what_its_tensors_take(tmp_path: Path, family: str) -> None:
     file = LoraFile.open(write_lora(tmp_path / "a.safetensors", {NAME: (24, 16)}, family=family))
@@ -81,7 +91,7 @@ def test_joined_weights_are_made_once_and_lie_where_they_are_asked_for(pairs: li
     down = weights.joined(deltas)
     assert weights.joined(deltas) is down
     assert down.stack(meta, torch.float16).shape == (8, 16)
-    parts = [part for delta in deltas for part in weights.of(delta).chain(meta, torch.float16)]
+    parts = [part for delta in deltas for part in weights.of(delta).chain(meta, torch.float16).weights]
     assert [(part.shape, part.device) for part in parts] == 2 * [((4, 16), meta), ((24, 4), meta)]
 
 
@@ -113,7 +123,7 @@ def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pair:
 
 def session_of(pair: Pair, layers: dict[str, nn.Linear]) -> Session:
     KEPT.clear()
-    return Session(pair, pair.plan(Settings()), {name: Site(layer) for name, layer in layers.items()})
+    return Session(pair, pair.plan(Settings(engine="bypass")), {name: Site(layer) for name, layer in layers.items()})
 
 
 def test_of_full_differences_no_more_is_held_than_there_is_room_for(full: Pair) -> None:

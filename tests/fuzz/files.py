@@ -30,8 +30,8 @@ from safetensors.torch import load as load_with_the_package
 from torch import nn
 
 from klora.cache import ScoreCache
-from klora.engine.bypass import Site
 from klora.engine.session import Session
+from klora.engine.site import Site
 from klora.errors import KloraError
 from klora.fusion.policies import POLICIES
 from klora.lora import disk

@@ -24,8 +24,8 @@ from backend.operations_gguf import ParameterGGUF, dequantize_tensor
 from torch import nn
 
 from klora.cache import ScoreCache
-from klora.engine.bypass import Site
 from klora.engine.session import Session
+from klora.engine.site import Site
 from klora.errors import MismatchError
 from klora.hosts.webui.forge import ForgeHost
 from klora.pair import Pair

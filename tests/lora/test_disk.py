@@ -17,7 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from klora.engine.bypass import Operand, Site
+from klora.engine.products import product_of
+from klora.engine.site import Site
 from klora.errors import LoraFileError
 from klora.fusion.scores import score_delta
 from klora.lora import disk
@@ -105,12 +106,13 @@ def test_a_file_that_changes_while_it_is_read_is_told_as_such(
 def test_what_is_applied_no_longer_depends_on_the_file(tmp_path: Path, family: str, change: str) -> None:
     path = write_lora(tmp_path / "cat.safetensors", SHAPES, family=family)
     linear, x = nn.Linear(64, 64), torch.randn(5, 64)
-    operand = Operand(LoraFile.open(path).modules[NAME], Site(linear))
-    expected = Operand(LoraFile.open(path).modules[NAME], Site(linear)).add(x, torch.zeros(5, 64), 1.0)
+    operand = product_of(LoraFile.open(path).modules[NAME], Site(linear))
+    place = (x.device, x.dtype)
+    expected = product_of(LoraFile.open(path).modules[NAME], Site(linear)).adder(*place, 1.0)(x, torch.zeros(5, 64))
     CHANGES[change](path)
     for _ in range(2):
-        assert operand.add(x, torch.zeros(5, 64), 1.0).equal(expected)
-        operand.release()
+        assert operand.adder(*place, 1.0)(x, torch.zeros(5, 64)).equal(expected)
+        operand.set_acting(False)
 
 
 def test_what_a_policy_makes_of_a_delta_holds_the_tensors_of_that_delta(tmp_path: Path) -> None:
@@ -136,8 +138,8 @@ def test_nothing_stays_open_or_mapped(path: Path) -> None:
     file = LoraFile.open(path)
     assert not held()
     score_delta(file.modules[NAME], [4])
-    operand = Operand(file.modules[NAME], Site(nn.Linear(64, 64)))
-    operand.chain(torch.device("cpu"), torch.float32)
+    operand = product_of(file.modules[NAME], Site(nn.Linear(64, 64)))
+    operand.source.kept(torch.device("cpu"), torch.float32)
     assert file.sha256
     assert not held()
 

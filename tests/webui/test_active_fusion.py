@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -249,3 +250,34 @@ def test_a_job_inside_a_job(host: FakeHost) -> None:
     host.before_evaluation = nest
     assert host.txt2img(f"a dog {TAG}").close_to(whole)
     assert inner[0] is not None
+
+
+@pytest.mark.parametrize("steps", [6, 1])
+def test_a_model_that_runs_other_modules_than_were_fused_is_told_and_the_text_claims_nothing(
+    host: FakeHost, plain: Picture, steps: int
+) -> None:
+    model = host.sd_model.diffusion
+    layers = model.layers
+    # As where a compiled model goes on without looking at what has come to its modules since.
+    model.layers = {name: copy.deepcopy(layer) for name, layer in layers.items()}
+    try:
+        picture = host.txt2img(f"a dog {TAG}", steps=steps)
+    finally:
+        model.layers = layers
+    assert (
+        f"stopped: none of the {len(layers)} modules of the LoRAs was called in the first evaluation"
+        in picture.comments
+    )
+    assert {key for key in picture.p.extra_generation_params if key.startswith("K-LoRA")} == {"K-LoRA error"}
+
+
+def test_modules_that_are_not_called_are_named_under_the_picture(host: FakeHost) -> None:
+    model = host.sd_model.diffusion
+    layers, left_out = model.layers, ATTENTION[0]
+    model.layers = {name: layer for name, layer in layers.items() if name != left_out}
+    try:
+        picture = host.txt2img(f"a dog {TAG}")
+    finally:
+        model.layers = layers
+    assert f"1 of the LoRAs' {len(layers)} modules, such as {left_out}, were not called" in picture.comments
+    assert "K-LoRA error" not in picture.p.extra_generation_params

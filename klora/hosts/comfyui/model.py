@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
+from klora.engine.site import Site
 from klora.hosts.base import Host
 from klora.hosts.comfyui.plain_weights import with_plain_weight
 from klora.hosts.sites import Weights, is_flux_model, weights_by_host, weights_by_rule, weights_by_table

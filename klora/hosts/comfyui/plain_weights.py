@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from klora.engine.bypass import Site
+from klora.engine.site import Site
 
 
 def with_plain_weight(site: Site) -> Site:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from klora.engine.compiled import Calls
 from klora.engine.ensemble import Ensemble
 from klora.engine.guidance import ReferenceGuidance
 from klora.engine.session import Session
@@ -30,37 +31,47 @@ def follow(
     before each step. Where the noise level cannot be told, `failed` hears why, and may end the block; without it, that
     is raised from the call.
     """
-    model, ensemble = host.diffusion_model, Ensemble(session, host.condition)
-    several = session.plan.policy.forwards > 1
-    follower = _Follower(host, session, ensemble.begin if several else None, failed)
+    ensemble = Ensemble(session, host.condition) if session.plan.policy.forwards > 1 else None
+    follower = _Follower(host, session, ensemble, failed)
     with ExitStack() as hooks:
-        hooks.enter_context(model.register_forward_pre_hook(follower, with_kwargs=True))
-        if several:
-            hooks.enter_context(model.register_forward_hook(ensemble.finish, with_kwargs=True, prepend=True))
+        calls = Calls(host.running, follower.begin, follower.end)
+        hooks.callback(calls.remove)
+        calls.attach()
         if guidance is not None:
             hooks.callback(SchedulerGuidance(host, session, guidance).remove)
         yield
 
 
 class _Follower:
-    """The pre-hook that reads the time that a denoiser is called with."""
+    """Reads the time that a denoiser is called with, and looks at what the call has come to."""
 
     def __init__(
-        self,
-        host: DiffusersHost,
-        session: Session,
-        then: Callable[[], None] | None = None,
-        failed: Failed | None = None,
+        self, host: DiffusersHost, session: Session, ensemble: Ensemble | None = None, failed: Failed | None = None
     ) -> None:
         self.host = host
         self.session = session
-        self.then = then
+        self.ensemble = ensemble
         self.failed = failed
         self.schedule: Schedule | None = None
 
-    def __call__(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        try:
+    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call begins."""
+        with self._failing():
             self._follow(args, kwargs)
+            if self.ensemble is not None:
+                self.ensemble.begin(args, kwargs)
+
+    def end(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """It has ended; what this gives is its output instead."""
+        with self._failing():
+            # As soon as it can be known, so that no picture is made for nothing.
+            self.session.evaluated()
+        return self.ensemble.finish(model, args, kwargs, output) if self.ensemble is not None else None
+
+    @contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
         except KloraError as error:
             if self.failed is None:
                 raise
@@ -68,11 +79,9 @@ class _Follower:
 
     def _follow(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = self.host.timestep(args, kwargs)
-        scheduler = self.host.pipe.scheduler
+        pipe = self.host.calling()
         # set_timesteps makes a new tensor: a new image, batch or pass.
-        if self.schedule is None or scheduler.timesteps is not self.schedule.timesteps:
-            self.schedule = Schedule(scheduler, timestep, type(self.host.pipe).__name__)
-            self.session.start_pass(self.schedule.steps)
+        if self.schedule is None or pipe.scheduler.timesteps is not self.schedule.timesteps:
+            self.schedule = Schedule(pipe.scheduler, timestep, type(pipe).__name__)
+            self.session.start_pass(self.schedule.steps, self.host.running)
         self.session.at_level(self.schedule.level(timestep))
-        if self.then is not None:
-            self.then()

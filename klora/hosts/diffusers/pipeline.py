@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from klora.engine.bypass import Site, module_shape
+from klora.engine.compiled import as_written, written_path
 from klora.engine.dynamic import Rows
+from klora.engine.site import Site, module_shape
 from klora.errors import KloraError
 from klora.hosts.base import Host
 from klora.hosts.diffusers.names import translator
@@ -20,6 +21,7 @@ from klora.lora.model_index import ModelIndex
 from klora.lora.tables import ARCHITECTURE_OF_WIDTH
 
 TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+DENOISERS = ("unet", "transformer")
 TIMES = ("timestep", "timesteps", "t")
 CONDITIONS = ("encoder_hidden_states", "cap_feats", "encoder_hidden_states_t5", "text_bth")
 # Attention blocks after fuse_qkv_projections(): the fused Linear and the canonical names of its slices.
@@ -40,24 +42,47 @@ class DiffusersHost(Host):
         """Take a pipeline; KloraError for one whose denoiser is not one UNet or transformer that is told the time."""
         self.pipe = pipe
         name = type(pipe).__name__
-        denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
-        if denoiser is None:
+        found = [part for part in DENOISERS if getattr(pipe, part, None) is not None]
+        if not found:
             raise KloraError(f"{name} has no UNet and no transformer; use a pipeline that denoises with one of these")
         if getattr(pipe, "transformer_2", None) is not None:
             raise KloraError(
                 f"{name} denoises with two transformers, and K-LoRA fuses in one; use a pipeline without transformer_2"
             )
-        self._diffusion_model: nn.Module = denoiser
+        self._part = found[0]
         if not set(TIMES) & set(self.inputs):
             raise KloraError(
-                f"{type(denoiser).__name__} is not told the time as {', '.join(TIMES)}, so that how far sampling is"
-                " cannot be told; use another pipeline"
+                f"{type(self.diffusion_model).__name__} is not told the time as {', '.join(TIMES)}, so that how far"
+                " sampling is cannot be told; use another pipeline"
             )
 
     @property
     def diffusion_model(self) -> nn.Module:
         """The UNet or transformer."""
-        return self._diffusion_model
+        return as_written(self.running)
+
+    @property
+    def running(self) -> nn.Module:
+        """The same, or what torch.compile has made of it."""
+        running: nn.Module = getattr(self.pipe, self._part)
+        return running
+
+    def calling(self) -> Any:
+        """The pipeline whose call of the denoiser is under way: another may share it, with a scheduler of its own."""
+        frame = inspect.currentframe()
+        while frame is not None:
+            caller = frame.f_locals.get("self")
+            shares = getattr(caller, self._part, None) is self.running
+            if shares and getattr(caller, "scheduler", None) is not None:
+                return caller
+            frame = frame.f_back
+        return self.pipe
+
+    @property
+    def text_encoders(self) -> Sequence[nn.Module]:
+        """The pipeline's text encoders."""
+        found = (getattr(self.pipe, part, None) for part in TEXT_ENCODERS)
+        return [encoder for encoder in found if isinstance(encoder, nn.Module)]
 
     @property
     def model_name(self) -> str:
@@ -98,7 +123,7 @@ class DiffusersHost(Host):
             f"{component}.{_with_text_model(name)}": site
             for component in TEXT_ENCODERS
             if isinstance(encoder := getattr(self.pipe, component, None), nn.Module)
-            for name, site in _sites(encoder)
+            for name, site in _sites(as_written(encoder))
         }
 
     def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
@@ -184,8 +209,8 @@ class DiffusersHost(Host):
 def _sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
     for path, module in model.named_modules():
         # Under a PEFT wrapper the original module lives on as `base_layer`; the user may add and remove such wrappers.
-        name = path.removesuffix(".base_layer")
-        if isinstance(module, (nn.Linear, nn.Conv2d)) and ".lora_" not in f".{path}":
+        name = written_path(path).removesuffix(".base_layer")
+        if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and ".lora_" not in f".{path}":
             parent = model.get_submodule(name.rpartition(".")[0])
             if name.rpartition(".")[2] in FUSED_PROJECTIONS:
                 yield from _slices(name, module)
@@ -211,8 +236,14 @@ def _replaced_by_fused(attention: nn.Module, name: str) -> bool:
     )
 
 
-def _weight(module: Any) -> Tensor:
-    """A module's weight, fetched from accelerate's store where sequential offload keeps it away."""
+def _weight(module: Any) -> Tensor | None:
+    """A module's weight, fetched from accelerate's store where sequential offload keeps it away.
+
+    None where it is on a disk, and here in the module's own forward alone: what stands for it has no values.
+    """
+    hooks = getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+    if getattr(getattr(hooks.get("group_offloading"), "group", None), "offload_to_disk_path", None):
+        return None
     weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
     weight: Tensor = module.weight
     return weights_map["weight"] if weights_map is not None and weight.is_meta else weight

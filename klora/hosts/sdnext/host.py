@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from klora.engine.bypass import Site
+from klora.engine.site import Site
 from klora.errors import KloraError
 from klora.hosts.diffusers import DiffusersHost
 from klora.hosts.sdnext.weights import with_plain_weight

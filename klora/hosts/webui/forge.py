@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from klora.balance.mixture import Kind, Mixture
-from klora.engine.bypass import Site
 from klora.engine.dynamic import Rows
+from klora.engine.site import Site
 from klora.errors import KloraError, MismatchError
 from klora.hosts.text_tensors import host_tensors, text_keys
 from klora.hosts.webui.forge_weights import with_plain_weight

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from klora.balance.found import Found
 from klora.balance.mixture import Mixture
-from klora.engine.bypass import Site
+from klora.engine.site import Site
 from klora.errors import MismatchError
 from klora.hosts.base import Host
 from klora.hosts.sites import Weights, is_flux_model, weights_by_host, weights_by_rule

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,6 +16,7 @@ from torch import nn
 
 from klora.cache import ScoreCache
 from klora.engine.session import Session
+from klora.hosts.sites import weight_shape, weights_by_host, weights_by_rule
 from klora.hosts.webui.host import WebuiHost
 from klora.hosts.webui.loaded_model import host_of
 from klora.lora.model_index import ModelIndex, Place, slice_name
@@ -277,3 +279,34 @@ def test_a_name_that_the_host_has_under_one_prefix_is_found_under_every_other() 
     index = ModelIndex({name: (SIZE, SIZE)}, {f"transformer.{other}": [name]})
     for prefix in keys_of(other):
         assert index.find(prefix, (SIZE, SIZE)) == (Place(name),)
+
+
+def test_the_shape_of_a_quantised_weight_is_of_plain_numbers() -> None:
+    class PackedLinear(nn.Module):
+        """As Forge loads GGUF with numpy 1.26: of numpy's unsigned numbers, whose products with ints are floats."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.zeros(6, dtype=torch.uint8)
+            self.weight.real_shape = (np.uint64(12), np.uint64(4))  # type: ignore[attr-defined]
+
+    shape = weight_shape(PackedLinear())
+    assert shape == (12, 4)
+    assert all(type(size) is int for size in shape)
+    rooted = nn.Module()
+    rooted.add_module("double_blocks", nn.ModuleList([nn.Module()]))
+    img = rooted.double_blocks[0].img_attn = nn.Module()
+    img.qkv = PackedLinear()
+    sites = weights_by_rule(rooted).sites
+    rows = [site.rows for site in sites.values()]
+    assert rows == [(0, 4), (4, 8), (8, 12)]
+    assert all(type(bound) is int for bounds in rows if bounds for bound in bounds)
+
+
+def test_a_compiled_model_has_the_names_of_the_one_that_was_compiled() -> None:
+    model = diffusion_model(MODULES)
+    expected = weights_by_host(model, {}).sites
+    model.layers.get_submodule("0").attention = torch.compile(model.layers.get_submodule("0").attention)
+    found = weights_by_host(torch.compile(model), {}).sites
+    assert found.keys() == expected.keys()
+    assert all(found[name].module is site.module for name, site in expected.items())

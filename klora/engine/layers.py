@@ -1,0 +1,209 @@
+"""What a session puts on the modules of one model: put on and taken off as a whole, compiled or not, and counted.
+
+Whether a module was really called is seen, not concluded: each layer notes its first call in a sampling pass, and what
+was not called is told by name, whatever the cause is (`uncalled`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from klora.engine.bypass import Part
+from klora.engine.compiled import Calls, Eagerly, compiled_regions, is_compiled
+from klora.engine.held import FormedLayer, HeldLayer, weight_of
+from klora.engine.ways import BYPASS, Layer, is_plain, layer_of, plain_modules
+from klora.engine.weights import Room
+from klora.errors import KloraError
+
+Say = Callable[[str], None]
+
+
+class Layers:
+    """The layers of one model, or of modules of which no model is known."""
+
+    def __init__(
+        self,
+        parts: Mapping[str, Part],
+        model: nn.Module | None = None,
+        engine: str = BYPASS,
+        room: Room | None = None,
+        say: Say = lambda text: None,
+        watched: bool = False,
+    ) -> None:
+        """Choose the way of each module that `parts`, by name, lie in; `say` hears what a user should know.
+
+        A model that is `watched` suits what has been compiled meanwhile at each of its calls, others at `expect`.
+        """
+        self.model, self._room, self._say = model, room or Room(), say
+        self._engine = engine
+        self._attached = self._expecting = False
+        self._eagerly = Eagerly()
+        self._compiled: list[nn.Module] = []
+        """Compiled modules in which all that acts is held."""
+        self._entry = None if model is None or not watched else Calls(model, lambda *_: self.fit())
+        self._witnesses: list[Calls] = []
+        self._parts = parts
+        self._names: dict[int, list[str]] = {}
+        modules: dict[int, nn.Module] = {}
+        for name, part in parts.items():
+            module = part.module
+            modules[id(module)] = module
+            self._names.setdefault(id(module), []).append(name)
+        roots = modules.values() if model is None else (model,)
+        plain = [module for root in roots for module in plain_modules(root) if is_plain(module)]
+        # A weight that several modules share cannot be each one's own.
+        shared = Counter(id(weight_of(module)) for module in plain)
+        self._plain = {id(module) for module in plain if shared[id(weight_of(module))] == 1}
+        self._layers: dict[int, Layer] = {
+            key: layer_of(module, self._parts_of(key), engine, key in self._plain, self._room)
+            for key, module in modules.items()
+        }
+
+    def attach(self) -> None:
+        """Put everything on; nothing, where that fails half-way. Does nothing where it is on."""
+        if self._attached:
+            return
+        self._attached = True
+        try:
+            self.fit()
+            for layer in self._layers.values():
+                layer.attach()
+            if self._expecting:
+                self._wait()
+            if self._entry:
+                self._entry.attach()
+        except BaseException:
+            self.detach()
+            raise
+
+    def detach(self) -> None:
+        """Take everything off. KloraError, after that, where a weight cannot be put back."""
+        self._attached = False
+        failed: KloraError | None = None
+        # What runs eagerly lies beneath what listens, and so comes off first.
+        self._eagerly.remove()
+        self._compiled.clear()
+        self._forget_witnesses()
+        if self._entry:
+            self._entry.remove()
+        for layer in self._layers.values():
+            try:
+                layer.detach()
+            except KloraError as error:
+                failed = error
+        if failed is not None:
+            raise failed
+
+    def changed(self, names: Sequence[str]) -> None:
+        """Let what now acts in these act from the next call on."""
+        for key in {id(self._parts[name].module) for name in names}:
+            self._layers[key].changed()
+
+    def expect(self, running: nn.Module | None = None) -> None:
+        """Wait for calls of all modules, from now on or once attached; `running` is what the model has become."""
+        self._expecting = True
+        if running is not None:
+            self.model = running
+        for layer in self._layers.values():
+            layer.called = False
+        if self._attached:
+            self.fit(entering=True)
+            self._wait()
+
+    def _wait(self) -> None:
+        self._forget_witnesses()
+        inside: set[int] = set()
+        for region in self._compiled:
+            # A hook of a module inside would be compiled with it, or not be seen.
+            found = self._inside(region)
+            inside |= {id(layer.module) for layer in found}
+            self._witnesses.append(_witness(region, found))
+        for key, layer in self._layers.items():
+            if key not in inside and not layer.called:
+                layer.expect()
+
+    def uncalled(self) -> list[str]:
+        """The names of the modules that were not called since `expect`."""
+        return [name for key, layer in self._layers.items() if not layer.called for name in self._names[key]]
+
+    def cause(self) -> str:
+        """Why none of the modules may have been called."""
+        if self.model is None:
+            return "the model that runs is not the one that was fused"
+        found = {id(module) for module in self.model.modules()}
+        if not found & self._layers.keys():
+            return "its modules were exchanged after the fusion began; begin it anew"
+        if any(is_compiled(module) for module in self.model.modules()):
+            return "the model is compiled, and torch skips what comes to its modules later; compile it in another way"
+        return "the model that runs is not the one that was fused, or something runs its modules in another way"
+
+    def fit(self, entering: bool = False) -> None:
+        """Suit what is compiled by now: there hooks are not seen. `entering`: the model itself is being called.
+
+        Weights are held where they may be and there is room, else the compiled modules run eagerly. KloraError where it
+        is too late for that.
+        """
+        if self.model is None or not self._attached:
+            return
+        self._compiled = []
+        for region in compiled_regions(self.model):
+            found = self._inside(region)
+            if not found or self._eagerly.runs(region):
+                continue
+            if self._hold(found):
+                self._compiled.append(region)
+            elif entering and region is self.model and hasattr(region, "_orig_mod"):
+                raise KloraError(
+                    f"{type(self.model).__name__} was compiled after the fusion began, and its weights cannot be held"
+                    " beside the fused ones; compile it before the fusion begins"
+                )
+            else:
+                self._eagerly.run(region)
+                self._say(
+                    f"{type(region).__name__} is compiled, and runs eagerly as long as it is fused: not all of its"
+                    " weights can be held beside the fused ones"
+                )
+
+    def _hold(self, layers: Sequence[Layer]) -> bool:
+        """Hold all of these, or change nothing."""
+        others = [layer for layer in layers if not isinstance(layer, HeldLayer) or isinstance(layer, FormedLayer)]
+        nbytes = sum(weight_of(layer.module).nbytes for layer in others if id(layer.module) in self._plain)
+        if self._engine == BYPASS or any(id(layer.module) not in self._plain for layer in others):
+            return False
+        if any(part.measured for layer in others for part in layer.parts) or not self._room.take(nbytes):
+            return False
+        for layer in others:
+            layer.detach()
+            held = HeldLayer(layer.module, layer.parts)
+            self._layers[id(layer.module)] = held
+            held.attach()
+        return True
+
+    def _inside(self, region: nn.Module) -> list[Layer]:
+        return [layer for module in region.modules() if (layer := self._layers.get(id(module))) is not None]
+
+    def _parts_of(self, key: int) -> list[Part]:
+        return [self._parts[name] for name in self._names[key]]
+
+    def _forget_witnesses(self) -> None:
+        for witness in self._witnesses:
+            witness.remove()
+        self._witnesses.clear()
+
+
+def _witness(region: nn.Module, layers: Sequence[Layer]) -> Calls:
+    """Notes the first call of a compiled module for the layers in it."""
+
+    def called(*_: Any) -> None:
+        for layer in layers:
+            layer.called = True
+        witness.remove()
+
+    # After the call: one that is under way, and has this pass begin, is the first.
+    witness = Calls(region, after=called)
+    witness.attach()
+    return witness
