@@ -1,8 +1,9 @@
 """What the other families of LoRA cost: `python -m bench.families`.
 
 A transformer block of SDXL with 1280 channels, or for convolutions a residual block with 640, is run in turns: with one
-file merged, with K-LoRA, and with K-LoRA where no room is left for formed matrices, so that each forward forms what it
-needs and drops it. Ratios to the merged file of the same family. Then, for the families whose ΔW is formed, every
+file merged, with K-LoRA by products beside the layers, and by held weights; both also where no room is left for formed
+matrices, so that each forward forms what it needs and drops it. Ratios to the merged file of the same family. Then,
+for the families whose ΔW is formed, every
 `--every`th linear of SDXL in a process of its own: all of their ΔW together, and what the process takes at its peak.
 """
 
@@ -26,6 +27,7 @@ from bench.machine import Clock, add_busy, clock_of, describe_machine, timed, ty
 from bench.memory import peak, resident
 from bench.model import CONTEXT, TOKENS, merged, open_pair, write_pair
 from bench.scoring import sdxl_shapes
+from klora.engine import weights
 from klora.engine.session import Session
 from klora.engine.site import Site
 from klora.pair import Pair
@@ -69,10 +71,15 @@ def write_files(family: str, shapes: Mapping[str, tuple[int, ...]], rank: int, f
     return write_pair(folder, shapes, rank, "lora" if family == "conv" else family)
 
 
-def open_session(pair: Pair, layers: Mapping[str, nn.Module]) -> Session:
-    """K-LoRA on all that both files have."""
-    settings = Settings(scope="all")
-    return Session(pair, pair.plan(settings), {name: Site(layer) for name, layer in layers.items()})
+def open_session(pair: Pair, layers: Mapping[str, nn.Module], engine: str = "auto", room: int | None = None) -> Session:
+    """K-LoRA on all that both files have, applied by an engine, with that many bytes of room for weights."""
+    plan = pair.plan(Settings(scope="all", engine=engine))
+    before = weights.ROOM_BYTES
+    weights.ROOM_BYTES = before if room is None else room
+    try:
+        return Session(pair, plan, {name: Site(layer) for name, layer in layers.items()})
+    finally:
+        weights.ROOM_BYTES = before
 
 
 @torch.no_grad()
@@ -85,10 +92,12 @@ def forwards(family: str, rank: int, pixels: int, rounds: int, clock: Clock, shr
         ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
             "no LoRA": nullcontext,
             "merged": partial(merged, rig.layers, pair.subject.loras[0]),
-            "K-LoRA": partial(open_session, pair, rig.layers),
+            "products": partial(open_session, pair, rig.layers, "bypass"),
+            "held": partial(open_session, pair, rig.layers, "held"),
         }
         if family in FORMED:
-            ways["K-LoRA, formed anew"] = partial(_without_room, pair, rig.layers)
+            ways["products, no room"] = partial(open_session, pair, rig.layers, "bypass", 0)
+            ways["held, no room"] = partial(open_session, pair, rig.layers, "held", 0)
         seen: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(rounds):
             for way, applied in ways.items():
@@ -96,12 +105,6 @@ def forwards(family: str, rank: int, pixels: int, rounds: int, clock: Clock, shr
                     rig.forward()  # warms up, and forms what is kept
                     seen[way].append(timed(rig.forward, clock))
     return {way: typical(times, clock) for way, times in seen.items()}
-
-
-def _without_room(pair: Pair, layers: Mapping[str, nn.Module]) -> Session:
-    session = open_session(pair, layers)
-    session._room.free = 0
-    return session
 
 
 @torch.no_grad()
@@ -114,7 +117,7 @@ def memory(files: list[Path], shapes: Mapping[str, tuple[int, ...]]) -> dict[str
         layer.weight = kinds[shapes[name]].weight
     pair = open_pair(files)
     alone = resident()
-    with open_session(pair, layers) as session:
+    with open_session(pair, layers, "bypass") as session:
         for tau in (0.0, 0.5, 1.0):
             session.set_tau(tau)
             for layer in layers.values():
@@ -146,13 +149,11 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     clock = clock_of(options)
     print(f"{describe_machine()}; rank {options.rank}, {options.pixels}×{options.pixels} pixels\n")
-    print("| family | one merged, ms | no LoRA | K-LoRA | K-LoRA, formed anew |\n| --- | ---: | ---: | ---: | ---: |")
+    columns = ("no LoRA", "products", "held", "products, no room", "held, no room")
+    print(f"| family | one merged, ms | {' | '.join(columns)} |\n| --- | ---: |{' ---: |' * len(columns)}")
     for family in options.families:
         found = forwards(family, options.rank, options.pixels, options.rounds, clock, options.shrink)
-        ratios = (
-            f"{found[way] / found['merged']:.2f}×" if way in found else "–"
-            for way in ("no LoRA", "K-LoRA", "K-LoRA, formed anew")
-        )
+        ratios = (f"{found[way] / found['merged']:.2f}×" if way in found else "–" for way in columns)
         print(f"| {family} | {found['merged'] * 1e3:.1f} | {' | '.join(ratios)} |", flush=True)
     print("\n| family | modules | both files, GB | all ΔW of one, GB | at the peak beside the model, GB |")
     print("| --- | ---: | ---: | ---: | ---: |")

@@ -7,6 +7,7 @@ still makes them worse. Nothing fails: what is printed is for a person to look a
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import tempfile
@@ -25,6 +26,7 @@ from klora.cache import ScoreCache
 from klora.engine.session import Session
 from klora.engine.site import Site
 from klora.engine.weights import KEPT
+from klora.fusion.policies.base import STYLE, SUBJECT
 from klora.fusion.scores import score_deltas, standard_ks
 from klora.pair import PAIRS
 from klora.settings import Settings
@@ -74,6 +76,16 @@ def measure(rank: int, step: int, rounds: int, folder: Path) -> dict[str, float]
     layer, x = nn.Linear(1280, 1280), torch.randn(2, 1024, 1280)
     with Session(pair, plan, {name: Site(layer)}):
         forward = ratio(rounds, lambda: layer(x), lambda: layer.forward(x))
+    held = Session(pair, pair.plan(Settings(engine="held", policy="direct")), {name: Site(layer)})
+    lone = copy.deepcopy(layer)
+
+    def form_twice() -> None:
+        held.set_active(SUBJECT)
+        held.set_active(STYLE)
+
+    with held:
+        held_forward = ratio(rounds, lambda: layer(x), lambda: lone(x))
+        forming = ratio(rounds, form_twice, lambda: lone(x)) / 2
     found = {
         "a session of a known pair / reading its numbers": ratio(
             rounds, lambda: Session(pair, plan, sites), lambda: read_numbers(files)
@@ -83,6 +95,8 @@ def measure(rank: int, step: int, rounds: int, folder: Path) -> dict[str, float]
             rounds, lambda: score_deltas(some), lambda: [plain_scores(delta, rank**2) for delta, _ in some.values()]
         ),
         "a linear layer with K-LoRA / without": forward,
+        "a linear layer with a held weight / without": held_forward,
+        "forming a held weight / a forward of its layer": forming,
         "a tiny layer, which costs what Python costs, with K-LoRA / without": tiny_layer(rounds, folder),
         "switching all modules / a session": ratio(rounds, switch_twice, lambda: Session(pair, plan, sites)),
     }

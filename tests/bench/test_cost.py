@@ -15,7 +15,9 @@ from bench.families import FAMILIES, FORMED, forwards
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_is_measured_in_its_ways(family: str) -> None:
     found = forwards(family, 4, 64, 1, time.perf_counter, shrink=20)
-    assert found.keys() == {"no LoRA", "merged", "K-LoRA"} | ({"K-LoRA, formed anew"} if family in FORMED else set())
+    assert found.keys() == {"no LoRA", "merged", "products", "held"} | (
+        {"products, no room", "held, no room"} if family in FORMED else set()
+    )
     assert all(seconds > 0 for seconds in found.values())
 
 
