@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from klora.engine.compiled import Calls
 from klora.engine.ensemble import Ensemble
 from klora.engine.session import Session
 
@@ -20,23 +21,20 @@ class Predictions:
         self._ensemble = Ensemble(session, self._condition)
         self._conditions: dict[tuple[int, int], object] = {}
         self._calls = 0
-        self._handles = (
-            model.register_forward_pre_hook(self._before),
-            model.register_forward_hook(self._ensemble.finish, with_kwargs=True, prepend=True),
-        )
+        self._heard = Calls(model, self._before, self._ensemble.finish)
+        self._heard.attach()
 
     def begin_evaluation(self) -> None:
         """Count the calls anew."""
         self._calls = 0
 
     def remove(self) -> None:
-        """Take the hooks off; does nothing when they are off."""
-        for handle in self._handles:
-            handle.remove()
+        """Take everything off; does nothing when it is off."""
+        self._heard.remove()
 
-    def _before(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._calls += 1
-        self._ensemble.begin()
+        self._ensemble.begin(args, kwargs)
 
     def _condition(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         return self._conditions.setdefault((self._calls, len(args[0])), object())
