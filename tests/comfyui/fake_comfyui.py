@@ -111,6 +111,7 @@ class Patcher:
         self.model = model
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.object_patches: dict[str, Any] = {}
+        self.wrappers: dict[str, dict[str, list[Callable[..., Any]]]] = {}
         self.patches: dict[str, list[Tensor]] = {}
         self.load_device = torch.device("cpu")
 
@@ -118,6 +119,7 @@ class Patcher:
         other = Patcher(self.model)
         other.model_options = copy_nested(self.model_options)
         other.object_patches = dict(self.object_patches)
+        other.wrappers = copy_nested(self.wrappers)
         other.patches = {key: list(found) for key, found in self.patches.items()}
         return other
 
@@ -125,8 +127,7 @@ class Patcher:
         return self.object_patches.get(name, getattr(self.model, name))
 
     def add_wrapper_with_key(self, kind: str, key: str, wrapper: Callable[..., Any]) -> None:
-        wrappers = self.model_options["transformer_options"].setdefault("wrappers", {})
-        wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
+        self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
 
     def lora(self, path: Path, strength: float = 1.0) -> Patcher:
         """The host's own LoRA loader."""
@@ -157,6 +158,7 @@ class Guider:
         """Euler over `sigmas`, from noise or `latents`; `at_call` hears of each call before it is made."""
         patcher = self.model_patcher
         options = copy_nested(patcher.model_options)
+        options["transformer_options"]["wrappers"] = copy_nested(patcher.wrappers)
         with _loaded(patcher), torch.inference_mode():
             passes = _executor(self._euler, _wrappers("sampler_sample", options["transformer_options"]))
             return passes(self, torch.tensor(sigmas), {"model_options": options}, at_call, latents)

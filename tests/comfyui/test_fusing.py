@@ -131,7 +131,7 @@ def test_a_policy_that_measures_looks_at_the_rows_of_the_prompt(model: Patcher) 
 
 def test_a_call_outside_any_sampler_is_an_error(model: Patcher) -> None:
     fused = fuse(model)[0]
-    options = fused.model_options["transformer_options"]
+    options = {"wrappers": fused.wrappers}
     with pytest.raises(KloraError, match="no sampler"):
         model.model.apply_model(torch.ones(1, 6, 16), torch.ones(1), torch.ones(1, 5, 768), options)
 

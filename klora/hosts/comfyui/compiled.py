@@ -12,8 +12,7 @@ COMPILE_KEY = "torch.compile"
 
 def check_not_compiled(patcher: Any) -> None:
     """KloraError where a ModelPatcher's model, or a part of it, is compiled: what is compiled heeds no hooks."""
-    wrappers = patcher.model_options.get("transformer_options", {}).get("wrappers", {})
-    compiled = any(COMPILE_KEY in found for found in wrappers.values()) or any(
+    compiled = any(COMPILE_KEY in found for found in patcher.wrappers.values()) or any(
         # A compiled module stands before the module itself; `module.compile()` leaves it in its place.
         hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
         for part in (patcher.model, *patcher.object_patches.values())

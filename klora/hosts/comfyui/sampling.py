@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -45,14 +46,16 @@ class SampledFusion:
         self._calling = 0
 
     def on(self, patcher: Any) -> Any:
-        """A clone of a ModelPatcher in which the fusion acts."""
+        """A clone of a ModelPatcher in which the fusion acts; KloraError where ComfyUI cannot be told of it."""
         clone = patcher.clone()
+        if not hasattr(clone, "add_wrapper_with_key"):
+            raise KloraError("this ComfyUI is of before 2025 and does not let nodes follow a sampler; update it")
         clone.add_wrapper_with_key(SAMPLER_SAMPLE, KEY, self._sample)
         clone.add_wrapper_with_key(APPLY_MODEL, KEY, self._call)
         return clone
 
     def _sample(self, executor: Any, guider: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Any:
-        positive = frozenset(part.get("uuid") for part in (guider.conds.get("positive") or ()))
+        positive = frozenset(part.get("uuid") for part in getattr(guider, "conds", {}).get("positive") or ())
         host = ComfyHost(guider.model_patcher, positive)
         check_not_compiled(host.patcher)
         session = host.session(self.pair, self.plan, self._say)
@@ -61,17 +64,21 @@ class SampledFusion:
         if not schedule.known and session.plan.settings.progress == "absolute":
             self._say(ESTIMATED)
         ensemble = Ensemble(session, _Conditionings()) if session.plan.policy.forwards > 1 else None
-        handles = [host.diffusion_model.register_forward_pre_hook(self._before_a_forward, with_kwargs=True)]
-        if ensemble is not None:
-            handles.append(host.diffusion_model.register_forward_hook(ensemble.finish, with_kwargs=True, prepend=True))
         self._running.append(Running(session, ensemble))
         try:
-            with session:
+            with session, self._watched(host.diffusion_model, ensemble):
                 return executor(guider, sigmas, *args, **kwargs)
         finally:
             self._running.pop()
-            for handle in handles:
-                handle.remove()
+
+    @contextmanager
+    def _watched(self, model: nn.Module, ensemble: Ensemble | None) -> Iterator[None]:
+        """See every forward of the model inside the block."""
+        with ExitStack() as stack:
+            stack.callback(model.register_forward_pre_hook(self._before_a_forward, with_kwargs=True).remove)
+            if ensemble is not None:
+                stack.callback(model.register_forward_hook(ensemble.finish, with_kwargs=True, prepend=True).remove)
+            yield
 
     def _call(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
         if not self._running:

@@ -71,7 +71,8 @@ def write_loras(server: ComfyServer) -> None:
         write_lora(
             server.loras / f"{kind}_style_peft.safetensors", attention, "peft", rank=4, alpha=4.0, seed=2, strength=0.2
         )
-        write(f"{kind}_dora", attention, family="dora", seed=1)
+        # ComfyUI divides magnitudes of outputs by the norms of the model's weights, and not of the changed ones.
+        write(f"{kind}_dora", attention, family="dora-in", seed=1)
     for kind in ("flux", "qwen"):
         for name, seed in (("subject", 1), ("style", 2)):
             write_generic(server.loras / f"{kind}_{name}.safetensors", server.shapes(kind), seed)

@@ -124,9 +124,12 @@ class ComfyServer:
 
     def latents(self, graph: Graph) -> torch.Tensor:
         """The latents that a graph saves."""
-        saved = self.run(graph)[graph.saver]["latents"][0]
-        path = self.output / saved["subfolder"] / saved["filename"]
-        return load_file(path)["latent_tensor"]
+        return self.read(self.run(graph)[graph.saver])
+
+    def read(self, output: Any) -> torch.Tensor:
+        """What a node has saved as its output."""
+        saved = output["latents"][0]
+        return load_file(self.output / saved["subfolder"] / saved["filename"])["latent_tensor"]
 
     def state(self) -> dict[str, Any]:
         """Hooks and weights of the probe's models, with everything unloaded."""

@@ -120,9 +120,7 @@ class ProbeModel:
 
     @classmethod
     def INPUT_TYPES(cls):
-        return {
-            "required": {"kind": (list(KINDS), {}), "dtype": (list(DTYPES), {}), "storage": (["plain", "gguf"], {})}
-        }
+        return {"required": {"kind": (list(KINDS), {}), "dtype": (list(DTYPES), {})}}
 
     def make(self, kind, dtype):
         key = (kind, dtype)
@@ -219,12 +217,10 @@ class ProbeMixed:
         return {"required": {"model": ("MODEL",), "other": ("MODEL",)}}
 
     def make(self, model, other):
-        options = other.model_options.get("transformer_options", {})
-
         def wrapper(apply, args):
             first = apply(args["input"], args["timestep"], **args["c"])
             c = dict(args["c"])
-            c["transformer_options"] = {**c["transformer_options"], "wrappers": options.get("wrappers", {})}
+            c["transformer_options"] = {**c["transformer_options"], "wrappers": other.wrappers}
             return (first + apply(args["input"], args["timestep"], **c)) / 2
 
         model = model.clone()
@@ -236,7 +232,7 @@ def _state(module):
     digest = hashlib.sha256()
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     hooks = sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in module.modules())
     own = sum("forward" in vars(one) for one in module.modules())
     return {"hooks": hooks, "wrapped": own, "sha256": digest.hexdigest()}
