@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
+from klora.engine.compiled import compiled_regions
 from klora.errors import KloraError
 
 COMPILE_KEY = "torch.compile"
@@ -11,15 +14,10 @@ COMPILE_KEY = "torch.compile"
 
 
 def check_not_compiled(patcher: Any) -> None:
-    """KloraError where a ModelPatcher's model, or a part of it, is compiled: what is compiled heeds no hooks."""
-    compiled = any(COMPILE_KEY in found for found in patcher.wrappers.values()) or any(
-        # A compiled module stands before the module itself; `module.compile()` leaves it in its place.
-        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-        for part in (patcher.model, *patcher.object_patches.values())
-        if hasattr(part, "modules")
-        for module in part.modules()
-    )
-    if compiled:
+    """KloraError where a ModelPatcher's model, or a part of it, is or will be compiled."""
+    parts = (part for part in (patcher.model, *patcher.object_patches.values()) if isinstance(part, nn.Module))
+    later = any(COMPILE_KEY in found for found in getattr(patcher, "wrappers", {}).values())
+    if later or any(region for part in parts for region in compiled_regions(part)):
         raise KloraError(
             "this model is compiled (TorchCompileModel, or a node like it), and a compiled model does not heed which"
             " LoRA acts when; take that node out, or put K-LoRA's fusion into a file with a static policy and *Save"
