@@ -209,3 +209,9 @@ def test_a_pair_that_does_not_fit_the_model_is_an_error(model: Patcher, loras: P
         write_lora(loras / f"{name}.safetensors", other, seed=1, alpha=4.0)
     with pytest.raises(KloraError, match="SD1 model"):
         fuse(model, "other_a", "other_b")
+
+
+def test_a_comfyui_that_is_too_old_is_named(model: Patcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Patcher, "add_wrapper_with_key")
+    with pytest.raises(KloraError, match="update it"):
+        fuse(model)
