@@ -22,14 +22,14 @@ from klora.text import count_of
 class PlannedFusion:
     """Two LoRA files, under the names of a model where there is one, and what of them acts when.
 
-    `settings` are the user's, with what is left to K-LoRA; `absent`: modules of the files that the model lacks.
+    `settings` are the user's, with what is left to K-LoRA; `left_out` says what found no place in the model.
     """
 
     pair: Pair
     plan: FusionPlan
     settings: Settings
     files: tuple[Path, Path]
-    absent: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -42,12 +42,7 @@ class PlannedFusion:
 
     def warnings(self) -> list[str]:
         """What the user should know, one line each."""
-        found = notices(self.pair, self.plan)
-        if self.absent:
-            found.append(
-                f"{count_of(len(self.absent), 'module')} of the LoRAs, such as {self.absent[0]}, are not in the model"
-            )
-        return found
+        return [*notices(self.pair, self.plan), *self.left_out]
 
     def in_short(self) -> str:
         """What meets and who gets how much of it, on one line."""
@@ -63,15 +58,13 @@ def open_fusion(subject: str, style: str, settings: Settings, model: Any = None)
     """
     files = lora_path(subject), lora_path(style)
     pair = PAIRS.open(*files)
-    absent: tuple[str, ...] = ()
-    device = None
-    if model is not None:
-        host = ComfyHost(model)
-        pair, device = host.fit(pair), host.device
-        sites = host.sites()
-        absent = tuple(name for name in {**pair.subject.modules, **pair.style.modules} if name not in sites)
-    plan = pair.plan(settings, device, scoring_bar())
-    return PlannedFusion(pair, plan, settings, files, absent)
+    if model is None:
+        return PlannedFusion(pair, pair.plan(settings, on_scored=scoring_bar()), settings, files)
+    host = ComfyHost(model)
+    pair = host.fit(pair)
+    plan = pair.plan(settings, host.device, scoring_bar())
+    # A session is made here for what it says and raises; samplers make their own.
+    return PlannedFusion(pair, plan, settings, files, tuple(host.session(pair, plan).left_out))
 
 
 def state_of(*names: str) -> str:

@@ -65,7 +65,8 @@ class ComfyHost(Host):
     def index(self) -> ModelIndex:
         """The names under which files may mean the diffusion model's modules."""
         shapes = {name: site.shape for name, site in self._weights.sites.items()}
-        return ModelIndex(shapes, self._weights.aliases, self.architecture)
+        parameters = {path: tuple(one.shape) for path, one in self.diffusion_model.named_parameters()}
+        return ModelIndex(shapes, self._weights.aliases, self.architecture, parameters=parameters)
 
     def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
         """The rows of a call's batch that follow the prompt; None for all of them.
