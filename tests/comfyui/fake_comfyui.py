@@ -29,13 +29,17 @@ class InterruptedByUserError(Exception):
     """What ComfyUI raises where the user ends a job."""
 
 
+class Linear(nn.Linear):
+    """ComfyUI's layers are of classes of its own, whose weights it moves, casts and patches."""
+
+
 class Attention(nn.Module):
     """q, k, v and out, as modules."""
 
     def __init__(self, context: int) -> None:
         super().__init__()
-        self.to_q, self.to_k, self.to_v = nn.Linear(WIDTH, WIDTH), nn.Linear(context, WIDTH), nn.Linear(context, WIDTH)
-        self.to_out = nn.Sequential(nn.Linear(WIDTH, WIDTH))
+        self.to_q, self.to_k, self.to_v = Linear(WIDTH, WIDTH), Linear(context, WIDTH), Linear(context, WIDTH)
+        self.to_out = nn.Sequential(Linear(WIDTH, WIDTH))
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         weights = (self.to_q(x) @ self.to_k(context).mT / WIDTH).softmax(-1)

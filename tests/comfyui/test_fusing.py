@@ -110,6 +110,15 @@ def test_a_branch_that_is_called_in_the_midst_of_another_ones_pass_is_left_alone
     assert torch.equal(again, alone)
 
 
+def test_so_is_it_where_a_policy_makes_several_forwards(model: Patcher) -> None:
+    guider, plain = Guider(fuse(model, policy="composite")[0]), model.clone()
+    x, t = torch.ones(1, 6, 16), torch.tensor([2.0])
+    expected = plain.model.apply_model(x, t, guider.contexts[:1], {})
+    seen: list[Tensor] = []
+    guider.sample(SIGMAS, lambda call: seen.append(plain.model.apply_model(x, t, guider.contexts[:1], {})))
+    assert all(torch.equal(found, expected) for found in seen)
+
+
 def test_two_fusions_one_after_another_add_up(model: Patcher, loras: Path) -> None:
     chained = fuse(fuse(model, share=1.0)[0], share=0.0)[0]
     both = model.lora(loras / "subject.safetensors").lora(loras / "style.safetensors")

@@ -77,7 +77,8 @@ class SampledFusion:
         with ExitStack() as stack:
             stack.callback(model.register_forward_pre_hook(self._before_a_forward, with_kwargs=True).remove)
             if ensemble is not None:
-                stack.callback(model.register_forward_hook(ensemble.finish, with_kwargs=True, prepend=True).remove)
+                hook = model.register_forward_hook(self._after_a_forward, with_kwargs=True, prepend=True)
+                stack.callback(hook.remove)
             yield
 
     def _call(self, executor: Any, x: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -91,9 +92,12 @@ class SampledFusion:
         session.at_level(float(t.max()))
         self._calling += 1
         try:
-            return executor(x, t, *args, **kwargs)
+            output = executor(x, t, *args, **kwargs)
         finally:
             self._calling -= 1
+        # As soon as it can be known, so that no picture is made for nothing.
+        session.evaluated()
+        return output
 
     def _before_a_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Let go where another branch's clone of the same model is called in the midst of a pass."""
@@ -102,6 +106,10 @@ class SampledFusion:
             session.detach()
         elif ensemble is not None:
             ensemble.begin(args, kwargs)
+
+    def _after_a_forward(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        ensemble = self._running[-1].ensemble
+        return ensemble.finish(model, args, kwargs, output) if self._calling and ensemble is not None else None
 
 
 class _Conditionings:
