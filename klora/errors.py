@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 from klora.text import printable
 
 
@@ -48,3 +52,24 @@ class MismatchError(KloraError):
 
 class LeftOutWarning(UserWarning):
     """Something of a LoRA found no place in the model, and does nothing."""
+
+
+def by_name(text: str, *files: Path) -> str:
+    """A text with the names of `files` in the place of their paths."""
+    for path in files:
+        for written in (str(path), printable(str(path))):
+            text = text.replace(written, printable(path.name))
+    return text
+
+
+@contextmanager
+def named_by(*files: Path, folder: Path | None = None) -> Iterator[None]:
+    """Let errors about files say their names alone: what others see must not tell where they lie on this machine."""
+    try:
+        yield
+    except KloraError as error:
+        text = by_name(str(error), *files)
+        if folder is not None:
+            text = text.replace(f"{folder.resolve()}/", "").replace(str(folder.resolve()), folder.name)
+        error.args = (text,)
+        raise

@@ -11,7 +11,7 @@ from typing import Any
 from klora.balance.search import PLACES
 from klora.engine.session import Session
 from klora.engine.wrapping import Wrappers
-from klora.errors import KloraError
+from klora.errors import KloraError, named_by
 from klora.hosts.guidance import make_guidance
 from klora.hosts.webui.guidance import DenoiserGuidance
 from klora.hosts.webui.host import WebuiHost
@@ -23,7 +23,7 @@ from klora.settings import Settings
 from klora.webui.acted import Acted, report
 from klora.webui.attached_sessions import AttachedSessions
 from klora.webui.judged import is_judged, judge_picture
-from klora.webui.messages import comment, fail, named_by, reason_of
+from klora.webui.messages import comment, fail, reason_of
 from klora.webui.options import reference_folder
 from klora.webui.picture_text import add_hashes
 from klora.webui.requested_fusion import RequestedFusion

@@ -7,10 +7,10 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from klora.errors import KloraError
+from klora.errors import KloraError, named_by
 from klora.webui.analysis_page import View, page, rule_line
 from klora.webui.args import FusionRequest
-from klora.webui.messages import ABSENT, left_out, named_by, scoring_shown
+from klora.webui.messages import ABSENT, left_out, scoring_shown
 from klora.webui.prompt_tag import Tag
 
 if TYPE_CHECKING:

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from klora import __version__
-from klora.errors import KloraError, SettingsError
+from klora.errors import KloraError, SettingsError, named_by
 from klora.settings import Settings, options
 from klora.webui.args import FusionRequest, json_schema, read_values, truth
-from klora.webui.messages import named_by
 
 BASE = "/klora/v1"
 VERSION, SCHEMA, ANALYZE = f"{BASE}/version", f"{BASE}/schema", f"{BASE}/analyze"

@@ -8,13 +8,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from klora.errors import named_by
 from klora.fusion.policies import make_policy, resolve
 from klora.hosts.sdnext import is_pipeline
 from klora.hosts.webui.loaded_model import model_of
 from klora.hosts.webui.lora_library import Library
 from klora.webui.active_fusion import ActiveFusion
 from klora.webui.attached_sessions import AttachedSessions
-from klora.webui.messages import comment, fail, named_by, reason_of, scoring_shown
+from klora.webui.messages import comment, fail, reason_of, scoring_shown
 from klora.webui.picture_text import announce, begin_picture
 from klora.webui.pipeline_fusion import EncodedWith, PipelineFusion
 from klora.webui.prompt_tag import NAME, Tag

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from klora.errors import KloraError
+from klora.errors import KloraError, named_by
 from klora.webui.args import NONE
-from klora.webui.messages import named_by
 from klora.webui.prompt_tag import quoted_name
 
 

@@ -6,11 +6,9 @@ import importlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klora.errors import KloraError
-from klora.text import printable
 
 if TYPE_CHECKING:
     from klora.fusion.scores import OnScored
@@ -82,19 +80,3 @@ def reason_of(error: Exception) -> str:
     logger.error("K-LoRA failed", exc_info=error)
     # The text of an error of the file system would tell where a file lies on this machine.
     return f"an unexpected {type(error).__name__}: {getattr(error, 'strerror', None) or error}"
-
-
-@contextmanager
-def named_by(*files: Path, folder: Path | None = None) -> Iterator[None]:
-    """Let errors about files say their names alone: an image's text must not tell where they lie on this machine."""
-    try:
-        yield
-    except KloraError as error:
-        text = str(error)
-        for path in files:
-            for written in (str(path), printable(str(path))):
-                text = text.replace(written, printable(path.name))
-        if folder is not None:
-            text = text.replace(f"{folder.resolve()}/", "").replace(str(folder.resolve()), folder.name)
-        error.args = (text,)
-        raise

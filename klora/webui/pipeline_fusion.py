@@ -9,14 +9,14 @@ from typing import Any
 
 from klora.engine.session import Session
 from klora.engine.wrapping import Wrappers
-from klora.errors import KloraError, SettingsError
+from klora.errors import KloraError, SettingsError, named_by
 from klora.hosts.diffusers import follow
 from klora.hosts.guidance import make_guidance
 from klora.hosts.sdnext import SdnextHost, is_refined
 from klora.hosts.webui.lora_library import Library
 from klora.webui.acted import Acted, report
 from klora.webui.attached_sessions import AttachedSessions
-from klora.webui.messages import comment, fail, named_by, reason_of
+from klora.webui.messages import comment, fail, reason_of
 from klora.webui.options import reference_folder
 from klora.webui.picture_text import add_hashes
 from klora.webui.requested_fusion import RequestedFusion

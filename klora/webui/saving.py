@@ -5,9 +5,8 @@ from __future__ import annotations
 import importlib
 from pathlib import Path
 
-from klora.errors import KloraError
+from klora.errors import KloraError, named_by
 from klora.webui.args import FusionRequest
-from klora.webui.messages import named_by
 
 _LONGEST = 120
 _ENDINGS = (".safetensors", ".ckpt", ".pt")

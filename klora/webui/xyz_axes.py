@@ -111,7 +111,7 @@ def _args_of(p: Any) -> list[Any]:
 
 
 def _open(subject: str, style: str) -> None:
-    from klora.webui.messages import named_by
+    from klora.errors import named_by
     from klora.webui.sides import find_side, open_pair
 
     names = Library()
