@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from klora.comfyui.messages import scoring_bar
+from klora.errors import by_name, named_by
 from klora.fusion.plan import FusionPlan
 from klora.hosts.comfyui.loras import lora_path
 from klora.hosts.comfyui.model import ComfyHost
@@ -42,7 +43,7 @@ class PlannedFusion:
 
     def warnings(self) -> list[str]:
         """What the user should know, one line each."""
-        return [*notices(self.pair, self.plan), *self.left_out]
+        return [by_name(line, *self.files) for line in (*notices(self.pair, self.plan), *self.left_out)]
 
     def in_short(self) -> str:
         """What meets and who gets how much of it, on one line."""
@@ -57,14 +58,15 @@ def open_fusion(subject: str, style: str, settings: Settings, model: Any = None)
     Raises KloraError for what cannot be opened, does not go together or does not fit the model.
     """
     files = lora_path(subject), lora_path(style)
-    pair = PAIRS.open(*files)
-    if model is None:
-        return PlannedFusion(pair, pair.plan(settings, on_scored=scoring_bar()), settings, files)
-    host = ComfyHost(model)
-    pair = host.fit(pair)
-    plan = pair.plan(settings, host.device, scoring_bar())
-    # A session is made here for what it says and raises; samplers make their own.
-    return PlannedFusion(pair, plan, settings, files, tuple(host.session(pair, plan).left_out))
+    with named_by(*files):
+        pair = PAIRS.open(*files)
+        if model is None:
+            return PlannedFusion(pair, pair.plan(settings, on_scored=scoring_bar()), settings, files)
+        host = ComfyHost(model)
+        pair = host.fit(pair)
+        plan = pair.plan(settings, host.device, scoring_bar())
+        # A session is made here for what it says and raises; samplers make their own.
+        return PlannedFusion(pair, plan, settings, files, tuple(host.session(pair, plan).left_out))
 
 
 def state_of(*names: str) -> str:
@@ -96,7 +98,8 @@ def clip_of(fusion: PlannedFusion, clip: Any) -> tuple[Any, list[str]]:
         if clip is None:
             said.append(f"{file.name} has a text-encoder part, which does nothing without a clip")
             continue
-        clip, missing = clip_with(clip, deltas, strength)
+        with named_by(*fusion.files):
+            clip, missing = clip_with(clip, deltas, strength)
         if missing:
             said.append(f"{count_of(len(missing), 'module')} of {file.name}, such as {missing[0]}, are not in the clip")
     return clip, said

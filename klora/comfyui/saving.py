@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from klora.comfyui.planned import PlannedFusion
+from klora.errors import named_by
 from klora.merge import fused_file, merge
 from klora.pair import PAIRS
 from klora.report.files import OutputFile
@@ -19,8 +20,9 @@ def save_fused(fusion: PlannedFusion, prefix: str, rank: int | None, dtype: str)
     Raises SettingsError for a policy that depends on the step, KloraError where nothing can be made or written.
     """
     # Files hold names that other programs read, and not those of the model at hand.
-    pair = PAIRS.open(*fusion.files)
-    made, plan = merge(pair, fusion.settings, rank)
+    with named_by(*fusion.files):
+        pair = PAIRS.open(*fusion.files)
+        made, plan = merge(pair, fusion.settings, rank)
     paths = importlib.import_module("folder_paths")
     folder, name, counter, subfolder, _ = paths.get_save_image_path(prefix, paths.get_output_directory())
     file = f"{name}_{counter:05}_.safetensors"

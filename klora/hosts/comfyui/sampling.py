@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from klora.engine.ensemble import Ensemble
 from klora.engine.session import Session
-from klora.errors import KloraError
+from klora.errors import KloraError, named_by
 from klora.fusion.plan import FusionPlan
 from klora.hosts.comfyui.compiled import check_not_compiled
 from klora.hosts.comfyui.model import ComfyHost
@@ -58,7 +58,8 @@ class SampledFusion:
         positive = frozenset(part.get("uuid") for part in getattr(guider, "conds", {}).get("positive") or ())
         host = ComfyHost(guider.model_patcher, positive)
         check_not_compiled(host.patcher)
-        session = host.session(self.pair, self.plan, self._say)
+        with named_by(*(lora.path for lora in self.pair.loras if lora.path)):
+            session = host.session(self.pair, self.plan, self._say)
         schedule = whole_schedule(host.patcher.get_model_object("model_sampling"), sigmas.tolist())
         session.start_pass(schedule.levels)
         if not schedule.known and session.plan.settings.progress == "absolute":
