@@ -85,6 +85,8 @@ class Judgement:
     def take(self, p: Any, processed: Any) -> None:
         """Write under a cell's picture what is in it, and after the last one, mark the best and say which it is."""
         cell, judged = getattr(p, CELL, None), getattr(p, JUDGED, None)
+        if cell is not None and not is_judged(p):
+            comment(p, "a picture with a hires pass is not judged")
         if cell is None or judged is None or not processed.images:
             return
         if cell.shares != self._shares or cell.share == cell.shares[0]:

@@ -46,7 +46,8 @@ def first_call(host: DiffusersHost, arguments: Mapping[str, Any]) -> Call:
         found.append(Call({name: rows_of(value, rows) for name, value in told.items()}))
         raise _Stop
 
-    hook = host.diffusion_model.register_forward_pre_hook(keep, with_kwargs=True)
+    # Before all others: what follows the sampling need not hear of a call that is not made.
+    hook = host.diffusion_model.register_forward_pre_hook(keep, with_kwargs=True, prepend=True)
     try:
         with suppress(_Stop):
             host.pipe(**arguments)

@@ -63,7 +63,8 @@ def test_the_first_call_ends_the_pipeline_there_and_leaves_no_hook(pipe: Any) ->
     host = DiffusersHost(pipe)
     with Times(host) as times:
         first_call(host, arguments(pipe))
-    assert len(times) == 1
+    # Whatever else listens need not hear of a call that is not made.
+    assert len(times) == 0
     assert not host.diffusion_model._forward_pre_hooks
     assert not host.diffusion_model._forward_hooks
 
