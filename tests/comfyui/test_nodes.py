@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from klora.comfyui.inputs import ELSEWHERE, FIRST, STRENGTHS, rest
 from klora.comfyui.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, KLoraAnalyse, KLoraMap, KLoraSave
@@ -142,6 +143,22 @@ print(json.dumps([sys.path == before, here, nodes]))
 """
     found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=tmp_path)
     assert json.loads(found.stdout) == [True, [], NODE_DISPLAY_NAME_MAPPINGS]
+
+
+def test_the_example_workflow_fits_the_nodes_and_is_in_its_picture_too() -> None:
+    written = (REPOSITORY / "workflows" / "k-lora.json").read_text(encoding="utf-8")
+    nodes = {node["type"]: node for node in json.loads(written)["nodes"]}
+    with Image.open(REPOSITORY / "workflows" / "k-lora.png") as picture:
+        assert json.loads(picture.text["workflow"]) == json.loads(written)
+    for name in ("KLora", "KLoraMap"):
+        both = {**inputs_of(name), **inputs_of(name, "optional")}
+        widgets = [
+            key for key, (kind, _) in both.items() if isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING")
+        ]
+        sockets = {key: kind for key, (kind, _) in both.items() if key not in widgets}
+        assert len(nodes[name]["widgets_values"]) == len(widgets)
+        assert {one["name"]: one["type"] for one in nodes[name]["inputs"]} == sockets
+        assert [one["type"] for one in nodes[name]["outputs"]] == list(NODE_CLASS_MAPPINGS[name].RETURN_TYPES)
 
 
 def test_the_install_script_does_no_harm_where_there_is_no_webui(tmp_path: Path) -> None:

@@ -62,6 +62,8 @@ def main() -> None:
             }"""
         )
         page.wait_for_function(f"() => ({PREVIEW})() === 1", timeout=WAIT)
+        # A first visit is greeted with the templates, among which the example is.
+        page.keyboard.press("Escape")
         page.wait_for_timeout(1000)
         page.screenshot(path=picture)
         browser.close()
