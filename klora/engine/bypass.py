@@ -103,17 +103,17 @@ class HookedLayer:
         self.module, self.parts = module, parts
         self.called = False
         """Whether the module has been called since `expect`."""
-        self._hook = Hook(self)
+        self.hook = Hook(self)
         self._ready: tuple[torch.device, torch.dtype] | None = None
 
     def attach(self) -> None:
         """Put the hook on; does nothing when it is on."""
-        if self._hook not in self.module._forward_hooks.values():
-            self.module.register_forward_hook(self._hook, with_kwargs=True)
+        if self.hook not in self.module._forward_hooks.values():
+            self.module.register_forward_hook(self.hook, with_kwargs=True)
 
     def detach(self) -> None:
         """Take the hook off; does nothing when it is off."""
-        drop(self.module, self._hook)
+        drop(self.module, self.hook)
 
     def expect(self) -> None:
         """Wait for a call of the module."""
@@ -122,7 +122,7 @@ class HookedLayer:
 
     def changed(self) -> None:
         """Let what acts now act from the next call on."""
-        self._hook.dtype = None
+        self.hook.dtype = None
 
     def prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Make the function that adds to an output there."""
@@ -131,8 +131,8 @@ class HookedLayer:
             for part in self.parts:
                 part.ready(device, dtype)
             self._ready = (device, dtype)
-        self._hook.add = _in_turn([add for part in self.parts for add in part.adders(device, dtype)])
-        self._hook.device, self._hook.dtype = device, dtype
+        self.hook.add = _in_turn([add for part in self.parts for add in part.adders(device, dtype)])
+        self.hook.device, self.hook.dtype = device, dtype
 
 
 def drop(module: nn.Module, hook: object) -> None:

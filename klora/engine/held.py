@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
-from klora.engine.bypass import Part, Uncopied, drop
+from klora.engine.bypass import HookedLayer, Part, Uncopied, drop
 from klora.engine.weights import preparing
 from klora.errors import KloraError
 
@@ -99,7 +100,7 @@ class HeldLayer:
             self.base = self.base.to(self._parameter.data)
             acts = any(part.acting for part in self.parts)
             self._formed = merged(self.base, self.parts) if acts else self.base
-            self._parameter.data = self._formed
+            self._swap(self._formed)
 
     def _point_back(self) -> None:
         base, formed, self.base, self._formed = self.base, self._formed, None, None
@@ -112,21 +113,31 @@ class HeldLayer:
             )
         if self._parameter._version == self._version:
             moved = self._parameter.data.data_ptr() != formed.data_ptr()
-            self._parameter.data = base.to(self._parameter.data) if moved else base
+            self._swap(base.to(self._parameter.data) if moved else base)
+
+    def _swap(self, data: Tensor) -> None:
+        self._parameter.data = data
+        # So that a backward pass through what was there before is an error, not a gradient of something else.
+        increment_version(self._parameter)
+        self._version = self._parameter._version
 
 
 class FormedLayer(HeldLayer):
-    """One module for whose W′ there is no room to stay: it is formed for each forward."""
+    """One module for whose W′ there is no room to stay: it is formed for each forward.
+
+    With gradients on, its products are added instead: W′ would be gone when the backward pass comes to it.
+    """
 
     def __init__(self, module: nn.Module, parts: Sequence[Part]) -> None:
         super().__init__(module, parts)
         self._before, self._after = Before(self), After(self)
+        self._beside = HookedLayer(module, parts)
 
     def attach(self) -> None:
         """Put the hooks on; does nothing when they are on."""
         if self._before not in self.module._forward_pre_hooks.values():
             self.module.register_forward_pre_hook(self._before)
-            self.module.register_forward_hook(self._after, always_call=True)
+            self.module.register_forward_hook(self._after, with_kwargs=True, always_call=True)
 
     def detach(self) -> None:
         """Take the hooks off; does nothing when they are off."""
@@ -138,14 +149,22 @@ class FormedLayer(HeldLayer):
         """Wait for a call of the module."""
         self.called = False
 
+    def changed(self) -> None:
+        """Let what now acts act from the next call on."""
+        self._beside.changed()
+
     def enter(self) -> None:
         """Point at W′, formed for the forward that begins."""
         self.called = True
-        self._point()
+        if not torch.is_grad_enabled():
+            self._point()
 
-    def leave(self) -> None:
-        """Point back."""
-        self._point_back()
+    def leave(self, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor | None) -> Tensor | None:
+        """Point back, or give the output with what acts added; y is None where the forward has failed."""
+        if self.base is not None:
+            self._point_back()
+            return None
+        return None if y is None else self._beside.hook(self.module, args, kwargs, y)
 
 
 class Before(Uncopied):
@@ -169,9 +188,9 @@ class After(Uncopied):
     def __init__(self, layer: FormedLayer) -> None:
         self.layer = layer
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Drop it."""
-        self.layer.leave()
+        return self.layer.leave(args, kwargs, output)
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:

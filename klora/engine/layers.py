@@ -12,11 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from klora.engine.bypass import Part
+from klora.engine.bypass import HookedLayer, Part
 from klora.engine.compiled import Calls, Eagerly, compiled_regions, is_compiled
 from klora.engine.held import FormedLayer, HeldLayer, weight_of
 from klora.engine.ways import BYPASS, Layer, is_plain, layer_of, plain_modules
-from klora.engine.weights import Room
+from klora.engine.weights import KEPT, Room
 from klora.errors import KloraError
 
 Say = Callable[[str], None]
@@ -76,6 +76,7 @@ class Layers:
                 self._wait()
             if self._entry:
                 self._entry.attach()
+            KEPT.at_work.add(self)
         except BaseException:
             self.detach()
             raise
@@ -83,6 +84,7 @@ class Layers:
     def detach(self) -> None:
         """Take everything off. KloraError, after that, where a weight cannot be put back."""
         self._attached = False
+        KEPT.at_work.discard(self)
         failed: KloraError | None = None
         # What runs eagerly lies beneath what listens, and so comes off first.
         self._eagerly.remove()
@@ -113,6 +115,16 @@ class Layers:
         if self._attached:
             self.fit(entering=True)
             self._wait()
+
+    def let_go(self) -> None:
+        """Go on by products, where weights are held outside of what is compiled: the memory is wanted elsewhere."""
+        compiled = {id(layer.module) for region in self._compiled for layer in self._inside(region)}
+        for key, layer in list(self._layers.items()):
+            if isinstance(layer, HeldLayer) and key not in compiled:
+                layer.detach()
+                self._layers[key] = hooked = HookedLayer(layer.module, layer.parts)
+                hooked.called = layer.called
+                hooked.attach()
 
     def _wait(self) -> None:
         self._forget_witnesses()

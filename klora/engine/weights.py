@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -222,6 +222,13 @@ class PairWeights:
             return sum(weights.nbytes() for weights in self._weights.values())
 
 
+class Yielding(Protocol):
+    """What is at work, and can do with less memory."""
+
+    def let_go(self) -> None:
+        """Give back what is as large as the model, and go on without it."""
+
+
 class KeptWeights:
     """The weights of the pairs used last: at most `max_pairs`, and as many as fit in `max_bytes`, the latest always.
 
@@ -233,6 +240,8 @@ class KeptWeights:
         self.max_bytes = max_bytes
         self._lock = threading.Lock()
         self._pairs: dict[Pair, PairWeights] = {}
+        self.at_work: weakref.WeakSet[Yielding] = weakref.WeakSet()
+        """What lets go of its memory first where the memory is wanted."""
 
     def of(self, pair: Pair) -> PairWeights:
         """The weights of a pair, which becomes the latest."""
@@ -245,6 +254,8 @@ class KeptWeights:
 
     def clear(self) -> None:
         """Drop everything: the memory is wanted for something else."""
+        for one in list(self.at_work):
+            one.let_go()
         with self._lock:
             self._pairs.clear()
 

@@ -18,7 +18,7 @@ from klora.engine.bypass import HookedLayer
 from klora.engine.held import FormedLayer, HeldLayer
 from klora.engine.session import Session
 from klora.engine.site import Site
-from klora.engine.weights import Room
+from klora.engine.weights import KEPT, Room
 from klora.errors import KloraError
 from klora.pair import Pair
 from klora.settings import Settings
@@ -273,6 +273,20 @@ def test_a_weight_that_somebody_has_exchanged_is_an_error_in_words(tmp_path: Pat
     assert not model.conv._state_dict_hooks
 
 
+def test_where_the_memory_is_wanted_held_weights_go_first_and_the_fusion_goes_on(tmp_path: Path) -> None:
+    pair, model = pair_of(tmp_path, "loha"), Model()
+    before = storage(model)
+    with session_of(pair, model) as session:
+        fused = model.outputs()
+        KEPT.clear()
+        assert model.linear.weight.data_ptr() == before["linear.weight"][0]
+        assert set(ways(session)) == {HookedLayer}
+        for name, value in model.outputs().items():
+            torch.testing.assert_close(value, fused[name], rtol=1e-4, atol=1e-5)
+    assert_untouched(model, before)
+    assert not KEPT.at_work
+
+
 @pytest.mark.parametrize("ending", [RuntimeError, KeyboardInterrupt])
 def test_held_weights_are_put_back_whatever_ends_the_block(tmp_path: Path, ending: type[BaseException]) -> None:
     pair, model = pair_of(tmp_path, "loha"), Model()
@@ -296,6 +310,25 @@ def test_what_is_made_in_inference_mode_serves_gradients_later(tmp_path: Path, e
             model.outputs()
         model.linear(x).sum().backward()
     assert x.grad is not None
+
+
+@pytest.mark.parametrize("room", [2**20, 0], ids=["held", "formed"])
+def test_gradients_are_those_of_the_merged_weight(tmp_path: Path, room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Room, "on", classmethod(lambda cls, device: Room(room)))
+    pair, model, x = pair_of(tmp_path, "full"), Model(), torch.randn(3, 16, requires_grad=True)
+    change = sum(file.modules[LINEAR].matrix() for file in (pair.subject, pair.style))
+    expected = (model.linear.weight.detach() + change).sum(0).expand(3, 16)
+    with session_of(pair, model, policy="direct"):
+        model.linear(x).sum().backward()
+    torch.testing.assert_close(x.grad, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_that_comes_too_late_is_an_error_and_not_a_wrong_one(tmp_path: Path) -> None:
+    pair, model, x = pair_of(tmp_path, "full"), Model(), torch.randn(3, 16, requires_grad=True)
+    with session_of(pair, model):
+        y = model.linear(x).sum()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
 
 
 def test_two_fusions_on_one_model_both_act_and_both_come_off(tmp_path: Path) -> None:
