@@ -15,6 +15,7 @@ from torch import nn
 
 import klora
 from klora.errors import KloraError, MismatchError
+from klora.hosts.diffusers import DiffusersHost
 from tests.support.lora_files import write_lora
 from tests.support.pipelines import flux_pipeline, run, sd_pipeline
 
@@ -69,17 +70,15 @@ def whole(pipe: Any) -> None:
     pipe.unet.compile(backend="eager")
 
 
-def wrapped(pipe: Any) -> None:
-    pipe.unet = torch.compile(pipe.unet, backend="eager")
-
-
 def middle(pipe: Any) -> None:
     pipe.unet.mid_block = torch.compile(pipe.unet.mid_block, backend="eager")
 
 
-@pytest.mark.parametrize("compiled", [whole, wrapped, middle], ids=lambda way: way.__name__)
-@pytest.mark.parametrize("order", ["before", "inside"])
-@pytest.mark.parametrize("engine", ["auto", "bypass"])
+# All ways and orders are tested on a model that compiles at once (tests/engine/test_layers.py).
+@pytest.mark.parametrize(
+    ("compiled", "order", "engine"),
+    [(whole, "before", "bypass"), (middle, "before", "auto"), (middle, "inside", "auto")],
+)
 def test_a_compiled_unet_gives_the_eager_picture_and_the_plain_one_afterwards(
     made: Callable[[], Any], tmp_path: Path, compiled: Prepare, order: str, engine: str
 ) -> None:
@@ -91,21 +90,27 @@ def test_a_compiled_unet_gives_the_eager_picture_and_the_plain_one_afterwards(
     if order == "before":
         compiled(pipe)
         assert_close(picture(pipe), plain)
-    too_late = (compiled, order, engine) == (wrapped, "inside", "bypass")
     with klora.fuse(pipe, *files, engine=engine):
         if order == "inside":
             compiled(pipe)
-        if too_late:
-            with pytest.raises(KloraError, match="compile it before the fusion begins"):
-                picture(pipe)
-        else:
-            assert_close(picture(pipe), expected)
-            assert_close(picture(pipe), expected)
+        assert_close(picture(pipe), expected)
     assert_close(picture(pipe), plain)
     for name, value in unet.named_parameters():
         name = name.replace("_orig_mod.", "")
         assert value.data_ptr() == before[name][0]
         assert torch.equal(value, before[name][1])
+
+
+def test_a_denoiser_that_torch_has_wrapped_has_its_own_names_and_is_what_is_called(made: Callable[[], Any]) -> None:
+    pipe = made()
+    unet, sites = pipe.unet, DiffusersHost(pipe).sites()
+    pipe.unet = torch.compile(unet, backend="eager")
+    host = DiffusersHost(pipe)
+    assert host.diffusion_model is unet
+    assert host.running is pipe.unet
+    assert {name: site.module for name, site in host.sites().items()} == {n: s.module for n, s in sites.items()}
+    assert "timestep" in host.inputs
+    assert host.architecture == DiffusersHost(made()).architecture
 
 
 @pytest.mark.parametrize("order", ["before", "inside"])
