@@ -48,6 +48,7 @@ def judge_picture(p: Any, model: Model, latents: Any, found: Found) -> None:
     """Keep on `p` how much of each LoRA is in a picture, by its latents; an interrupt ends it, and an error is said."""
     from klora.balance.judge import judge
 
+    setattr(p, JUDGED, None)
     state = importlib.import_module("modules.shared").state
     before = getattr(state, "textinfo", None)
 
@@ -85,8 +86,8 @@ class Judgement:
     def take(self, p: Any, processed: Any) -> None:
         """Write under a cell's picture what is in it, and after the last one, mark the best and say which it is."""
         cell, judged = getattr(p, CELL, None), getattr(p, JUDGED, None)
-        if cell is not None and not is_judged(p):
-            comment(p, "a picture with a hires pass is not judged")
+        if cell is not None and not hasattr(p, JUDGED):
+            comment(p, "not judged: that is done in A1111 and the Forge family, for pictures without a hires pass")
         if cell is None or judged is None or not processed.images:
             return
         if cell.shares != self._shares or cell.share == cell.shares[0]:

@@ -29,4 +29,4 @@ def test_a_picture_with_a_hires_pass_is_made_and_not_judged(server: Server, plai
         JUDGED, TAG, enable_hr=True, hr_scale=1.5, hr_upscaler="Latent", hr_second_pass_steps=4, denoising_strength=0.6
     )
     assert len({cell.shape for cell in grid.all[-len(SHARES) :]}) == 1
-    assert "has most of both" not in grid.comments
+    assert "not judged" in grid.comments

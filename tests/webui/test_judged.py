@@ -86,7 +86,7 @@ def test_an_interrupt_ends_judging_and_leaves_the_picture(host: FakeHost, plain:
     finally:
         hook.remove()
         state.interrupted = False
-    assert not hasattr(p, JUDGED)
+    assert getattr(p, JUDGED) is None
     assert len(calls) < 8 + 12
     assert p.comments == []
 
@@ -97,14 +97,25 @@ def test_what_goes_wrong_in_judging_is_said_and_the_picture_stays(host: FakeHost
     model = host.sd_model.forge_objects.unet.model
     model.predictor = types.SimpleNamespace(prediction_type="edm")
     p = judged(host)
-    assert not hasattr(p, JUDGED)
+    assert getattr(p, JUDGED) is None
     assert any("edm" in text for text in p.comments)
 
 
 def test_a_picture_that_begins_in_the_middle_is_not_judged_and_says_so(host: FakeHost, plain: Picture) -> None:
     p = judged(host, init_images=torch.zeros(1, 32), denoising_strength=0.3)
-    assert not hasattr(p, JUDGED)
+    assert getattr(p, JUDGED) is None
     assert any("not judged" in text for text in p.comments)
+
+
+def test_a_cell_that_nobody_judges_says_so(host: FakeHost) -> None:
+    said: list[str] = []
+    p = types.SimpleNamespace(comment=said.append, enable_hr=True)
+    setattr(p, CELL, Cell(0.5, (0.5,)))
+    picture = Image.new("RGB", (96, 64))
+    processed = types.SimpleNamespace(images=[picture])
+    Judgement().take(p, processed)
+    assert processed.images == [picture]
+    assert said[0].startswith("K-LoRA: not judged")
 
 
 def grid(shares: tuple[float, ...], parts: list[Parts]) -> tuple[list[Image.Image], list[str]]:
