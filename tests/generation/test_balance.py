@@ -11,6 +11,7 @@ import klora
 from klora.balance.search import PLACES, SHARES
 from klora.demo import catalogue
 from klora.errors import KloraError
+from klora.generation import balance
 from klora.generation.balance import cost
 from klora.generation.pipeline import load_pipeline
 
@@ -51,8 +52,16 @@ def test_the_pipeline_is_as_before_and_all_work_is_told(pipe: Any, pair: catalog
     assert dones[-1] == pytest.approx(cost(STEPS))
 
 
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Fewer pictures and places, where it matters not how many there are; gives how many pictures."""
+    monkeypatch.setattr(balance, "SHARES", (0.5, 0.7))
+    monkeypatch.setattr(balance, "PLACES", (0.4,))
+    return 2
+
+
 def test_each_lora_judges_under_its_own_prompt(
-    pipe: Any, pair: catalogue.DemoPair, monkeypatch: pytest.MonkeyPatch
+    pipe: Any, pair: catalogue.DemoPair, monkeypatch: pytest.MonkeyPatch, few: int
 ) -> None:
     prompts: list[str] = []
     original = type(pipe).encode_prompt
@@ -64,10 +73,10 @@ def test_each_lora_judges_under_its_own_prompt(
     monkeypatch.setattr(type(pipe), "encode_prompt", encode)
     find(pipe, pair, subject_prompt=pair.prompts["subject"], style_prompt=pair.prompts["style"])
     both = pair.prompts["both"]
-    assert prompts == [*[both] * len(SHARES), both, pair.prompts["subject"], pair.prompts["style"]]
+    assert prompts == [*[both] * few, both, pair.prompts["subject"], pair.prompts["style"]]
 
 
-def test_an_interrupt_leaves_no_hook(pipe: Any, pair: catalogue.DemoPair) -> None:
+def test_an_interrupt_leaves_no_hook(pipe: Any, pair: catalogue.DemoPair, few: int) -> None:
     def stop(what: str, _done: float) -> None:
         if what == "judging":
             raise KeyboardInterrupt
