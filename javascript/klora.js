@@ -1,5 +1,5 @@
-// What the accordion does in the page by itself: it names the active pair in its header, tells what lies under the pointer
-// on the selection map, marks an analysis that no longer holds, and takes a balance from a grid of balances.
+// What the accordion does in the page by itself: it shows its checkbox and the pair in its header, asks about the pair when
+// the checkpoint changes, tells what lies under the pointer on the selection map, marks an analysis that no longer holds, and takes a balance from a grid of balances.
 // Without this file everything still works.
 (function () {
     "use strict";
@@ -23,7 +23,11 @@
     // ---- the header
 
     function checkboxOf(tab) {
-        return find(`#${tab}_klora-checkbox input, #${tab}_klora_enabled input[type=checkbox]`);
+        return find(`#${tab}_klora_enabled input[type=checkbox]`);
+    }
+
+    function namesOf(tab) {
+        return ["subject", "style"].map((side) => (find(`#${tab}_klora_${side} input`) || {}).value || "None");
     }
 
     function pairOf(tab) {
@@ -31,19 +35,42 @@
         if (!enabled || !enabled.checked) {
             return "";
         }
-        const names = ["subject", "style"].map((side) => (find(`#${tab}_klora_${side} input`) || {}).value || "None");
-        return ` · ${names.map((name) => (name === "None" ? "?" : name)).join(" × ")}`;
+        const names = namesOf(tab);
+        return ` · ${names.includes("None") ? say("no pair yet") : names.join(" × ")}`;
+    }
+
+    // The checkbox that enables K-LoRA, shown in the header and apart from the fold; the real one stays where it is.
+    function tickOf(tab, label) {
+        let tick = label.querySelector(".klora-tick");
+        if (!tick) {
+            tick = document.createElement("input");
+            tick.type = "checkbox";
+            tick.className = "klora-tick";
+            tick.addEventListener("click", (event) => {
+                event.stopPropagation();
+                const real = checkboxOf(tab);
+                if (real && real.checked !== tick.checked) {
+                    real.click();
+                }
+                setTimeout(updateHeaders, 50);
+            });
+            label.prepend(tick);
+            find(`#${tab}_klora_enabled`).classList.add("klora-in-header");
+        }
+        return tick;
     }
 
     function updateHeader(tab) {
         const label = find(`#${tab}_klora > .label-wrap > span`);
-        if (!label) {
+        const real = checkboxOf(tab);
+        if (!label || !real) {
             return;
         }
-        const tick = label.querySelector("input[type=checkbox]");
-        if (tick && tick.getAttribute("aria-label") !== say("Enable K-LoRA")) {
-            tick.setAttribute("aria-label", say("Enable K-LoRA"));
+        const tick = tickOf(tab, label);
+        tick.checked = real.checked;
+        if (tick.title !== say("Enable K-LoRA")) {
             tick.title = say("Enable K-LoRA");
+            tick.setAttribute("aria-label", tick.title);
         }
         let pair = label.querySelector(".klora-pair-name");
         if (!pair) {
@@ -54,7 +81,52 @@
         if (pair.textContent !== pairOf(tab)) {
             pair.textContent = pairOf(tab);
         }
+        nameControls(tab);
     }
+
+    // Tooltips of our own, before the host gives them some of its for words that happen to be the same.
+    function nameControls(tab) {
+        root().querySelectorAll(`#${tab}_klora .block`).forEach((block) => {
+            const name = block.querySelector("[data-testid=block-info], .label-wrap > span, label > span");
+            const text = name && name.textContent.trim();
+            if (text) {
+                block.querySelectorAll("span:not([title]), button:not([title]), li:not([title])").forEach((found) => {
+                    found.title = text;
+                });
+            }
+        });
+    }
+
+    // ---- the pair and the checkpoint
+
+    window.kloraCheckpoint = function () {
+        const found = find("#setting_sd_model_checkpoint input, #setting_sd_model_checkpoint select");
+        return found ? found.value : "";
+    };
+
+    let checkpoint = null;
+
+    function askAboutCheckpoint() {
+        const chosen = window.kloraCheckpoint();
+        if (chosen !== checkpoint && document.activeElement !== find("#setting_sd_model_checkpoint input")) {
+            checkpoint = chosen;
+            TABS.filter((tab) => !namesOf(tab).includes("None"))
+                .forEach((tab) => find(`#${tab}_klora_ask_misfit`)?.click());
+        }
+    }
+
+    // Whether there is something to compare balances of; says so where there is not.
+    window.kloraHasPair = function (tab) {
+        const typed = (find(`#${tab}_prompt textarea`) || {}).value || "";
+        const found = typed.includes("<klora:") || !namesOf(tab).includes("None");
+        if (!found) {
+            const text = document.createElement("p");
+            text.className = "klora-error";
+            text.textContent = say("Choose a subject and a style first");
+            find(`#${tab}_klora_result`).replaceChildren(text);
+        }
+        return found;
+    };
 
     function updateHeaders() {
         TABS.forEach(updateHeader);
@@ -108,7 +180,8 @@
             return;
         }
         const caption = figure.querySelector("figcaption");
-        const text = captionOf(figure, event) || say(caption.dataset.idle);
+        const idle = window.matchMedia("(hover: none)").matches ? caption.dataset.tap : caption.dataset.idle;
+        const text = captionOf(figure, event) || say(idle || caption.dataset.idle);
         if (caption.textContent !== text) {
             caption.textContent = text;
         }
@@ -187,7 +260,9 @@
             document.addEventListener(event, () => setTimeout(updateHeaders, delay), true);
         }
         document.addEventListener("mousemove", (event) => { point(event); nameCell(event); });
+        document.addEventListener("click", (event) => point(event));
         document.addEventListener("click", pickBalance, true);
+        setInterval(askAboutCheckpoint, 1000);
         document.addEventListener("input", (event) => {
             TABS.filter((tab) => event.target.closest(`#${tab}_steps`)).forEach(window.kloraStale);
         }, true);

@@ -28,6 +28,11 @@
         return loraNames().filter((name) => name !== subject && name.toLowerCase().includes(typed.toLowerCase()));
     }
 
+    // Signs of the tag's own are written as in URLs.
+    function quoted(name) {
+        return name.replace(/[:<>=%+*]/g, (sign) => `%${sign.charCodeAt(0).toString(16).toUpperCase()}`);
+    }
+
     // The subject is followed by the style, the style by the end of the tag. The extension puts this in the place of the
     // word at the cursor, which is all of an open tag, or its end where a name holds spaces.
     function completed(name) {
@@ -36,7 +41,7 @@
         }
         const before = beforeCursor();
         const [open, subject, typed] = before.match(OPEN_TAG);
-        const whole = open.slice(0, open.length - typed.length) + name + (subject === undefined ? ":" : ">");
+        const whole = open.slice(0, open.length - typed.length) + quoted(name) + (subject === undefined ? ":" : ">");
         const word = typeof tagword === "string" && open.toLowerCase().endsWith(tagword) ? tagword.length : open.length;
         return whole.slice(open.length - word);
     }

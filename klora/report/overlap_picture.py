@@ -17,11 +17,11 @@ HEIGHT = 900
 _MARKS = (("output spaces shared", "^"), ("input spaces shared", "v"))
 
 
-def overlap_picture(overlap: Overlap, title: str, theme: Theme = LIGHT) -> Images.Image:
+def overlap_picture(overlap: Overlap, title: str, theme: Theme = LIGHT, width: int = WIDTH) -> Images.Image:
     """Draw, for each block, the cosine above and what is shared below. Needs matplotlib."""
     from matplotlib.figure import Figure
 
-    size = WIDTH / DPI, HEIGHT / DPI
+    size = width / DPI, HEIGHT / DPI
     figure = Figure(figsize=size, dpi=DPI, facecolor=theme.background, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
     figure.suptitle(literal(f"{title}: {in_words(overlap)}"), color=theme.ink, wrap=True, **FONT)

@@ -28,7 +28,6 @@ DPI = 100
 WIDTH, LEFT, RIGHT, SIDE = 1200, 92, 40, 130
 TITLE, MAP, LABELS, PROFILE, BOTTOM = 158, 440, 96, 280, 116
 LEGEND = 58
-_CELLS = WIDTH - LEFT - SIDE - RIGHT
 _POINTS = 72 / DPI
 _NARROWEST = 26
 FONT: dict[str, Any] = {"fontsize": 22 * _POINTS}
@@ -71,35 +70,35 @@ def selection_map(plan: FusionPlan, title: str | None = None) -> Images.Image:
     return drawing.image()
 
 
-def selection_cells(plan: FusionPlan, theme: Theme = LIGHT) -> Images.Image:
+def selection_cells(plan: FusionPlan, theme: Theme = LIGHT, width: int = WIDTH) -> Images.Image:
     """Draw only who acts where and when, without a heading; `cells_box` tells where the cells lie."""
-    drawing = _Drawing(plan, theme, LEGEND, _cells_height(plan))
+    drawing = _Drawing(plan, theme, LEGEND, _cells_height(plan, width), width)
     drawing.legend(LEGEND)
     cells = drawing.cells()
     drawing.block_labels(cells, cells)
     return drawing.image()
 
 
-def cells_box(plan: FusionPlan) -> tuple[float, float, float, float]:
+def cells_box(plan: FusionPlan, width: int = WIDTH) -> tuple[float, float, float, float]:
     """Left, top, right and bottom of the cells in `selection_cells`, as fractions of its width and height."""
-    height = _cells_height(plan)
-    return LEFT / WIDTH, LEGEND / height, (WIDTH - SIDE - RIGHT) / WIDTH, (LEGEND + MAP) / height
+    height = _cells_height(plan, width)
+    return LEFT / width, LEGEND / height, (width - SIDE - RIGHT) / width, (LEGEND + MAP) / height
 
 
-def _cells_height(plan: FusionPlan) -> int:
-    upright = any(_is_upright(block, plan) for block in blocks(plan))
+def _cells_height(plan: FusionPlan, width: int) -> int:
+    upright = any(_is_upright(block, plan, width) for block in blocks(plan))
     return LEGEND + MAP + (LABELS if upright else 48)
 
 
 class _Drawing:
     """One figure of a plan; places are counted in pixels from the top left corner."""
 
-    def __init__(self, plan: FusionPlan, theme: Theme, top: int, height: int) -> None:
+    def __init__(self, plan: FusionPlan, theme: Theme, top: int, height: int, whole: int = WIDTH) -> None:
         from matplotlib.figure import Figure
 
         self.plan, self.theme, self.top, self.height = plan, theme, top, height
-        self.width = _CELLS
-        self.figure: Figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor=theme.background)
+        self.whole, self.width = whole, whole - LEFT - SIDE - RIGHT
+        self.figure: Figure = Figure(figsize=(whole / DPI, height / DPI), dpi=DPI, facecolor=theme.background)
 
     def image(self) -> Images.Image:
         """The finished picture."""
@@ -131,7 +130,7 @@ class _Drawing:
         self.figure.legend(
             handles=[Patch(color=colour, label=WHO[x]) for x, colour in shown.items()],
             loc="lower left",
-            bbox_to_anchor=(LEFT / WIDTH, 1 - (bottom - 2) / self.height),
+            bbox_to_anchor=(LEFT / self.whole, 1 - (bottom - 2) / self.height),
             ncols=4,
             frameon=False,
             borderaxespad=0,
@@ -144,7 +143,7 @@ class _Drawing:
         )
 
     def _place(self, left: int, top: int, width: int, height: int) -> Axes:
-        box = (left / WIDTH, 1 - (top + height) / self.height, width / WIDTH, height / self.height)
+        box = (left / self.whole, 1 - (top + height) / self.height, width / self.whole, height / self.height)
         axes: Axes = self.figure.add_axes(box)
         dress(axes, self.theme, self.theme.faint)
         return axes
@@ -267,7 +266,7 @@ class _Drawing:
                 textcoords="offset points",
                 ha="center",
                 va="top",
-                rotation=90 if _is_upright(block, self.plan) else 0,
+                rotation=90 if _is_upright(block, self.plan, self.whole) else 0,
                 annotation_clip=False,
                 color=self.theme.ink,
                 **FONT,
@@ -335,9 +334,9 @@ def _limits(plan: FusionPlan, thresholds: list[float]) -> tuple[float, float]:
     return max(low, high / 1e8), high
 
 
-def _is_upright(block: Block, plan: FusionPlan) -> bool:
+def _is_upright(block: Block, plan: FusionPlan, width: int) -> bool:
     """Whether a block's label stands on end, for want of room."""
-    space = (block.stop - block.start) * _CELLS / max(1, len(plan.modules))
+    space = (block.stop - block.start) * (width - LEFT - SIDE - RIGHT) / max(1, len(plan.modules))
     return _NARROWEST <= space <= 13 * len(short_label(block.label))
 
 

@@ -17,16 +17,17 @@ if TYPE_CHECKING:
     from PIL import Image as Images
 
     from klora.fusion.plan import FusionPlan
+    from klora.fusion.scores import OnScored
     from klora.pair import Pair
     from klora.report.overlap import Overlap
     from klora.report.picture import Theme
 
 
-def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
+def plan_of(request: FusionRequest, hear: OnScored | None = None) -> tuple[Pair, FusionPlan]:
     """Open the two files, which the host must list, and decide as for the next picture with the loaded model.
 
     Where none is loaded, or the pair is for another, which the warnings then say, modules go by the files' own names.
-    Raises KloraError where the files do not go together.
+    `hear` is told how many modules have been scored, of how many. Raises KloraError where the files do not go together.
     """
     from klora.hosts.webui.lora_library import Library
     from klora.webui.sides import find_side, open_pair
@@ -36,8 +37,17 @@ def plan_of(request: FusionRequest) -> tuple[Pair, FusionPlan]:
     with named_by(*(one.lora.path for one in (*subject, *style))):
         pair, warnings = _in_loaded_model(open_pair(subject, style))
         with scoring_shown(request.subject, request.style) as on_scored:
-            plan = pair.plan(request.settings, on_scored=on_scored)
+            plan = pair.plan(request.settings, on_scored=_both(on_scored, hear))
         return pair, dataclasses.replace(plan, warnings=(*plan.warnings, *warnings))
+
+
+def _both(first: OnScored, second: OnScored | None) -> OnScored:
+    def hear(done: int, total: int) -> None:
+        first(done, total)
+        if second is not None:
+            second(done, total)
+
+    return hear
 
 
 def _in_loaded_model(pair: Pair) -> tuple[Pair, list[str]]:
@@ -57,12 +67,12 @@ def _in_loaded_model(pair: Pair) -> tuple[Pair, list[str]]:
     return pair, [left_out(absent, ABSENT)] if absent else []
 
 
-def analyse(request: FusionRequest, view: View) -> tuple[str, str]:
+def analyse(request: FusionRequest, view: View, hear: OnScored | None = None) -> tuple[str, str]:
     """What the pair would do over that many steps, and the rule with its numbers, as HTML."""
     from klora.report.overlap import overlap_of
 
     settings = dataclasses.replace(request.settings, steps=view.steps)
-    pair, plan = plan_of(dataclasses.replace(request, settings=settings))
+    pair, plan = plan_of(dataclasses.replace(request, settings=settings), hear)
     title = f"{request.subject} × {request.style}"
     overlap = overlap_of(pair, plan)
     drawn = _cells(plan, view), overlap, _bars(overlap, title, view)
@@ -84,7 +94,7 @@ def _bars(overlap: Overlap, title: str, view: View) -> Images.Image | None:
         return None
     from klora.report.overlap_picture import overlap_picture
 
-    return overlap_picture(overlap, title, _theme(view))
+    return overlap_picture(overlap, title, _theme(view), _width(view))
 
 
 def _cells(plan: FusionPlan, view: View) -> Images.Image | None:
@@ -92,7 +102,14 @@ def _cells(plan: FusionPlan, view: View) -> Images.Image | None:
         return None
     from klora.report.picture import selection_cells
 
-    return selection_cells(plan, _theme(view))
+    return selection_cells(plan, _theme(view), _width(view))
+
+
+def _width(view: View) -> int:
+    """What is drawn for a narrow page is half as wide, so that its type can be read when it is made to fit."""
+    from klora.report.picture import WIDTH
+
+    return WIDTH if view.width >= WIDTH // 2 else WIDTH // 2
 
 
 def _can_draw() -> bool:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 STALE = "The pair or a setting has changed since: analyse again."
 POINT = "Point at the map to see which module and step it is."
+TAP = "Tap the map to see which module and step it is."
+BARS = "Show it block by block"
 WITHOUT_MATPLOTLIB = "The selection map needs matplotlib; install it into the WebUI's environment."
 FOUND = "Found for this pair and checkpoint, share:"
 DURING = "decided while sampling"
@@ -31,10 +33,11 @@ POINTED = ("step", "subject", "style", "both", "neither")
 
 
 class View(NamedTuple):
-    """For how many steps an analysis is, and whether the page is dark."""
+    """For how many steps an analysis is, whether the page is dark, and how wide the accordion is, in CSS pixels."""
 
     steps: int = 20
     dark: bool = False
+    width: int = 1200
 
 
 def page(
@@ -72,6 +75,11 @@ def failure(text: str) -> str:
     return f'<p class="klora-error">{_say(" ".join(text.split()))}</p>'
 
 
+def told(text: str) -> str:
+    """Write what went well, on one line."""
+    return f'<p class="klora-told">{_say(" ".join(text.split()))}</p>'
+
+
 def _headline(title: str, plan: FusionPlan) -> str:
     from klora.report.words import share_in_words
 
@@ -95,7 +103,10 @@ def _counts(pair: Pair, plan: FusionPlan) -> str:
 def _overlap(overlap: Overlap, bars: Images.Image | None) -> str:
     from klora.report.overlap import in_words
 
-    drawing = f'<img src="{_source(bars)}" alt="Overlap by block" style="width:100%">' if bars is not None else ""
+    drawing = ""
+    if bars is not None:
+        image = f'<img src="{_source(bars)}" alt="Overlap by block">'
+        drawing = f'<details class="klora-bars"><summary>{_say(BARS)}</summary>{image}</details>'
     return f'<p class="klora-overlap">{_say(OVERLAP)} {_data(in_words(overlap))}</p>{drawing}'
 
 
@@ -110,11 +121,14 @@ def _figure(plan: FusionPlan, picture: Images.Image) -> str:
     from klora.report.words import module_in_words
 
     modules = [[module_in_words(module.name), plan.selections[module.name]] for module in plan.modules]
-    told = json.dumps({"box": cells_box(plan), "steps": plan.steps, "modules": modules}, separators=(",", ":"))
+    told = json.dumps(
+        {"box": cells_box(plan, picture.width), "steps": plan.steps, "modules": modules}, separators=(",", ":")
+    )
     return (
         f'<figure class="klora-map" data-klora="{html.escape(told)}">'
         f'<img src="{_source(picture)}" alt="Selection map" draggable="false">'
-        f'<figcaption data-idle="{html.escape(POINT)}">{_say(POINT)}</figcaption></figure>'
+        f'<figcaption data-idle="{html.escape(POINT)}" data-tap="{html.escape(TAP)}">{_say(POINT)}</figcaption>'
+        "</figure>"
     )
 
 

@@ -43,6 +43,9 @@ class BalanceGrid:
         kept = f"window.klora_before_{self._tab}"
         fill = f"""(...before) => {{
             {kept} = before.slice(0, {len(controls)});
+            if (window.kloraHasPair && !window.kloraHasPair('{self._tab}')) {{
+                return before.slice({len(controls)}, {2 * len(controls) + 1});
+            }}
             setTimeout(() => document.querySelector('#{self._tab}_klora_compare_start').click(), {_FILL_MS});
             return {json.dumps([*self._values.values(), True])};
         }}"""

@@ -37,19 +37,32 @@ def register_options() -> None:
 
     category = _category()
 
+    def heading(key: str, text: str) -> None:
+        """Begin a group of settings, where the host has headings."""
+        make = getattr(importlib.import_module("modules.options"), "OptionHTML", None)
+        if make is not None:
+            made = make(text)
+            made.section, made.category_id = SECTION, category
+            shared.opts.add_option(f"{NAME}_heading_{key}", made)
+
     def add(key: str, default: Any, label: str, info: str, *component: Any) -> Any:
+        if isinstance(default, str) and not component:
+            component = (gr.Textbox, {"max_lines": 1})
         made = shared.OptionInfo(default, label, *component, section=SECTION).info(info)
         made.category_id = category
         shared.opts.add_option(key, made)
         return made
 
+    heading("files", "Maps and scores")
     add(SHOW_MAP, False, "Always add the selection map to the gallery", "also for tags typed into the prompt")
     where = "empty: cache/klora in the WebUI's data folder"
     add(CACHE_FOLDER, "", "Folder that keeps the scores of LoRA files", where)
     add(CACHE_MEGABYTES, _MEGABYTES, "Size of that folder, in MB", "what was not used longest goes", gr.Number)
+    heading("references", "Reference pictures")
     add(REFERENCES, "", "Folder of reference pictures", "empty: klora-references in the WebUI's data folder")
     for name, key in MODELS.items():
         add(key, getattr(Settings(), name), options()[name].label, options()[name].help)
+    heading("defaults", "What the accordion begins with")
     for name in DEFAULTED:
         option, default = setting_options()[name], text_of(getattr(Settings(), name))
         component: tuple[Any, ...] = ()
@@ -60,7 +73,7 @@ def register_options() -> None:
         elif not option.optional and not option.free:
             component = (gr.Number, {"precision": 0 if option.kind is int else None})
         hint = hint_of(name, option) or option.help
-        add(default_key(name), default, f"Default of {option.label}", hint, *component).needs_reload_ui()
+        add(default_key(name), default, option.label, hint, *component).needs_reload_ui()
 
 
 def _category() -> str | None:

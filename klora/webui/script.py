@@ -15,7 +15,7 @@ from klora.webui.injection import PLANS, apply_request, pair_of
 from klora.webui.judged import Judgement
 from klora.webui.messages import hand_on_comments
 from klora.webui.options import defaults, map_always_wanted
-from klora.webui.ui import TITLE, Header, build
+from klora.webui.ui import TITLE, build
 
 
 def make_script() -> type:
@@ -40,9 +40,11 @@ def make_script() -> type:
         def ui(self, is_img2img: bool) -> list[Any]:
             """Mount the accordion."""
             from klora.webui.analysis import analyse
+            from klora.webui.fitting import misfit
+            from klora.webui.saving import save
 
             tab = "img2img" if is_img2img else "txt2img"
-            found = build(tab, Library, analyse, defaults(), header_of_the_host())
+            found = build(tab, Library, analyse, defaults(), misfit, save)
             self.grid = BalanceGrid(tab, found)
             self.infotext_fields = [(found.args[name], paste) for name, paste in PASTERS.items()]
             self.paste_field_names = list(PASTERS.values())
@@ -74,14 +76,6 @@ def make_script() -> type:
             hand_on_comments(p, processed)
 
     return KLoraScript
-
-
-def header_of_the_host() -> Header | None:
-    """The host's accordion with a checkbox in its header (a class or a function), None where it has none."""
-    try:
-        return getattr(importlib.import_module("modules.ui_components"), "InputAccordion", None)
-    except ImportError:
-        return None
 
 
 def map_wanted(args: Sequence[Any]) -> bool:

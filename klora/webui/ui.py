@@ -8,12 +8,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 from klora.errors import KloraError
-from klora.fusion.policies import is_heeded, policies_with
-from klora.settings import AUTO
-from klora.webui.analysis_page import View, failure
+from klora.fusion.policies import OF_SCALES, POLICIES, is_heeded, policies_with
+from klora.settings import AUTO, Settings
+from klora.webui.analysis_page import View, failure, told
+from klora.webui.analysis_run import AnalysisRun, Result
 from klora.webui.args import ARG_ORDER, NONE, FusionRequest, read_values, setting_options
 from klora.webui.controls import ControlMaker, hint_of, slider_reach
 
@@ -34,11 +36,16 @@ class Names(Protocol):
         """Look for new files."""
 
 
-Analyse = Callable[[FusionRequest, View], tuple[str, str]]
-"""Gives what a pair would do, and the rule with its numbers, both as HTML; raises KloraError."""
+Analyse = Callable[[FusionRequest, View, Callable[[int, int], None]], Result]
+"""Gives what a pair would do, told how many modules have been scored, of how many; raises KloraError."""
 
-Header = Callable[..., Any]
-"""A host's accordion with a checkbox in its header: called with its value, label and elem_id, then entered."""
+Misfit = Callable[[str, str, str], str]
+"""Says of a subject, a style and a checkpoint's title that they do not go together; nothing where they do."""
+
+Save = Callable[[FusionRequest, str], str]
+"""Saves a fusion as one LoRA of a name and says so; raises KloraError."""
+
+SAVE, NOT_ONE_FILE = "Save as LoRA", "This policy depends on the step, which no file can hold"
 
 
 @dataclass
@@ -60,39 +67,34 @@ def build(
     library: Callable[[], Names],
     analyse: Analyse,
     defaults: Mapping[str, Any] | None = None,
-    header: Header | None = None,
+    misfit: Misfit | None = None,
+    save: Save | None = None,
 ) -> Accordion:
     """Mount the accordion in the Gradio block at hand; `tab` begins all its elements' ids.
 
-    `defaults` are values of settings other than their own defaults. Without a `header` the checkbox is the accordion's
-    first control.
+    `defaults` are values of settings other than their own defaults. The page's script shows the first control, which
+    enables K-LoRA, in the header, where it is apart from the fold.
     """
     import gradio as gr
 
     found = Accordion()
     maker = ControlMaker(gr, tab, defaults or {})
-    with _mounted(gr, tab, header) as found.args["enabled"]:
+    with gr.Accordion(TITLE, open=False, elem_id=f"{tab}_klora"):
+        found.args["enabled"] = gr.Checkbox(label="Enable K-LoRA", value=False, elem_id=f"{tab}_klora_enabled")
+        found.args["enabled"].do_not_save_to_config = True
         _add_pair(gr, tab, found, library)
+        if misfit is not None:
+            _add_misfit(gr, tab, found, misfit)
         switch = _add_knob(gr, tab, maker, found)
         _add_row(gr, maker, found, BASIC[2:])
-        button, result = _add_actions(gr, tab, found)
+        buttons, result = _add_actions(gr, tab, found)
         with gr.Accordion("Advanced", open=False, elem_id=f"{tab}_klora_advanced"):
             _add_advanced(gr, maker, found)
             rule = gr.HTML("", elem_id=f"{tab}_klora_rule")
-        _follow_policy(gr, found, switch)
-        _connect_analysis(gr, tab, found, analyse, button, [result, rule])
+            button = _add_saving(gr, tab, found, save) if save is not None else None
+        _follow_policy(gr, found, switch, button)
+        _connect_analysis(gr, tab, found, analyse, buttons, [result, rule])
     return found
-
-
-@contextlib.contextmanager
-def _mounted(gr: Any, tab: str, header: Header | None) -> Iterator[Any]:
-    """Open the accordion; give the checkbox that enables it."""
-    if header is not None:
-        with header(False, label=TITLE, elem_id=f"{tab}_klora") as enabled:
-            yield enabled
-    else:
-        with gr.Accordion(TITLE, open=False, elem_id=f"{tab}_klora"):
-            yield gr.Checkbox(label="Enable K-LoRA", value=False, elem_id=f"{tab}_klora_enabled")
 
 
 def _add_pair(gr: Any, tab: str, found: Accordion, library: Callable[[], Names]) -> None:
@@ -113,6 +115,22 @@ def _add_pair(gr: Any, tab: str, found: Accordion, library: Callable[[], Names])
         return [gr.update(choices=menu(library))] * 2
 
     button.click(refresh, inputs=[], outputs=[found.args["subject"], found.args["style"]], show_progress=False)
+
+
+def _add_misfit(gr: Any, tab: str, found: Accordion, misfit: Misfit) -> None:
+    """Say where a pair is for another model than the chosen checkpoint; the page's script asks when that changes."""
+    said = gr.HTML("", elem_id=f"{tab}_klora_misfit")
+    checkpoint = gr.Textbox("", visible=False)
+    ask = gr.Button("", visible=False, elem_id=f"{tab}_klora_ask_misfit")
+
+    def answer_misfit(subject: str, style: str, title: str) -> str:
+        found = misfit(subject, style, title)
+        return failure(found) if found else ""
+
+    code = "(subject, style, title) => [subject, style, window.kloraCheckpoint?.() ?? '']"
+    inputs = [found.args["subject"], found.args["style"], checkpoint]
+    for event in (ask.click, found.args["subject"].change, found.args["style"].change):
+        in_page(event, code, inputs, [said], then=answer_misfit)
 
 
 def menu(library: Callable[[], Names]) -> list[str]:
@@ -140,7 +158,7 @@ def _add_knob(gr: Any, tab: str, maker: ControlMaker, found: Accordion) -> Any:
             elem_id=f"{tab}_klora_share_slider",
         )
         switch = gr.Checkbox(label="Set the share instead", value=False, elem_id=f"{tab}_klora_share_switch", scale=0)
-        found.args["share"] = gr.Textbox(value=AUTO, visible=False, elem_id=f"{tab}_klora_share")
+        found.args["share"] = gr.Textbox(label=option.label, value=AUTO, visible=False, elem_id=f"{tab}_klora_share")
     for control in (share, switch, found.args["share"]):
         control.do_not_save_to_config = True
     text = f"(on, share) => on ? String(share) : '{AUTO}'"
@@ -178,60 +196,116 @@ def _add_row(gr: Any, maker: ControlMaker, found: Accordion, names: Sequence[str
             found.args[name] = maker.control(name)
 
 
-def _follow_policy(gr: Any, found: Accordion, switch: Any) -> None:
+def _follow_policy(gr: Any, found: Accordion, switch: Any, save: Any) -> None:
     """Show only the settings that the policy heeds, and of balance and share the one that counts."""
-    own = [name for name in setting_options() if policies_with(name)]
+    of_some = OF_SCALES - {"balance", "share"}
+    own = [name for name in setting_options() if policies_with(name) or name in of_some]
 
     def show(policy: str, by_share: bool) -> list[Any]:
         heeded = is_heeded("balance", policy)
         seen = [heeded, heeded and not by_share, heeded and by_share, *(is_heeded(name, policy) for name in own)]
-        return [gr.update(visible=visible) for visible in seen]
+        static = POLICIES[policy].static
+        button = gr.update(value=SAVE if static else NOT_ONE_FILE, interactive=static)
+        return [*(gr.update(visible=visible) for visible in seen), *([button] if save is not None else ())]
 
     outputs = [switch, found.args["balance"], found.share_slider, *(found.args[name] for name in own)]
+    outputs += [save] if save is not None else []
     for control in (found.args["policy"], switch):
         control.change(show, inputs=[found.args["policy"], switch], outputs=outputs, show_progress=False)
 
 
-def _add_actions(gr: Any, tab: str, found: Accordion) -> tuple[Any, Any]:
-    """Add the buttons and the place below them where an analysis appears."""
+def _add_actions(gr: Any, tab: str, found: Accordion) -> tuple[Sequence[Any], Any]:
+    """Add the buttons, those of the analysis first, and the place below them where an analysis appears."""
     with gr.Row(elem_classes=["klora-actions"]):
         button = gr.Button("Analyse pair", elem_id=f"{tab}_klora_analyse")
+        cancel = gr.Button("Cancel", elem_id=f"{tab}_klora_cancel", visible=False)
         # Seen where a host can make a grid.
         found.compare = gr.Button("Compare five balances", elem_id=f"{tab}_klora_compare", visible=False)
         found.args["show_map"] = gr.Checkbox(label="Map in gallery", value=False, elem_id=f"{tab}_klora_show_map")
-    return button, gr.HTML("", elem_id=f"{tab}_klora_result")
+    return (button, cancel), gr.HTML("", elem_id=f"{tab}_klora_result")
+
+
+def _of_the_fusion(found: Accordion) -> dict[str, Any]:
+    """The controls that say what the fusion is, by name."""
+    return {name: found.args[name] for name in ARG_ORDER if name not in ("enabled", "show_map")}
+
+
+def _add_saving(gr: Any, tab: str, found: Accordion, save: Save) -> Any:
+    """Add the name and the button that save the fusion as one LoRA; give the button."""
+    static = POLICIES[Settings().policy].static
+    with gr.Row(elem_classes=["klora-saving"]):
+        name = gr.Textbox(label="Name of the LoRA", value="", max_lines=1, elem_id=f"{tab}_klora_save_name")
+        button = gr.Button(SAVE if static else NOT_ONE_FILE, interactive=static, elem_id=f"{tab}_klora_save")
+    name.do_not_save_to_config = True
+    said = gr.HTML("", elem_id=f"{tab}_klora_saved")
+    controls = _of_the_fusion(found)
+
+    def run(*values: Any) -> str:
+        try:
+            return told(save(read_values(dict(zip(controls, values[:-1], strict=True))), str(values[-1] or "")))
+        except KloraError as error:
+            return failure(str(error))
+
+    button.click(run, inputs=[*controls.values(), name], outputs=[said])
+    return button
 
 
 def _connect_analysis(
-    gr: Any, tab: str, found: Accordion, analyse: Analyse, button: Any, outputs: Sequence[Any]
+    gr: Any, tab: str, found: Accordion, analyse: Analyse, buttons: Sequence[Any], outputs: Sequence[Any]
 ) -> None:
-    """Analyse for the steps of the tab and in the colours of the page; mark as stale what has changed since."""
-    steps = gr.Number(value=View().steps, visible=False)
-    dark = gr.Checkbox(value=View().dark, visible=False)
-    names = [name for name in ARG_ORDER if name not in ("enabled", "show_map")]
+    """Analyse for the steps of the tab, in the page's colours and width; mark as stale what has changed since."""
+    button, cancel = buttons
+    steps, dark, width = (gr.Number(value=value, visible=False) for value in (View().steps, 0, View().width))
+    controls = _of_the_fusion(found)
+    running: list[AnalysisRun] = []
 
-    def run(*values: Any) -> list[Any]:
-        view = View(int(values[-2]), bool(values[-1]))
-        return list(answer(analyse, dict(zip(names, values[:-2], strict=True)), view))
+    def run(*values: Any) -> Iterator[list[Any]]:
+        view = View(int(values[-3]), bool(values[-2]), int(values[-1]))
+        for shown in answer(analyse, dict(zip(controls, values[:-3], strict=True)), view, running):
+            if isinstance(shown, str):
+                yield [shown or gr.update(), gr.update(), gr.update(visible=True)]
+            else:
+                yield [*shown, gr.update(visible=False)]
 
-    inputs = [*(found.args[name] for name in names), steps, dark]
+    def stop() -> None:
+        for one in running:
+            one.cancel()
+
+    inputs = [*controls.values(), steps, dark, width]
     # A page's function is given the outputs too, behind the inputs.
     code = f"""(...values) => {{
         const steps = document.querySelector('#{tab}_steps input[type=number]');
         const dark = document.querySelector('.dark') !== null;
-        return [...values.slice(0, {len(names)}), Number(steps?.value) || {View().steps}, dark];
+        const width = document.querySelector('#{tab}_klora')?.clientWidth;
+        return [...values.slice(0, {len(controls)}), Number(steps?.value) || {View().steps}, Number(dark),
+            width || {View().width}];
     }}"""
-    in_page(button.click, code, inputs, outputs, then=run)
-    for name in names:
-        in_page(found.args[name].change, f"() => {{ window.kloraStale?.('{tab}'); return []; }}", [], [])
+    in_page(button.click, code, inputs, [*outputs, cancel], then=run)
+    cancel.click(stop, inputs=[], outputs=[], queue=False)
+    for control in controls.values():
+        in_page(control.change, f"() => {{ window.kloraStale?.('{tab}'); return []; }}", [], [])
 
 
-def answer(analyse: Analyse, values: Mapping[str, Any], view: View) -> tuple[str, str]:
-    """What a pair would do and by which rule, as HTML; or what is wrong, and no rule."""
+def answer(
+    analyse: Analyse, values: Mapping[str, Any], view: View, running: list[AnalysisRun] | None = None
+) -> Iterator[str | Result]:
+    """How far an analysis is, and at last what a pair would do and by which rule, as HTML; or what is wrong.
+
+    While it is under way it is in `running`.
+    """
     try:
-        return analyse(read_values(values), view)
+        request = read_values(values)
     except KloraError as error:
-        return failure(str(error)), ""
+        yield failure(str(error)), ""
+        return
+    one = AnalysisRun(f"{request.subject} × {request.style}", partial(analyse, request, view))
+    running = [] if running is None else running
+    running.append(one)
+    try:
+        yield from one.watch()
+    finally:
+        one.cancel()
+        running.remove(one)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,7 @@ def use(page: Page) -> dict[str, Any]:
     """Walk through every control that does something."""
     seen: dict[str, Any] = {"before": echo(page), "title": title(page)}
     page.click("#txt2img_klora > .label-wrap")
-    page.check("#txt2img_klora_enabled input")
+    seen["folded by the tick"] = fold_with_the_tick(page)
     choose(page, "subject", "dog")
     choose(page, "style", "dog")
     seen["error"] = analyse(page, "there is no LoRA")
@@ -68,6 +68,23 @@ def look_at_the_map(page: Page) -> dict[str, Any]:
     page.locator(".klora-map figcaption").hover()
     page.wait_for_timeout(200)
     found["stale at first"] = page.locator(".klora-stale").count()
+    return found
+
+
+def fold_with_the_tick(page: Page) -> list[Any]:
+    """Tick in the header and fold: whether it is open and on after each."""
+    found: list[Any] = []
+
+    def note() -> None:
+        page.wait_for_timeout(300)
+        opened = page.locator("#txt2img_klora_subject").is_visible()
+        found.append([opened, page.locator(".klora-tick").first.is_checked()])
+
+    page.locator("#txt2img_klora .klora-tick").first.click()
+    note()
+    for _ in range(2):
+        page.click("#txt2img_klora > .label-wrap", position={"x": 200, "y": 10})
+        note()
     return found
 
 

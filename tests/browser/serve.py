@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -30,7 +31,7 @@ class FakeLibrary:
             NAMES.append("new")
 
 
-def analyse(request: FusionRequest, view: View) -> tuple[str, str]:
+def analyse(request: FusionRequest, view: View, hear: Callable[[int, int], None]) -> tuple[str, str]:
     """Stand for the analysis of files, which needs torch: two modules over so many steps."""
     if request.subject == request.style:
         raise KloraError(f"there is no LoRA named <b>{request.subject}</b>; did you mean cat?")

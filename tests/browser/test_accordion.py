@@ -79,6 +79,10 @@ def test_the_title_tells_the_active_pair(seen: dict[str, Any]) -> None:
     assert seen["active title"] == "K-LoRA · dog × ink"
 
 
+def test_the_checkbox_in_the_header_is_apart_from_the_fold(seen: dict[str, Any]) -> None:
+    assert seen["folded by the tick"] == [[True, True], [False, True], [True, True]]
+
+
 def test_analysing_is_for_the_steps_of_the_tab_in_the_colours_of_the_page(seen: dict[str, Any]) -> None:
     assert seen["summary"] == "dog × ink, 24 steps, light"
 

@@ -27,7 +27,7 @@ class NoLoras:
         pass
 
 
-def analyse(_request: FusionRequest, _view: View) -> tuple[str, str]:
+def analyse(_request: FusionRequest, _view: View, _hear: Any) -> tuple[str, str]:
     return "", ""
 
 
@@ -48,16 +48,10 @@ def test_a_control_stands_for_every_argument_in_their_order(gradio: RecordedGrad
     assert found.inputs == [found.args[name] for name in ARG_ORDER]
 
 
-def test_the_checkbox_is_in_the_header_where_the_host_has_such_an_accordion(gradio: RecordedGradio) -> None:
-    asked: list[Any] = []
-
-    def header(*args: Any, **kwargs: Any) -> Component:
-        asked.append((args, kwargs))
-        return Component("InputAccordion")
-
-    assert built(header=header).args["enabled"].kind == "InputAccordion"
-    assert asked == [((False,), {"label": "K-LoRA", "elem_id": "txt2img_klora"})]
-    assert built().args["enabled"].kwargs["label"] == "Enable K-LoRA"
+def test_every_argument_has_a_label(gradio: RecordedGradio) -> None:
+    found = built()
+    assert all(found.args[name].kwargs["label"] for name in ARG_ORDER)
+    assert found.args["enabled"].kwargs["label"] == "Enable K-LoRA"
 
 
 def test_strengths_slide_from_0_to_2_and_a_tag_may_go_beyond(gradio: RecordedGradio) -> None:

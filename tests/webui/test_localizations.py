@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from klora.report import words
-from klora.webui import analysis_page, args, options, ui
+from klora.webui import analysis_page, analysis_run, args, options, ui
 from tests.webui.recorded_gradio import RecordedGradio
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,13 +48,14 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """Everything that a person may read, each as a piece of text of its own."""
     gradio = RecordedGradio()
     shared, host_options = types.ModuleType("modules.shared"), types.ModuleType("modules.options")
+    host_options.OptionHTML = lambda text: OptionInfo(text, text, section=options.SECTION)  # type: ignore[attr-defined]
     shared.OptionInfo = OptionInfo  # type: ignore[attr-defined]
     shared.opts = types.SimpleNamespace(add_option=lambda _key, _info: None)  # type: ignore[attr-defined]
     modules = {"gradio": gradio, "modules.shared": shared, "modules.options": host_options}
     for name, module in {"modules": types.ModuleType("modules"), **modules}.items():
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(OptionInfo, "said", [])
-    ui.build("txt2img", NoLoras, lambda _request, _view: ("", ""))
+    ui.build("txt2img", NoLoras, lambda *_: ("", ""), misfit=lambda *_: "", save=lambda *_: "")
     options.register_options()
     hidden = {f"txt2img_klora_{name}" for name, option in args.setting_options().items() if option.hidden}
     shown = [made for made in gradio.made if made.kwargs.get("elem_id") not in hidden]
@@ -66,7 +67,16 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def _of_the_page() -> set[str]:
     constants = {value for name, value in vars(analysis_page).items() if name.isupper() and isinstance(value, str)}
     choose = {f"Choose a {side} LoRA" for side in ("subject", "style")}
-    return {*constants, *analysis_page.COUNTS, *analysis_page.POINTED, *words.WHEN, *words.PLACES, *choose}
+    words_of_a_run = {"scoring", analysis_run.CANCELLED, ui.SAVE, ui.NOT_ONE_FILE}
+    return {
+        *words_of_a_run,
+        *constants,
+        *analysis_page.COUNTS,
+        *analysis_page.POINTED,
+        *words.WHEN,
+        *words.PLACES,
+        *choose,
+    }
 
 
 def _of_the_script() -> set[str]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import sys
+import time
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 from klora.errors import KloraError
 from klora.webui import api, options, paste, register, ui, xyz_axes
 from klora.webui.analysis_page import View
+from klora.webui.analysis_run import AnalysisRun
 from klora.webui.args import ARG_ORDER, FusionRequest
 from klora.webui.script import make_script, map_wanted
 from tests.webui.recorded_gradio import RecordedGradio
@@ -271,16 +275,32 @@ def test_credentials_are_read_and_compared() -> None:
 
 
 def test_analysing_answers_with_a_page_or_one_line() -> None:
-    def analyse(request: FusionRequest, view: View) -> tuple[str, str]:
+    def analyse(request: FusionRequest, view: View, hear: Any) -> tuple[str, str]:
         if request.style == "bad":
             raise KloraError("two\nlines of <b>")
         return f"page for {view.steps}", "rule"
 
-    assert ui.answer(analyse, {"subject": "a", "style": "b"}, View(7)) == ("page for 7", "rule")
-    said, rule = ui.answer(analyse, {"subject": "a", "style": "bad"}, View())
+    assert list(ui.answer(analyse, {"subject": "a", "style": "b"}, View(7)))[-1] == ("page for 7", "rule")
+    *_, (said, rule) = ui.answer(analyse, {"subject": "a", "style": "bad"}, View())
     assert "two lines of &lt;b&gt;" in said
     assert rule == ""
-    assert "Choose a style LoRA" in ui.answer(analyse, {"subject": "b", "style": "None"}, View())[0]
+    assert "Choose a style LoRA" in list(ui.answer(analyse, {"subject": "b", "style": "None"}, View()))[-1][0]
+
+
+def test_an_analysis_tells_how_far_it_is_and_can_be_cancelled() -> None:
+    def analyse(request: FusionRequest, view: View, hear: Any) -> tuple[str, str]:
+        for done in itertools.count():
+            hear(done, 722)
+            time.sleep(0.01)
+        raise AssertionError
+
+    running: list[AnalysisRun] = []
+    shown = ui.answer(analyse, {"subject": "dog", "style": "<ink>"}, View(), running)
+    assert re.search(r"scoring.*dog × %3Cink%3E: \d+ / 722", str(next(shown)))
+    (one,) = running
+    one.cancel()
+    assert "cancelled" in str([*shown][-1])
+    assert running == []
 
 
 @pytest.mark.parametrize("with_filename", [True, False])

@@ -1,0 +1,67 @@
+"""One analysis under way: made in a thread of its own, so that the page can tell how far it is and end it."""
+
+from __future__ import annotations
+
+import html
+import threading
+from collections.abc import Callable, Iterator
+
+from klora.errors import KloraError
+from klora.webui.analysis_page import failure
+
+Result = tuple[str, str]
+"""What an analysis shows, and the rule with its numbers, as HTML."""
+
+_TOLD_EVERY_S = 0.4
+CANCELLED = "The analysis was cancelled."
+
+
+class CancelledError(KloraError):
+    """Somebody has ended the analysis."""
+
+
+class AnalysisRun:
+    """An analysis of `names`; `make` is given what hears how many modules have been scored, of how many."""
+
+    def __init__(self, names: str, make: Callable[[Callable[[int, int], None]], Result]) -> None:
+        self._names = names
+        self._make = make
+        self._scored: tuple[int, int] | None = None
+        self._result: Result = ("", "")
+        self._cancelled, self._done = threading.Event(), threading.Event()
+
+    def cancel(self) -> None:
+        """End it at the next module."""
+        self._cancelled.set()
+
+    def watch(self) -> Iterator[str | Result]:
+        """Make it; tell now and then how far it is, as HTML, and at last what came of it."""
+        threading.Thread(target=self._run, name="K-LoRA analysis", daemon=True).start()
+        while not self._done.wait(_TOLD_EVERY_S):
+            yield self._progress()
+        yield self._result
+
+    def _run(self) -> None:
+        try:
+            self._result = self._make(self._hear)
+        except CancelledError:
+            self._result = failure(CANCELLED), ""
+        except KloraError as error:
+            self._result = failure(str(error)), ""
+        except Exception as error:
+            self._result = failure(f"an unexpected {type(error).__name__}: {error}"), ""
+            raise
+        finally:
+            self._done.set()
+
+    def _hear(self, done: int, total: int) -> None:
+        if self._cancelled.is_set():
+            raise CancelledError(CANCELLED)
+        self._scored = done, total
+
+    def _progress(self) -> str:
+        if self._scored is None:
+            return ""
+        done, total = self._scored
+        names = html.escape(self._names)
+        return f'<p class="klora-progress"><span>scoring</span> <span>{names}: {done} / {total}</span></p>'
