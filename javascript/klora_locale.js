@@ -4,20 +4,18 @@
     "use strict";
 
     const FILES = { ja: "ja_JP", zh: "zh_CN" };
+    const PARTS = "#txt2img_klora, #img2img_klora, [id*=settings][id*=klora]";
+    const WAIT_MS = 500, TRIES = 240;
     const here = (document.currentScript || {}).src;
-    let words = null;
+    let waiting = false;
 
     function language() {
-        const chosen = String(window.opts.ui_locale || "Auto").split(":")[0];
+        const chosen = String(window.opts.ui_locale).split(":")[0];
         return (chosen === "Auto" ? navigator.language || "en" : chosen).split("-")[0];
     }
 
-    function translate() {
-        if (!words) {
-            return;
-        }
-        const root = typeof gradioApp === "function" ? gradioApp() : document;
-        root.querySelectorAll("[id*=klora]").forEach((part) => {
+    function translate(words) {
+        document.querySelectorAll(PARTS).forEach((part) => {
             const texts = document.createTreeWalker(part, NodeFilter.SHOW_TEXT);
             while (texts.nextNode()) {
                 const found = words[texts.currentNode.nodeValue.trim()];
@@ -28,22 +26,35 @@
         });
     }
 
-    async function load() {
-        const file = window.opts && "ui_locale" in window.opts ? FILES[language()] : null;
-        if (!file || !here) {
+    async function start() {
+        // The page gets its settings, and then its controls, some time after it is there.
+        for (let i = 0; i < TRIES && !(window.opts && Object.keys(window.opts).length); i++) {
+            await new Promise((resolve) => setTimeout(resolve, WAIT_MS));
+        }
+        const file = window.opts && window.opts.ui_locale ? FILES[language()] : null;
+        const answer = file && here ? await fetch(new URL(`../localizations/${file}.json`, here)) : null;
+        if (!answer || !answer.ok) {
             return;
         }
-        const answer = await fetch(new URL(`../localizations/${file}.json`, here));
-        if (answer.ok) {
-            words = await answer.json();
-            // What klora.js puts together itself.
-            window.localization = { ...words, ...window.localization };
-            translate();
-        }
+        const words = await answer.json();
+        // For what klora.js puts together itself.
+        window.localization = { ...words, ...window.localization };
+        const again = () => {
+            waiting = false;
+            translate(words);
+        };
+        new MutationObserver(() => {
+            if (!waiting) {
+                waiting = true;
+                setTimeout(again, WAIT_MS);
+            }
+        }).observe(document.body, { childList: true, subtree: true });
+        translate(words);
     }
 
-    if (typeof onUiLoaded === "function" && typeof onAfterUiUpdate === "function") {
-        onUiLoaded(load);
-        onAfterUiUpdate(translate);
+    if (document.readyState === "loading") {
+        document.addEventListener("DOMContentLoaded", start);
+    } else {
+        start();
     }
 })();

@@ -10,7 +10,7 @@ from typing import Any
 
 from klora.errors import named_by
 from klora.fusion.policies import make_policy, resolve
-from klora.hosts.sdnext import is_pipeline
+from klora.hosts.sdnext import is_detail, is_pipeline
 from klora.hosts.webui.loaded_model import model_of
 from klora.hosts.webui.lora_library import Library
 from klora.webui.active_fusion import ActiveFusion
@@ -55,10 +55,11 @@ def make_extra_network() -> Any:
                 return
             # Whatever the end of an earlier picture has left on; a pass that is under way puts its own on again.
             self.attached.detach_all()
-            if not getattr(p, "is_hr_pass", False):
+            if _begins_picture(p):
                 begin_picture(p)
             active = getattr(p, STATE, None)
-            if active is None:
+            # What is made of a copy of `p`, such as a detail, has a fusion of its own.
+            if active is None or active.p is not p:
                 if not params_list and not _in_hires_prompt(p):
                     return
                 active = self._active(p)
@@ -103,10 +104,14 @@ def make_extra_network() -> Any:
             fusion = fusion.for_model(host)
             with scoring_shown(fusion.tag.subject, fusion.tag.style) as on_scored:
                 plan = fusion.plan(host.device, on_scored=on_scored).with_steps(p.steps)
-            if not getattr(p, "is_hr_pass", False):
+            if _begins_picture(p):
                 announce(p, plan, fusion.tag.settings)
 
     return ExtraNetworkKlora()
+
+
+def _begins_picture(p: Any) -> bool:
+    return not getattr(p, "is_hr_pass", False) and not is_detail(p)
 
 
 def _in_hires_prompt(p: Any) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from klora.errors import KloraError
-from klora.hosts.sdnext import is_refined
+from klora.hosts.sdnext import is_refined, own_detail_prompt
 from klora.webui.args import FusionRequest, asks_for_more, override_tag, read_args
 from klora.webui.messages import comment, fail, note
 from klora.webui.prompt_tag import NAME, Tag, find_tag
@@ -80,6 +80,8 @@ def _change(p: Any, change: Any) -> None:
     # read the tag as words.
     if getattr(p, "enable_hr", False) and getattr(p, "refiner_prompt", "") and not is_refined(p):
         changed["refiner_prompt"] = change(p.refiner_prompt)
+    if details := own_detail_prompt(p):
+        changed["detailer_prompt"] = "\n".join(change(line) for line in details.split("\n"))
     # The grid's text is made of this one.
     main = getattr(p, "main_prompt", None)
     if isinstance(main, str):

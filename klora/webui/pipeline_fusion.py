@@ -12,16 +12,19 @@ from klora.engine.wrapping import Wrappers
 from klora.errors import KloraError, SettingsError, named_by
 from klora.hosts.diffusers import follow
 from klora.hosts.guidance import make_guidance
-from klora.hosts.sdnext import SdnextHost, is_refined
+from klora.hosts.sdnext import SdnextHost, is_detail, is_refined, own_detail_prompt
 from klora.hosts.webui.lora_library import Library
 from klora.webui.acted import Acted, report
 from klora.webui.attached_sessions import AttachedSessions
 from klora.webui.messages import comment, fail, reason_of
 from klora.webui.options import reference_folder
 from klora.webui.picture_text import add_hashes
+from klora.webui.prompt_tag import NAME
 from klora.webui.requested_fusion import RequestedFusion
 
 WITHOUT_REFINER = "SD.Next's refiner is a model of its own; it goes on without K-LoRA, as it does without LoRAs"
+
+WITHOUT_DETAILER = f"the detailer's own prompt has no <{NAME}:…> tag; it goes on without K-LoRA"
 
 
 class EncodedWith:
@@ -72,6 +75,8 @@ class PipelineFusion:
         add_hashes(self.p, self._fusion)
         if is_refined(self.p):
             comment(self.p, WITHOUT_REFINER)
+        if (details := own_detail_prompt(self.p)) and f"<{NAME}:" not in details:
+            comment(self.p, WITHOUT_DETAILER)
         self._wrappers.wrap(self.p, "init_hr", self._before_hires)
 
     def detach(self) -> None:
@@ -141,7 +146,8 @@ class PipelineFusion:
             if self._session.sampling is not None:
                 report(self.p, self._session)
             self._acted.note(self._session, self._hires, self._fusion.tag.settings)
-            self._acted.tell()
+            if not is_detail(self.p):
+                self._acted.tell()
         self._session = None
 
 

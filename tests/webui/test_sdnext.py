@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ from klora.webui.api import known_users
 from klora.webui.extra_network import STATE
 from klora.webui.injection import PLANS, apply_request
 from klora.webui.messages import hand_on_comments
-from klora.webui.pipeline_fusion import WITHOUT_REFINER
+from klora.webui.pipeline_fusion import WITHOUT_DETAILER, WITHOUT_REFINER
 from klora.webui.register import register
 from tests.support.lora_files import write_lora
 from tests.webui.fake_sdnext import STEPS, FakeSdnext, Processing, StoppedError, installed
@@ -241,6 +242,28 @@ def test_the_refiner_goes_on_without_and_it_is_said(host: FakeSdnext) -> None:
     p = Processing(f"a dog {TAG}", enable_hr=True)
     host.run(p)
     assert any(WITHOUT_REFINER in text for text in p.comments)
+
+
+def test_a_detailer_s_own_prompt_needs_a_tag_of_its_own(host: FakeSdnext) -> None:
+    details = {"detailer_enabled": True, "detailer_prompt": "a nose\nan ear"}
+    p = Processing("a dog", **details)
+    apply_request(p, [{"subject": "dog", "style": "ink"}])
+    assert p.detailer_prompt == f"a nose {TAG}\nan ear {TAG}"  # type: ignore[attr-defined]
+    for prompt, said in (("a nose", True), (f"a nose {TAG}", False), ("[prompt], sharp", False), ("", False)):
+        p = Processing(f"a dog {TAG}", detailer_enabled=True, detailer_prompt=prompt)
+        host.run(p)
+        assert any(WITHOUT_DETAILER in text for text in p.comments) == said
+
+
+def test_a_detail_is_fused_and_leaves_the_picture_its_text(host: FakeSdnext) -> None:
+    p = Processing(f"a dog {TAG}")
+    host.run(p)
+    told, plans = dict(p.extra_generation_params), getattr(p, PLANS)
+    detail = copy.copy(p)
+    detail.recursion = True  # type: ignore[attr-defined]
+    fused = host.run(detail)
+    assert close(fused, host.process(f"a dog {TAG}"))
+    assert (p.extra_generation_params, getattr(p, PLANS)) == (told, plans)
 
 
 def test_what_is_said_is_shown_under_the_picture(host: FakeSdnext) -> None:

@@ -30,6 +30,17 @@ def is_refined(p: Any) -> bool:
     return bool(helpers.is_refiner_enabled(p))
 
 
+def own_detail_prompt(p: Any) -> str:
+    """The prompt of SD.Next's detailer, a line for each detail, where that does not repeat the picture's own."""
+    prompt = str(getattr(p, "detailer_prompt", None) or "") if getattr(p, "detailer_enabled", False) else ""
+    return "" if "[prompt]" in prompt.lower() else prompt
+
+
+def is_detail(p: Any) -> bool:
+    """Whether a processing object is SD.Next's copy of another that makes a detail of its picture, and has its text."""
+    return bool(getattr(p, "recursion", False))
+
+
 class SdnextHost(DiffusersHost):
     """A model loaded in SD.Next.
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.support.lora_files import write_lora
@@ -15,7 +16,9 @@ from tests.support.pipelines import autoencoder, clip_text_model, clip_tokenizer
 WIDE = 784
 """The host takes a text encoder no wider than SD 1's for one that gives no pooled text."""
 
-Shapes = dict[str, tuple[int, ...]]
+ENDS = {"flux": ("lora_down", "lora_up"), "z_image": ("lora_A", "lora_B")}
+
+Shapes = dict[str, tuple[int, int]]
 
 
 def write_models(folder: Path) -> dict[str, Shapes]:
@@ -40,14 +43,31 @@ def write_loras(folder: Path, models: dict[str, Shapes]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, shapes in models.items():
         attention = {key: shape for key, shape in shapes.items() if not key.startswith("text_encoder")}
-        spelling = "kohya" if name.startswith("sd") else "peft"
         for seed, side in enumerate(("subject", "style")):
-            common: dict[str, Any] = {"rank": 4, "seed": seed, "strength": 0.6}
-            write_lora(folder / f"{name}_{side}.safetensors", attention, spelling, **common)
+            common: dict[str, Any] = {"rank": 4, "seed": seed, "strength": 0.3}
+            if name.startswith("sd"):
+                write_lora(folder / f"{name}_{side}.safetensors", attention, **common)
+            else:
+                write_transformer_lora(folder / f"{name}_{side}.safetensors", attention, ENDS[name], seed)
             if name == "sd":
                 write_lora(folder / f"{name}_{side}_peft.safetensors", attention, "peft", **common)
                 write_lora(folder / f"{name}_{side}_dora.safetensors", attention, family="dora", **common)
-                write_lora(folder / f"{name}_{side}_text.safetensors", shapes, **common)
+                text = folder / f"{name}_{side}_text.safetensors"
+                write_lora(text, shapes, **common)
+                # As kohya's own SD 1 files have it.
+                tensors = {key.replace("lora_te1_", "lora_te_"): tensor for key, tensor in load_file(text).items()}
+                save_file(tensors, str(text))
+
+
+def write_transformer_lora(path: Path, shapes: Shapes, ends: tuple[str, str], seed: int, rank: int = 4) -> None:
+    """A LoRA by the transformer's own paths, its weights' names ending as the host knows them."""
+    down, up = ends
+    draw = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, (out, inside) in shapes.items():
+        tensors[f"transformer.{name}.{down}.weight"] = torch.randn(rank, inside, generator=draw) * inside**-0.5
+        tensors[f"transformer.{name}.{up}.weight"] = torch.randn(out, rank, generator=draw) * 0.1
+    save_file(tensors, str(path))
 
 
 def shapes_of(pipe: Any) -> Shapes:
@@ -61,7 +81,7 @@ def shapes_of(pipe: Any) -> Shapes:
     return found
 
 
-def _linears(model: nn.Module) -> list[tuple[str, tuple[int, ...]]]:
+def _linears(model: nn.Module) -> list[tuple[str, tuple[int, int]]]:
     return [
         (name, (module.out_features, module.in_features))
         for name, module in model.named_modules()

@@ -119,6 +119,9 @@ class SdnextServer:
             return
         kind = IN_ONE_REPOSITORY.get(model)
         if kind is None:
+            if self.loaded in IN_ONE_REPOSITORY and model == "sd":
+                # The host believes that it is loaded.
+                self.options(sd_model_checkpoint="Diffusers/sd_other")
             self.options(sd_model_checkpoint=f"Diffusers/{model}")
             self.call("/klora-probe/prepare")
         else:

@@ -5,7 +5,7 @@ import importlib
 
 import torch
 from fastapi import Body
-from modules import processing, script_callbacks, sd_models, shared
+from modules import processing, prompt_parser_diffusers, script_callbacks, sd_models, shared
 from modules.lora import lora_load
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -96,8 +96,9 @@ def load(folder: str, kind: str):
     pipe.sd_checkpoint_info = pipeline().sd_checkpoint_info
     pipe.sd_model_hash, pipe.has_accelerate = None, False
     sd_models.model_data.sd_model = pipe
-    lora_load.lora_cache.clear()
-    return {}
+    # By prompts alone; the host's own loading clears it.
+    prompt_parser_diffusers.cache.clear()
+    return prepare()
 
 
 def quantise(body=Body(None)):  # noqa: B008
