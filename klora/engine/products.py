@@ -195,24 +195,28 @@ class LinearProduct(Product):
     def _flat(self, chain: Chain, dtype: torch.dtype, strength: float, shared: SharedInput | None) -> Add:
         (*before, last), alpha = chain.weights, strength * chain.factor
         down = before[0] if before else None
-        columns, rows, place = last.t(), self.site.rows, self._place
+        narrowing = down.t() if down is not None else None
+        columns, inner, rows, place = last.t(), last.shape[1], self.site.rows, self._place
+        width = self.site.module_rows
 
+        # Matrices throughout: a product of higher dimensions is one call of torch more.
         def add(x: Tensor, y: Tensor) -> Tensor:
-            if shared and shared.pays:
-                narrow = shared.product(place, x, dtype)
-            else:
-                narrow = x if x.dtype is dtype else x.to(dtype)
-                if down is not None:
-                    narrow = F.linear(narrow, down)
-            if narrow.requires_grad or y.requires_grad or not y.is_contiguous():
+            if x.requires_grad or y.requires_grad or not y.is_contiguous():
+                narrow = as_dtype(x, dtype) if down is None else F.linear(as_dtype(x, dtype), down)
                 return self._add_rows(F.linear(narrow, last), y, alpha)
+            if shared and shared.pays:
+                narrow = shared.product(place, x, dtype).reshape(-1, inner)
+            else:
+                narrow = (x if x.dtype is dtype else x.to(dtype)).reshape(-1, x.shape[-1])
+                if narrowing is not None:
+                    narrow = torch.mm(narrow, narrowing)
             if narrow.dtype is not dtype:
                 # Under autocast a product of fp32 tensors may come back in half precision.
                 narrow = narrow.to(dtype)
-            flat = y.view(-1, y.shape[-1])
+            flat = y.view(-1, width)
             if rows is not None:
                 flat = flat[:, rows[0] : rows[1]]
-            flat.addmm_(narrow.reshape(-1, narrow.shape[-1]), columns, alpha=alpha)
+            flat.addmm_(narrow, columns, alpha=alpha)
             return y
 
         return add

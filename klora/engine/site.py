@@ -30,6 +30,11 @@ class Site:
         out, *rest = self.known_shape or module_shape(self.module)
         return (self.rows[1] - self.rows[0] if self.rows else out, *rest)
 
+    @property
+    def module_rows(self) -> int:
+        """The width of the module's output."""
+        return int((self.known_shape or module_shape(self.module))[0])
+
     def base_weight(self) -> Tensor:
         """The weight of this site's rows, (out, in[, *kernel]); MismatchError where it is not a plain tensor."""
         weight = self.weight() if self.weight else getattr(self.module, "weight", None)
