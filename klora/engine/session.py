@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -21,6 +20,7 @@ from klora.engine.parameters import HeldParameters
 from klora.engine.products import LinearProduct, Product, product_of
 from klora.engine.progress import SamplingPass
 from klora.engine.site import Site
+from klora.engine.state import SessionState
 from klora.engine.ways import AUTO, BYPASS
 from klora.engine.weights import KEPT, Room, preparing
 from klora.errors import KloraError, MismatchError
@@ -37,9 +37,10 @@ ConditionalRows = Callable[[tuple[Any, ...], dict[str, Any]], "Rows | None"]
 """From the arguments of a denoiser's forward to the rows of its batch that follow the prompt; None for all."""
 
 
-class Session:
+class Session(SessionState):
     """Attach a pair to the modules of a model, follow the noise level, detach.
 
+    What it tells a user of it is in `SessionState`; the rest is for the host that leads it.
     `attach` and `detach` may be called any number of times, and a `with` block may be entered again inside itself;
     leaving the outermost one detaches, whatever ended it.
     """
@@ -66,12 +67,11 @@ class Session:
         """
         self.pair = pair
         self.plan = plan
-        self.tau: float | None = None
+        self.tau = None
         self._depth = 0
         self.sampling: SamplingPass | None = None
         self._say = say
         self.acted = True
-        """False once it is known that nothing has: see `evaluated`."""
         self._awaited = False
         """Whether the first evaluation of a pass is not over yet."""
         self._parts: dict[str, Part] = {}
@@ -106,44 +106,6 @@ class Session:
         """How decisions are applied: what acts by turns within a step is not worth holding."""
         engine = self.plan.settings.engine
         return BYPASS if engine == AUTO and self.plan.policy.forwards > 1 else engine
-
-    @property
-    def missing(self) -> tuple[str, ...]:
-        """The modules of either file that the model does not have."""
-        files = (self.pair.subject, self.pair.style)
-        return tuple(dict.fromkeys(name for file in files for name in file.modules if name not in self._parts))
-
-    @property
-    def left_out(self) -> list[str]:
-        """What of each file found no place in the model, one line a file."""
-        return [text for lora in self.pair.loras if (text := self._left_out(lora))]
-
-    def _left_out(self, lora: LoraFile) -> str:
-        modules = [name for name in lora.modules if name not in self._sites]
-        # Where none is known, the host's own LoRA code applies them, or there is no text encoder to encode with.
-        text = [name for name in lora.text_encoder if self._text_sites and name not in self._text_sites]
-        known = self.pair.model.parameters if self.pair.model else {}
-        others = [delta.key for path, delta in lora.parameters.items() if path not in known]
-        biases = [name for name in self._parameters.absent if (delta := lora.modules.get(name)) and delta.bias]
-        count = len(lora.modules) + len(lora.text_encoder)
-        absent = [*modules, *text]
-        told = [f"{len(absent)} of its {count} modules (such as {absent[0]})"] if absent else []
-        told += [f"{len(others)} changes of other parameters (such as {others[0]})"] if others else []
-        told += [f"{len(biases)} biases (such as that of {biases[0]})"] if biases else []
-        return f"{lora.label}: {', '.join(told)} found no place in the model and do nothing" if told else ""
-
-    @property
-    def decisions(self) -> dict[str, list[tuple[float, str]]]:
-        """What was decided while sampling: per measured module (τ, letter), in order; empty for other policies."""
-        return self._chooser.decisions if self._chooser else {}
-
-    @property
-    def observed(self) -> FusionPlan:
-        """The plan with what was decided while sampling in the place of what could not be planned."""
-        if not self.decisions:
-            return self.plan
-        record = {name: selection_of(found, self.plan.steps) for name, found in self.decisions.items()}
-        return dataclasses.replace(self.plan, record=record)
 
     @property
     def moment(self) -> Moment:
@@ -373,13 +335,3 @@ def _check_text_encoder(file: LoraFile, sites: Mapping[str, Site]) -> None:
                 f"{file.where}: {delta.key}: its shape {delta.shape} does not fit the text encoder's"
                 f" {sites[name].shape}; use a LoRA made for this model"
             )
-
-
-def selection_of(decisions: Iterable[tuple[float, str]], steps: int) -> str:
-    """Write decisions (τ, letter) as one letter per step: the last one at or before it, at first the first one."""
-    letters = ""
-    for tau, letter in sorted(decisions):
-        step = Moment(tau, steps, 0.0).step
-        # Of calls at one step, the last decides; before the first call, what it found is taken to hold.
-        letters = (letters[:step] + (letters[-1] if letters else letter) * (step - len(letters)) + letter)[:steps]
-    return letters + letters[-1] * (steps - len(letters))

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from klora.engine.bypass import HookedLayer, Part
 from klora.engine.dynamic import DISTANCES, Chooser, MeasuredPart, Rows, divergence, kl, subsample
 from klora.engine.products import LinearProduct, product_of
-from klora.engine.session import selection_of
 from klora.engine.site import Site
+from klora.engine.state import selection_of
 from klora.lora.deltas.computed import FactorDelta
 from klora.settings import Settings
 

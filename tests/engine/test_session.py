@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from klora.cache import ScoreCache
 from klora.engine.dynamic import Rows
 from klora.engine.progress import SamplingPass
-from klora.engine.session import Session, selection_of
+from klora.engine.session import Session
 from klora.engine.site import Site
+from klora.engine.state import selection_of
 from klora.errors import LoraValueError, MismatchError, SettingsError
 from klora.fusion.policies.base import BOTH, SUBJECT, Active, Moment
 from klora.fusion.policies.np_lora import NpLora
