@@ -18,7 +18,7 @@ from klora.cache import ScoreCache
 from klora.engine.session import Session
 from klora.errors import KloraError
 from klora.hosts.diffusers import DiffusersHost
-from klora.hosts.diffusers.replay import Times, call_again, first_call, mixture
+from klora.hosts.diffusers.replay import Call, Times, call_again, check_latents, first_call, mixture
 from klora.keywords import SettingsKeywords
 from klora.lora.side import SideSource
 from klora.settings import Settings
@@ -50,7 +50,7 @@ def find_balance(
     subject: SideSource,
     style: SideSource,
     *,
-    prompt: str,
+    prompt: str | None,
     subject_prompt: str | None = None,
     style_prompt: str | None = None,
     picture_seed: int = 0,
@@ -63,7 +63,8 @@ def find_balance(
 
     Makes a picture of `prompt` at a few shares, has each LoRA alone say how much of it is in them, under the prompt
     that it is given or else the same, and takes the share with most of both. `call` are other arguments of the
-    pipeline's call; `settings`, `subject`, `style` and `cache` are those of `klora.fuse`.
+    pipeline's call, embeddings among them where the prompt is None; `settings`, `subject`, `style` and `cache` are
+    those of `klora.fuse`.
 
     Raises what `klora.fuse` raises, and
         KloraError: the policy has no share, or balance or share are given; the pipeline does not show its latents; one
@@ -71,13 +72,14 @@ def find_balance(
     """
     chosen = Settings.parse(settings)
     check_findable(chosen)
-    prompts: dict[Who, str] = {
+    prompts: dict[Who, str | None] = {
         "base": prompt,
         "subject": prompt if subject_prompt is None else subject_prompt,
         "style": prompt if style_prompt is None else style_prompt,
     }
     arguments = {**(call or {}), "num_inference_steps": chosen.steps}
     model = PipelineModel(pipe, (subject, style), prompts, arguments, chosen, picture_seed, cache)
+    model.check()
     tell = on_stage or (lambda _what, _done: None)
     images, latents = [], []
     for number, share in enumerate(SHARES):
@@ -99,7 +101,7 @@ class PipelineModel:
         self,
         pipe: Any,
         files: tuple[SideSource, SideSource],
-        prompts: Mapping[Who, str],
+        prompts: Mapping[Who, str | None],
         call: Mapping[str, Any],
         settings: Settings,
         seed: int,
@@ -119,6 +121,10 @@ class PipelineModel:
         self._settings, self._seed, self._cache = settings, seed, cache
         self._times = Times(self._host)
 
+    def check(self) -> None:
+        """Raise KloraError, before anything is sampled, for a denoiser that is not shown one tensor of latents."""
+        check_latents(self._host, self._first_call("base"))
+
     def picture(self, share: float) -> tuple[Image, Tensor]:
         """A picture of both at a share, and its latents (1, …) as the denoiser has them."""
         latents: list[Tensor] = []
@@ -129,15 +135,17 @@ class PipelineModel:
 
         asked = {"prompt": self._prompts["base"], "generator": self._generator(), "callback_on_step_end": keep}
         with self._fused({"share": share}), self._times:
-            image = self._pipe(**self._call, **asked).images[0]
-        return image, latents[0]
+            made = self._pipe(**self._call, **asked)
+        if not hasattr(made, "images"):
+            raise KloraError(f"{type(self._pipe).__name__} makes no pictures; use a text-to-image pipeline")
+        return made.images[0], latents[0]
 
     @contextmanager
     def acting(self, who: Who) -> Iterator[Denoise]:
         """Have no LoRA act, or one alone, under its own prompt; a picture must have been made before."""
         host, scheduler = self._host, self._pipe.scheduler
         with nullcontext() if who == "base" else self._fused(ALONE[who]):
-            call = first_call(host, {**self._call, "prompt": self._prompts[who], "generator": self._generator()})
+            call = self._first_call(who)
 
             def denoise(clean: Tensor, noise: Tensor, tau: float) -> Tensor:
                 step = round(tau * len(self._times))
@@ -146,6 +154,9 @@ class PipelineModel:
                 return mixed.clean(shown, call_again(host, call, shown, self._times[step]))
 
             yield denoise
+
+    def _first_call(self, who: Who) -> Call:
+        return first_call(self._host, {**self._call, "prompt": self._prompts[who], "generator": self._generator()})
 
     def _generator(self) -> torch.Generator:
         # On the CPU whatever the device, so that a seed means the same noise everywhere.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +15,9 @@ from klora.errors import KloraError
 from klora.generation import balance
 from klora.generation.balance import cost
 from klora.generation.pipeline import load_pipeline
+from tests.support.lora_files import write_lora
+from tests.support.models import module_shapes
+from tests.support.other_pipelines import CALL, make
 
 STEPS = 5
 GUIDED: dict[str, Any] = {"call": {"guidance_scale": 2.5}}
@@ -73,7 +77,8 @@ def test_each_lora_judges_under_its_own_prompt(
     monkeypatch.setattr(type(pipe), "encode_prompt", encode)
     find(pipe, pair, subject_prompt=pair.prompts["subject"], style_prompt=pair.prompts["style"])
     both = pair.prompts["both"]
-    assert prompts == [*[both] * few, both, pair.prompts["subject"], pair.prompts["style"]]
+    # One look at what the denoiser is shown, the pictures, and then each judge.
+    assert prompts == [both, *[both] * few, both, pair.prompts["subject"], pair.prompts["style"]]
 
 
 def test_an_interrupt_leaves_no_hook(pipe: Any, pair: catalogue.DemoPair, few: int) -> None:
@@ -92,6 +97,17 @@ def test_a_pipeline_that_shows_no_latents_is_an_error_in_words(pair: catalogue.D
 
     with pytest.raises(KloraError, match="Closed does not show its latents"):
         find(Closed(), pair)
+
+
+def test_a_denoiser_that_is_shown_lists_is_refused_before_anything_is_sampled(tmp_path: Path) -> None:
+    pipe, options = make("z_image")
+    names = {name: shape for name, shape in module_shapes(pipe.transformer).items() if name.endswith("to_q")}
+    files = [write_lora(tmp_path / f"{seed}.safetensors", names, "peft", seed=seed) for seed in (1, 2)]
+    calls: list[int] = []
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    with pytest.raises(KloraError, match="ZImagePipeline"):
+        klora.find_balance(pipe, *files, prompt=None, call={**CALL, **options})
+    assert not calls
 
 
 def test_it_costs_no_more_than_seven_pictures_at_the_default_steps() -> None:

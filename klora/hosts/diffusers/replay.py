@@ -6,7 +6,7 @@ sizes, guidance) is told again as it is, by any pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -103,19 +103,25 @@ def mixture(scheduler: Any, step: int) -> Mixture:
     return Mixture(alpha**0.5, (1 - alpha) ** 0.5, kind)
 
 
+def check_latents(host: DiffusersHost, call: Call, shape: Sequence[int] | None = None) -> None:
+    """Raise KloraError where a call does not show one tensor of latents, of `shape` if that is given."""
+    shown = call.arguments[host.inputs[0]]
+    if not isinstance(shown, Tensor) or shape not in (None, shown.shape):
+        raise KloraError(
+            f"{type(host.pipe).__name__}: its denoiser is not shown latents in the form that they have in the end, so"
+            " that pictures cannot be judged; choose the balance by eye, with klora compare"
+        )
+
+
 def call_again(host: DiffusersHost, call: Call, shown: Tensor, time: Tensor) -> Tensor:
     """What the denoiser predicts for other latents (1, …) at another time, where all else is as in `call`; fp32.
 
     Raises KloraError for latents of another form than the call's.
     """
+    check_latents(host, call, shown.shape)
     arguments = dict(call.arguments)
     latents, told = host.inputs[0], next(name for name in TIMES if name in arguments)
     before = arguments[latents]
-    if not isinstance(before, Tensor) or before.shape != shown.shape:
-        raise KloraError(
-            f"{type(host.pipe).__name__}: its denoiser is not shown latents in the form that they have in the end, so"
-            " that pictures cannot be judged; choose the balance by eye, with klora compare"
-        )
     at = torch.as_tensor(arguments[told])
     arguments[latents] = shown.to(before)
     arguments[told] = time.to(at).expand(at.shape) if at.ndim else time.to(at)[0]
