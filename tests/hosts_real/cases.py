@@ -179,6 +179,32 @@ class Cases:
         else:
             self.server.plot([("Seed", "1, 2")], self.any_tag(draw))
 
+    def by_script(self, draw: random.Random) -> None:
+        """One of the host's scripts, with maps wanted."""
+        tag, alwayson = self.any_tag(draw), {}
+        if self.server.with_klora:
+            alwayson = {"K-LoRA": {"args": [{"show_map": True, "enabled": False}]}}
+        listed = self.server.call("/sdapi/v1/script-info")
+        found = next(one for one in listed if one["name"] == "prompt matrix" and not one["is_img2img"])
+        values = [arg["value"] for arg in found["args"]]
+        made = self.server.txt2img(
+            f"{tag}|red", script_name=found["name"], script_args=values, alwayson_scripts=alwayson
+        )
+        assert len(made.all) == 3, f"{len(made.all)} pictures of a matrix of two"
+
+    def added_network(self, draw: random.Random) -> None:
+        """A network that the host adds to the prompt by itself."""
+        name, other = draw.choice(PAIRS)
+        tag = self.tag(name, other, draw.choice(SETTINGS))
+        wanted = self.expected(tag)
+        self.server.options(sd_lora=name)
+        try:
+            picture = self.server.txt2img(tag)
+        finally:
+            self.server.options(sd_lora="None")
+        if self.server.with_klora:
+            _same(picture, wanted)
+
     def checkpoint(self, draw: random.Random) -> None:
         """Another checkpoint, of the same architecture or of another, and back."""
         others = [one for one in (self.server.other_model, self.server.sdxl_model) if one is not None]
@@ -243,6 +269,8 @@ CASES: dict[str, tuple[float, Callable[[Cases, random.Random], None]]] = {
     "files damaged meanwhile": (6, Cases.damage_meanwhile),
     "four requests at once": (3, Cases.at_once),
     "X/Y/Z plot": (3, Cases.grid),
+    "a script, with a map": (3, Cases.by_script),
+    "Add network to prompt": (4, Cases.added_network),
     "checkpoint switch": (3, Cases.checkpoint),
     "refiner": (3, Cases.refiner),
     "Reload UI": (1, Cases.reload),

@@ -76,7 +76,7 @@ def test_hires_and_img2img_through_the_accordion(server: Server, plain: Picture)
         ({"subject": "nobody"}, "nobody"),
         ({"subject": "../subj"}, "../subj"),
         ({"subject": 7}, "subject"),
-        ({"style": "a:b>"}, "style"),
+        ({"style": "a:b>"}, "a:b"),
     ],
 )
 def test_wrong_values_are_named(server: Server, plain: Picture, wrong: dict[str, Any], says: str) -> None:
