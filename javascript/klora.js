@@ -119,11 +119,13 @@
     window.kloraHasPair = function (tab) {
         const typed = (find(`#${tab}_prompt textarea`) || {}).value || "";
         const found = typed.includes("<klora:") || !namesOf(tab).includes("None");
+        // A place of our own: what Gradio shows is left to it.
+        root().querySelectorAll(`#${tab}_klora .klora-wanted`).forEach((old) => old.remove());
         if (!found) {
             const text = document.createElement("p");
-            text.className = "klora-error";
+            text.className = "klora-error klora-wanted";
             text.textContent = say("Choose a subject and a style first");
-            find(`#${tab}_klora_result`).replaceChildren(text);
+            find(`#${tab}_klora_result`).before(text);
         }
         return found;
     };
@@ -135,6 +137,7 @@
     // ---- the analysis
 
     window.kloraStale = function (tab) {
+        root().querySelectorAll(`#${tab}_klora .klora-wanted`).forEach((old) => old.remove());
         root().querySelectorAll(`#${tab}_klora_result .klora-result, #${tab}_klora_result .klora-error`)
             .forEach((found) => found.classList.add("klora-stale"));
     };
