@@ -76,6 +76,7 @@ class Session(SessionState):
         """Whether the first evaluation of a pass is not over yet."""
         self._parts: dict[str, Part] = {}
         self._folded: set[str] = set()
+        self._mixed: set[str] = set()
         self._shared: list[SharedInput] = []
         self._room = Room.on(_device_of(denoiser))
         self._chooser = Chooser.of(plan.settings) if plan.policy.measured else None
@@ -219,7 +220,7 @@ class Session(SessionState):
             if part.set(active if name in self._folded else self._strengths(active)):
                 changed.append(name)
             # What a policy makes of two weights has no biases: then both act.
-            self._parameters.set(name, self._strengths(among if name in self._combined else active))
+            self._parameters.set(name, self._strengths(among if name in self._mixed else active))
         self._layers.changed(changed)
 
     def _strengths(self, active: Active) -> tuple[float, float]:
@@ -239,6 +240,8 @@ class Session(SessionState):
             self._folded.add(name)
         if name not in self._combined:
             self._combined[name] = self.plan.policy.combine(name, subject, style)
+        if self._combined[name] != (subject, style):
+            self._mixed.add(name)
         return self._combined[name]
 
     def _part(self, name: str, operands: tuple[Product | None, Product | None]) -> Part:

@@ -96,6 +96,12 @@ class LoraFile:
         return architecture_of(self.table, self._first.modules, self._parsed.deltas, self.metadata)
 
     @property
+    def alpha_from(self) -> str:
+        """Where its modules have their alpha from: keys, an entry of the metadata, none, or several of these."""
+        named = {"rank": "none: alpha = rank"}
+        return " and ".join(named.get(source, source) for source in self._parsed.alphas) or named["rank"]
+
+    @property
     def label(self) -> str:
         """How messages call it: its path, on one line."""
         return printable(self.where)
