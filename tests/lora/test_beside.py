@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from klora.cache import ScoreCache
-from klora.engine.bypass import Site
 from klora.engine.session import Session
+from klora.engine.site import Site
 from klora.errors import LoraFileError, UnsupportedFormatError
 from klora.lora.file import LoraFile
 from klora.lora.model_index import ModelIndex
