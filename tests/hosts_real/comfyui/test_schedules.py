@@ -9,7 +9,7 @@ import torch
 
 from tests.hosts_real.comfyui.graphs import Graph, Link
 from tests.hosts_real.comfyui.server import ComfyServer
-from tests.hosts_real.comfyui.test_latents import near, pair_of
+from tests.hosts_real.comfyui.test_latents import fused, near, pair_of, plain
 
 STEPS = 8
 
@@ -57,19 +57,14 @@ def test_split_sigmas_of_custom_samplers_are_parts_of_one_schedule(comfyui: Comf
 
 
 def test_a_denoise_begins_where_it_lies_in_the_longer_schedule(comfyui: ComfyServer) -> None:
-    made = {}
-    for progress in ("absolute", "relative"):
-        graph = Graph()
-        model = graph.klora(graph.model(), *pair_of("sd1"), progress=progress, policy="fixed")
-        first = graph.sample(graph.model())
-        made[progress] = comfyui.latents(graph.save(graph.sample(model, first, denoise=0.5, steps=4)))
-    assert not near(*made.values())
-    late = Graph()
-    model = late.klora(late.model(), *pair_of("sd1"), share=0.0)
-    first = late.sample(late.model())
-    style = comfyui.latents(late.save(late.sample(model, first, denoise=0.5, steps=4)))
-    # The style's half of the schedule is all that is made.
-    assert near(made["absolute"], style)
+    half = {"denoise": 0.5, "steps": 4}
+    # The subject while S(τ) ≤ 1, which is for the first third of the schedule.
+    absolute, relative = (
+        comfyui.latents(fused(policy="fixed", progress=progress, sampler=half)) for progress in ("absolute", "relative")
+    )
+    style = comfyui.latents(plain(pair_of("sd1")[1], **half))
+    assert near(absolute, style)
+    assert not near(relative, style)
 
 
 def test_a_schedule_that_is_none_of_comfyuis_is_said_to_be_estimated(comfyui: ComfyServer) -> None:
@@ -90,7 +85,7 @@ def test_a_schedule_that_is_none_of_comfyuis_is_said_to_be_estimated(comfyui: Co
     [
         ("ModelSamplingDiscrete", {"sampling": "v_prediction", "zsnr": True}),
         ("RescaleCFG", {"multiplier": 0.7}),
-        ("FreeU_V2", {"b1": 1.1, "b2": 1.2, "s1": 0.9, "s2": 0.4}),
+        ("PerturbedAttentionGuidance", {"scale": 3.0}),
     ],
 )
 @pytest.mark.parametrize("first", [True, False])
