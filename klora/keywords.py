@@ -50,3 +50,9 @@ class SettingsKeywords(TypedDict, total=False):
     density: float | None
     dare_merge: str
     merge_rank: int | None
+    subject_from: float
+    subject_to: float
+    style_from: float
+    style_to: float
+    subject_blocks: str
+    style_blocks: str

@@ -17,6 +17,7 @@ from klora.fusion.entries import EntryMerge, refuse_dora
 from klora.fusion.plan import FusionPlan
 from klora.fusion.policies import POLICIES
 from klora.fusion.policies.base import Active
+from klora.fusion.windows import WINDOWS, Windows
 from klora.lora.deltas import Delta
 from klora.lora.deltas.base import FULL_RANK
 from klora.lora.deltas.computed import FactorDelta, low_rank
@@ -51,6 +52,9 @@ def static_policies() -> tuple[str, ...]:
 
 def check_static(settings: Settings) -> None:
     """Raise SettingsError where what is active depends on the step, which no file can hold."""
+    if not Windows.of(settings).always:
+        setting = next(name for name in WINDOWS if name in settings.changed())
+        raise SettingsError(setting, "a window is a part of the steps of sampling, which one file cannot hold")
     policy = POLICIES.get(settings.policy)
     if policy is not None and not policy.static:
         raise SettingsError(
@@ -89,7 +93,7 @@ def _terms(pair: Pair, plan: FusionPlan, name: str) -> tuple[tuple[Delta | None,
     active = plan.decide(name, 0.0)
     if subject is None or style is None or not plan.by_name[name].contested:
         return (subject, style), _strengths(active, plan.settings)
-    combined = plan.policy.combine(name, subject, style)
+    combined = plan.policy.combine(name, subject, style, plan.by_name[name].weights)
     if plan.policy.folds_strengths:
         return combined, (active.subject, active.style)
     return combined, _strengths(active, plan.settings)

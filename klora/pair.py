@@ -16,6 +16,7 @@ from klora.fusion.plan import ROLES, FileModule, FusionPlan, make_plan, wanted_k
 from klora.fusion.policies import resolve
 from klora.fusion.policies.base import Active
 from klora.fusion.scores import OnScored
+from klora.lora.blocks import BlockWeights
 from klora.lora.checks import check_partner
 from klora.lora.coverage import Coverage, coverage
 from klora.lora.deltas import Delta
@@ -31,6 +32,7 @@ from klora.settings import Settings
 
 MAX_PLANS = 8
 """How many plans a pair keeps."""
+BLOCKS = ("subject_blocks", "style_blocks")
 SUBJECT, STYLE = "subject (in memory)", "style (in memory)"
 """How messages call state dicts."""
 Known = tuple[tuple[Path | None, Identity | str, float], ...]
@@ -120,16 +122,20 @@ class Pair:
         settings = resolve(settings, self.architecture)
         kinds = KINDS_IN_SCOPE[settings.scope]
         kind = self.model.kind_of if self.model else kind_of
+        names = sorted({*self.subject.modules, *self.style.modules}, key=sort_key)
+        blocks = self._blocks(settings)
+        weights = {name: Active(*(side.of(name) for side in blocks)) for name in names}
+        for side, modules, setting in zip(blocks, (self.subject.modules, self.style.modules), BLOCKS, strict=True):
+            side.check(modules, self.architecture, setting)
         wanted = {
             name: {wanted_k(settings, delta.rank, self.style.modules[name].rank, delta.shape)}
             for name, delta in self.subject.modules.items()
-            if name in self.style.modules and kind(name, delta.shape) in kinds
+            if name in self.style.modules and kind(name, delta.shape) in kinds and all(weights[name])
         }
         progress = _Progress(on_scored, 2 * len(wanted))
         subject = self.cache.scores(self.subject, wanted, device, progress.after(0))
         style = self.cache.scores(self.style, wanted, device, progress.after(len(wanted)))
         progress.finish()
-        names = sorted({*self.subject.modules, *self.style.modules}, key=sort_key)
         plan = make_plan(
             (
                 FileModule(
@@ -140,6 +146,7 @@ class Pair:
                     style_name=_key(self.style.modules, name),
                     subject=subject[name] if name in wanted else None,
                     style=style[name] if name in wanted else None,
+                    weights=weights[name],
                 )
                 for name in names
             ),
@@ -149,9 +156,17 @@ class Pair:
             return dataclasses.replace(plan, warnings=(SAME_FILE, *plan.warnings))
         return plan
 
+    def _blocks(self, settings: Settings) -> tuple[BlockWeights, BlockWeights]:
+        """The multipliers of both sides by block."""
+        subject, style = (BlockWeights.parse(getattr(settings, name), name) for name in BLOCKS)
+        return subject, style
+
     def text_encoder_active(self, settings: Settings) -> dict[str, Active]:
         """What is active in each text-encoder module of either file, during the whole generation."""
-        role = ROLES[resolve(settings, self.architecture).text_encoder]
+        blocks = self._blocks(settings)
+        role = ROLES[resolve(settings, self.architecture).text_encoder].times(
+            Active(*(side.text_encoder for side in blocks))
+        )
         return {
             name: Active(
                 role.subject if name in self.subject.text_encoder else 0.0,

@@ -293,6 +293,46 @@ class Settings:
         low=0,
         optional=True,
     )
+    subject_from: float = _setting(
+        0.0,
+        "Subject from",
+        "part of the schedule from which the subject may act; before, the style acts alone",
+        low=0.0,
+        high=1.0,
+    )
+    subject_to: float = _setting(
+        1.0,
+        "Subject to",
+        "part of the schedule up to which the subject may act; then the style acts alone",
+        low=0.0,
+        high=1.0,
+    )
+    style_from: float = _setting(
+        0.0,
+        "Style from",
+        "part of the schedule from which the style may act; before, the subject acts alone",
+        low=0.0,
+        high=1.0,
+    )
+    style_to: float = _setting(
+        1.0,
+        "Style to",
+        "part of the schedule up to which the style may act; then the subject acts alone",
+        low=0.0,
+        high=1.0,
+    )
+    subject_blocks: str = _setting(
+        "",
+        "Subject by block",
+        "multipliers of the subject by the map's blocks, such as up 1: 0.5, mid: 0; or a vector of LoRA Block Weight",
+        free=True,
+    )
+    style_blocks: str = _setting(
+        "",
+        "Style by block",
+        "multipliers of the style by the map's blocks, such as up 1: 0.5, mid: 0; or a vector of LoRA Block Weight",
+        free=True,
+    )
 
     def __post_init__(self) -> None:
         for name, option in options().items():

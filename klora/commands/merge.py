@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         check_static(settings)
     except SettingsError as error:
-        raise KloraError(f"--policy: {error.reason}") from None
+        raise KloraError(f"--{error.field.replace('_', '-')}: {error.reason}") from None
     pair = Pair.open(args.subject, args.style)
     if args.spelling == "diffusers" and not (pair.subject.is_named_by_rule and pair.style.is_named_by_rule):
         raise KloraError("--spelling diffusers: the modules of these files are known by flat names only; use kohya")

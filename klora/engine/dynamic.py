@@ -133,12 +133,16 @@ class Chooser:
 
 @dataclass(frozen=True)
 class Choice:
-    """One module's decision: at which step of which sampling pass, and whether conditional rows were looked at."""
+    """One module's decision: at which step of which sampling pass, and whether conditional rows were looked at.
+
+    `both`: it was a choice between two that could act.
+    """
 
     sampling: int
     step: int
     conditional: bool
     subject: bool
+    both: bool = True
 
     @property
     def letter(self) -> str:
@@ -181,9 +185,11 @@ class MeasuredPart(Part):
 
     def _choose(self, x: Tensor, y: Tensor, operands: tuple[Product, Product]) -> Choice:
         chooser = self.chooser
-        if self._choice is None or self._is_over(self._choice):
-            diverges = chooser.subject_diverges_more(x, y, operands, self.strengths)
-            self._choice = Choice(chooser.sampling, chooser.step, chooser.sees_condition, diverges)
+        both = all(self.strengths)
+        if self._choice is None or self._choice.both is not both or self._is_over(self._choice):
+            # Where only one may act at all, there is nothing to measure.
+            subject = chooser.subject_diverges_more(x, y, operands, self.strengths) if both else not self.strengths[1]
+            self._choice = Choice(chooser.sampling, chooser.step, chooser.sees_condition, subject, both)
         return self._choice
 
     def _is_over(self, choice: Choice) -> bool:

@@ -42,18 +42,18 @@ class Ensemble:
 
     @property
     def _forwards(self) -> tuple[Forward, ...]:
-        return self.session.plan.policy.predictions(self.session.moment)
+        return self.session.plan.predictions(self.session.moment.tau)
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Have the forward with these arguments, which is about to run, be the first of those asked for."""
-        if not self._busy:
+        if not self._busy and (forwards := self._forwards):
             # A denoiser may empty the lists that it is called with (T2I-Adapter's features).
             self._arguments = fresh((args, kwargs))
-            self.session.set_active(self._forwards[0].active)
+            self.session.set_active(forwards[0].active)
 
     def finish(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Make the other forwards, or take them from an earlier step, and give the mean in the output's own form."""
-        if self._busy:
+        if self._busy or not self._forwards:
             return None
         self._busy = True
         args, kwargs = self._arguments

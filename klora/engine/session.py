@@ -25,7 +25,7 @@ from klora.engine.ways import AUTO, BYPASS
 from klora.engine.weights import KEPT, Room, preparing
 from klora.errors import KloraError, MismatchError
 from klora.fusion.plan import ROLES, FusionPlan
-from klora.fusion.policies.base import BOTH, Active, Moment
+from klora.fusion.policies.base import BOTH, NEITHER, Active, Moment
 from klora.lora.checks import check_model
 from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
@@ -33,6 +33,8 @@ from klora.pair import Pair
 
 logger = logging.getLogger("klora")
 
+ALONE = " (alone)"
+"""Ends the name of a part in which a LoRA acts alone, where a policy makes something else of both."""
 ConditionalRows = Callable[[tuple[Any, ...], dict[str, Any]], "Rows | None"]
 """From the arguments of a denoiser's forward to the rows of its batch that follow the prompt; None for all."""
 
@@ -77,6 +79,7 @@ class Session(SessionState):
         self._parts: dict[str, Part] = {}
         self._folded: set[str] = set()
         self._mixed: set[str] = set()
+        self._apart: dict[str, Part] = {}
         self._shared: list[SharedInput] = []
         self._room = Room.on(_device_of(denoiser))
         self._chooser = Chooser.of(plan.settings) if plan.policy.measured else None
@@ -93,12 +96,16 @@ class Session(SessionState):
         with preparing():
             self._parts = self._bind(sites, self._deltas)
             plan.policy.check_model(self._parts)
+            if not plan.windows.always:
+                made = {name: site for name, site in sites.items() if name in self._mixed}
+                self._apart = self._bind(made, self._own_deltas)
             self._join()
             text = self._bind_text(text_sites or {})
             self._sites, self._text_sites = sites.keys(), (text_sites or {}).keys()
             self._parameters = HeldParameters()
             self._hold_parameters(sites, text_sites or {}, denoiser)
-        self._layers = Layers(self._parts, denoiser, self._engine, self._room, say)
+        apart = {f"{name}{ALONE}": part for name, part in self._apart.items()}
+        self._layers = Layers({**self._parts, **apart}, denoiser, self._engine, self._room, say)
         self._text_layers = [*self._of_text_encoders(text, text_encoders, say)]
         self.set_tau(0.0)
 
@@ -189,7 +196,7 @@ class Session(SessionState):
         if not self._awaited:
             return
         self._awaited = False
-        uncalled = self._layers.uncalled()
+        uncalled = [name for name in self._layers.uncalled() if name in self._parts]
         if uncalled and len(uncalled) == len(self._parts):
             self.acted = False
             raise KloraError(
@@ -215,12 +222,19 @@ class Session(SessionState):
         if self.tau is None:
             raise RuntimeError("set_active before set_tau")
         changed = []
+        alone = self.plan.alone(self.tau)
         for name, part in self._parts.items():
-            active = self.plan.decide(name, self.tau).times(among)
-            if part.set(active if name in self._folded else self._strengths(active)):
+            active = acting = self.plan.decide(name, self.tau).times(among)
+            if name in self._apart:
+                # What a policy has made of both is neither of them.
+                if self._apart[name].set(self._strengths(active) if alone else NEITHER):
+                    changed.append(f"{name}{ALONE}")
+                acting = NEITHER if alone else active
+            if part.set(acting if name in self._folded else self._strengths(acting)):
                 changed.append(name)
             # What a policy makes of two weights has no biases: then both act.
-            self._parameters.set(name, self._strengths(among if name in self._mixed else active))
+            both = name in self._mixed and not alone
+            self._parameters.set(name, self._strengths(among if both else active))
         self._layers.changed(changed)
 
     def _strengths(self, active: Active) -> tuple[float, float]:
@@ -233,16 +247,19 @@ class Session(SessionState):
 
     def _deltas(self, name: str) -> tuple[Delta | None, Delta | None]:
         """What acts in a module of the diffusion model for each LoRA."""
-        subject, style = self.pair.subject.modules.get(name), self.pair.style.modules.get(name)
+        subject, style = self._own_deltas(name)
         if subject is None or style is None or not self.plan.by_name[name].contested:
             return subject, style
         if self.plan.policy.folds_strengths:
             self._folded.add(name)
         if name not in self._combined:
-            self._combined[name] = self.plan.policy.combine(name, subject, style)
+            self._combined[name] = self.plan.policy.combine(name, subject, style, self.plan.by_name[name].weights)
         if self._combined[name] != (subject, style):
             self._mixed.add(name)
         return self._combined[name]
+
+    def _own_deltas(self, name: str) -> tuple[Delta | None, Delta | None]:
+        return self.pair.subject.modules.get(name), self.pair.style.modules.get(name)
 
     def _part(self, name: str, operands: tuple[Product | None, Product | None]) -> Part:
         subject, style = operands

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from klora.fusion.policies import make_policy
-from klora.fusion.policies.base import BOTH, NEITHER, STYLE, SUBJECT, Active, Moment, Policy, ScaledPolicy
+from klora.fusion.policies.base import BOTH, NEITHER, STYLE, SUBJECT, Active, Forward, Moment, Policy, ScaledPolicy
 from klora.fusion.scale import Scale, switch_steps
 from klora.fusion.scores import ModuleScore
+from klora.fusion.windows import Windows
 from klora.settings import Settings
 
 ROLES = {"both": BOTH, "subject": SUBJECT, "style": STYLE, "none": NEITHER}
@@ -27,7 +28,8 @@ class FileModule:
     """One diffusion-model module of either file, before anything is decided.
 
     `subject_name` and `style_name` are the key prefixes in the files, None where a file lacks the module;
-    `in_scope` tells whether the module follows the policy if both files have it.
+    `in_scope` tells whether the module follows the policy if both files have it. `weights` multiply what acts of each;
+    where one is 0, the module is the other's.
     """
 
     name: str
@@ -37,6 +39,7 @@ class FileModule:
     style_name: str | None = None
     subject: ModuleScore | None = None
     style: ModuleScore | None = None
+    weights: Active = BOTH
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class PlanModule:
     """One module of the plan.
 
     A module with a `rho` follows the policy; in any other `fixed` is active, as far as the policy has it act.
-    `contested`: both files have it and it is in scope. `rho` is inf where S_s = 0 < S_c.
+    `contested`: both files have it and it is in scope. `rho` is inf where S_s = 0 < S_c. `weights`: of each side in
+    this block.
     """
 
     name: str
@@ -66,6 +70,13 @@ class PlanModule:
     style_sum: float | None = None
     rho: float | None = None
     fixed: Active = NEITHER
+    weights: Active = BOTH
+
+    @property
+    def present(self) -> Active:
+        """The sides that have the module, with their weights."""
+        subject, style = self.subject_name is not None, self.style_name is not None
+        return self.weights.times(Active(float(subject), float(style)))
 
 
 @dataclass(frozen=True)
@@ -92,13 +103,22 @@ class FusionPlan:
         return make_policy(self.settings)
 
     @cached_property
+    def windows(self) -> Windows:
+        """When each side may act."""
+        return Windows.of(self.settings)
+
+    @cached_property
     def balance(self) -> float:
         """The balance b in force."""
         if self.settings.share is None or not isinstance(self.policy, ScaledPolicy):
             return self.settings.balance
         compared = [self.policy.compared(m.rho) for m in self.contested if m.rho is not None]
-        scales = [self.policy.scale(i / self.steps) for i in range(self.steps)]
-        return balance_for_share(compared, scales, self.settings.share)
+        states = [self.windows.open_at(i / self.steps) for i in range(self.steps)]
+        scales = [self.policy.scale(i / self.steps) for i, both in enumerate(states) if all(both)]
+        # Where a window is closed nothing is compared: what the subject has there counts towards its share.
+        given = sum(subject and not style for subject, style in states)
+        wished = (self.settings.share * self.steps - given) / len(scales) if scales else 0.0
+        return balance_for_share(compared, scales, min(1.0, max(0.0, wished)))
 
     @cached_property
     def by_name(self) -> dict[str, PlanModule]:
@@ -143,24 +163,37 @@ class FusionPlan:
         """Say what acts on module `name` at position `tau` of the schedule; KeyError for a module of neither file."""
         return self._decide(self.by_name[name], tau)
 
+    def alone(self, tau: float) -> bool:
+        """Whether the window of one side is closed at position `tau`, so that the other acts as if it were alone."""
+        return not all(self.windows.open_at(tau))
+
+    def predictions(self, tau: float) -> tuple[Forward, ...]:
+        """The forwards whose weighted mean is the prediction at position `tau`; empty where one as decided does."""
+        return () if self.alone(tau) else self.policy.predictions(Moment(tau, self.steps, self.balance))
+
     def _decide(self, module: PlanModule, tau: float) -> Active:
+        subject, style = self.windows.open_at(tau)
+        if not (subject and style):
+            return module.present.times(Active(float(subject), float(style)))
         moment = Moment(tau, self.steps, self.balance)
         if module.rho is None:
-            return self.policy.decide_other(module.name, module.fixed, moment)
-        return self.policy.decide(module.name, module.rho, moment)
+            return self.policy.decide_other(module.name, module.fixed, moment).times(module.weights)
+        active = self.policy.decide(module.name, module.rho, moment)
+        # What a merge has made of both holds their weights.
+        return active if self.policy.folds_strengths else active.times(module.weights)
 
     def selection(self, name: str) -> str:
         """Write one letter per step i at τ = i/N: c subject, s style, b both, - neither."""
         if self.record and name in self.record:
             return self.record[name]
         module = self.by_name[name]
-        if module.rho is not None and isinstance(self.policy, ScaledPolicy):
+        if module.rho is not None and isinstance(self.policy, ScaledPolicy) and self.windows.always:
             return self._selection_by_switches(module, self.policy.scale)
         return "".join(self._decide(module, i / self.steps).letter for i in range(self.steps))
 
     def _selection_by_switches(self, module: PlanModule, scale: Scale) -> str:
         """The same from the few steps at which the module switches, found without looking at every step."""
-        switches = switch_steps(lambda tau: self._decide(module, tau) == SUBJECT, scale, self.steps)
+        switches = switch_steps(lambda tau: bool(self._decide(module, tau).subject), scale, self.steps)
         starts = (0, *switches, self.steps)
         return "".join(
             self._decide(module, start / self.steps).letter * (stop - start)
@@ -214,7 +247,7 @@ def make_plan(modules: Iterable[FileModule], settings: Settings) -> FusionPlan:
 
 def _shared(module: FileModule, settings: Settings) -> SharedModule | None:
     subject, style = module.subject, module.style
-    if not module.in_scope or subject is None or style is None:
+    if not module.in_scope or subject is None or style is None or not all(module.weights):
         return None
     return SharedModule(subject, style, wanted_k(settings, subject.rank, style.rank, subject.shape))
 
@@ -223,7 +256,12 @@ def _plan_module(
     module: FileModule, shared: SharedModule | None, policy: Policy, gamma: float | None, settings: Settings
 ) -> PlanModule:
     planned = PlanModule(
-        module.name, module.slice, module.subject_name, module.style_name, contested=shared is not None
+        module.name,
+        module.slice,
+        module.subject_name,
+        module.style_name,
+        contested=shared is not None,
+        weights=module.weights,
     )
     if shared is None:
         return dataclasses.replace(planned, fixed=_uncontested(module, settings))
@@ -238,6 +276,8 @@ def _plan_module(
 
 def _uncontested(module: FileModule, settings: Settings) -> Active:
     if module.subject_name is not None and module.style_name is not None:
+        if not all(module.weights):
+            return BOTH
         return ROLES[settings.other_layers]
     if settings.unpaired == "drop":
         return NEITHER

@@ -220,6 +220,20 @@ def block_of(name: str) -> str:
     return f"{first}.{rest[0]}" if first in ("down_blocks", "up_blocks") else first
 
 
+def block_label(block: str) -> str:
+    """A block's name as maps show it, short enough for a narrow column: "down_blocks.1" is "down 1"."""
+    known = {
+        "mid_block": "mid",
+        "transformer_blocks": "double-stream blocks",
+        "single_transformer_blocks": "single-stream blocks",
+        "time_embedding": "time",
+        "time_text_embed": "time",
+        "add_embedding": "added",
+        "context_embedder": "context",
+    }
+    return known.get(block, block.replace("_blocks.", " "))
+
+
 _TOP_ORDER = (
     "time_embedding",
     "add_embedding",

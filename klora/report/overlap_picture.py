@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from klora.lora.names import block_label
 from klora.report.overlap import Overlap, in_words
-from klora.report.picture import DPI, FONT, LIGHT, WIDTH, Theme, dress, image_of, literal, short_label
+from klora.report.picture import DPI, FONT, LIGHT, WIDTH, Theme, dress, image_of, literal
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,4 +60,4 @@ def _shares(axes: Axes, overlap: Overlap, theme: Theme) -> None:
         axes.plot(places, heights, marker, color=theme.ink, markersize=10, label=label)
     axes.set(ylim=(0, 1))
     axes.set_ylabel("fraction shared", color=theme.ink, **FONT)
-    axes.set_xticks(places, [short_label(block) for block in overlap.blocks], rotation=30, ha="right")
+    axes.set_xticks(places, [block_label(block) for block in overlap.blocks], rotation=30, ha="right")

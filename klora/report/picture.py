@@ -11,7 +11,7 @@ import numpy as np
 
 from klora.fusion.plan import FusionPlan
 from klora.fusion.policies.base import ScaledPolicy
-from klora.lora.names import block_of
+from klora.lora.names import block_label, block_of
 from klora.report.summary import WHO, absent_share, describe_rule
 from klora.report.words import share_in_words
 
@@ -259,7 +259,7 @@ class _Drawing:
             if (block.stop - block.start) * column < _NARROWEST:
                 continue
             cells.annotate(
-                short_label(block.label),
+                block_label(block.label),
                 ((block.start + block.stop) / 2, 0),
                 xycoords=cells.get_xaxis_transform(),
                 xytext=(0, -8),
@@ -337,18 +337,4 @@ def _limits(plan: FusionPlan, thresholds: list[float]) -> tuple[float, float]:
 def _is_upright(block: Block, plan: FusionPlan, width: int) -> bool:
     """Whether a block's label stands on end, for want of room."""
     space = (block.stop - block.start) * (width - LEFT - SIDE - RIGHT) / max(1, len(plan.modules))
-    return _NARROWEST <= space <= 13 * len(short_label(block.label))
-
-
-def short_label(block: str) -> str:
-    """Shorten a block's name so that it fits under a narrow column: "down_blocks.1" is "down 1"."""
-    known = {
-        "mid_block": "mid",
-        "transformer_blocks": "double-stream blocks",
-        "single_transformer_blocks": "single-stream blocks",
-        "time_embedding": "time",
-        "time_text_embed": "time",
-        "add_embedding": "added",
-        "context_embedder": "context",
-    }
-    return known.get(block, block.replace("_blocks.", " "))
+    return _NARROWEST <= space <= 13 * len(block_label(block.label))

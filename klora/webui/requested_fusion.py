@@ -38,9 +38,12 @@ class RequestedFusion:
             (1, self.style, self.pair.style, settings.style_strength),
         ):
             for (_, lora, _), (file, weight) in zip(listed, side.parts, strict=True):
-                deltas = {name: delta for name, delta in file.text_encoder.items() if weight and weights[name][index]}
+                acting = {name: weights[name][index] * weight for name in file.text_encoder if weight}
+                deltas = {name: file.text_encoder[name] for name, share in acting.items() if share}
                 if deltas and strength:
-                    parts.append(TextPart(lora, deltas, strength * weight, file.sha256))
+                    # One file's modules all have the same share.
+                    share = acting[next(iter(deltas))]
+                    parts.append(TextPart(lora, deltas, strength * share, file.sha256))
         return parts
 
     @property

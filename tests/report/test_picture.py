@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from klora.fusion.plan import FusionPlan
-from klora.report.picture import COLOURS, DARK, LIGHT, blocks, cells_box, selection_cells, selection_map, short_label
+from klora.lora.names import block_label
+from klora.report.picture import COLOURS, DARK, LIGHT, blocks, cells_box, selection_cells, selection_map
 from tests.support.models import real_shapes
 from tests.support.pairs import ATTENTION, FEED_FORWARD, plan_of
 
@@ -104,7 +105,7 @@ def test_blocks_follow_the_network_and_have_short_labels() -> None:
         ("mid_block", 8),
         ("up_blocks.1", 8),
     ]
-    assert [short_label(block.label) for block in found] == ["down 0", "mid", "up 1"]
+    assert [block_label(block.label) for block in found] == ["down 0", "mid", "up 1"]
 
 
 def test_drawing_uses_nothing_global_of_matplotlib() -> None:

@@ -20,6 +20,7 @@ from klora.fusion.policies.np_lora import NpLora
 from klora.fusion.policies.random import Random
 from klora.fusion.policies.switch import Switch
 from klora.fusion.policies.ties import Ties
+from klora.fusion.windows import Windows
 from klora.settings import Settings
 
 POLICIES: dict[str, type[Policy]] = {
@@ -80,4 +81,5 @@ def make_policy(settings: Settings) -> Policy:
     policy = POLICIES[settings.policy]
     if settings.share is not None and not issubclass(policy, ScaledPolicy):
         raise SettingsError("share", f"the policy {policy.name} takes no share target; leave it at auto")
+    Windows.of(settings)
     return policy(settings)

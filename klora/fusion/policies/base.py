@@ -113,8 +113,13 @@ class Policy(ABC):
     def check_model(self, modules: Iterable[str]) -> None:  # noqa: B027
         """Raise SettingsError where the policy can do nothing with those of the files' modules that a model has."""
 
-    def combine(self, module: str, subject: Delta, style: Delta) -> tuple[Delta | None, Delta | None]:
-        """What acts in place of a contested module's two deltas; MismatchError for a family that will not do."""
+    def combine(
+        self, module: str, subject: Delta, style: Delta, weights: Active = BOTH
+    ) -> tuple[Delta | None, Delta | None]:
+        """What acts in place of a contested module's two deltas; MismatchError for a family that will not do.
+
+        `weights` are what multiplies both in its block; only where strengths are folded in do they count here.
+        """
         return subject, style
 
     def predictions(self, moment: Moment) -> tuple[Forward, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from klora.fusion.policies.base import Active
 from klora.fusion.policies.merge import Merge
 
 if TYPE_CHECKING:
@@ -21,9 +22,9 @@ class Dare(Merge):
     title = "DARE merge"
     own_settings = frozenset({"density", "dare_merge", "seed", "merge_rank"})
 
-    def merged(self, module: str, subject: Delta, style: Delta) -> Delta:
+    def merged(self, module: str, subject: Delta, style: Delta, strengths: Active) -> Delta:
         from klora.fusion.entries import Drawn, cut_merge
 
         thinning = Drawn(f"{self.settings.seed}:{module}", self.density)
         elect = self.settings.dare_merge == "ties"
-        return cut_merge((subject, style), self.strengths, thinning, elect, rank=self.settings.merge_rank)
+        return cut_merge((subject, style), strengths, thinning, elect, rank=self.settings.merge_rank)

@@ -22,9 +22,9 @@ class Merge(Policy):
     usual_density: ClassVar[float] = 0.5
 
     @property
-    def strengths(self) -> tuple[float, float]:
+    def strengths(self) -> Active:
         """The user's strengths of subject and style."""
-        return self.settings.subject_strength, self.settings.style_strength
+        return Active(self.settings.subject_strength, self.settings.style_strength)
 
     @property
     def density(self) -> float:
@@ -32,14 +32,16 @@ class Merge(Policy):
         return self.usual_density if self.settings.density is None else self.settings.density
 
     @abstractmethod
-    def merged(self, module: str, subject: Delta, style: Delta) -> Delta:
-        """The one delta; MismatchError for a family that will not do."""
+    def merged(self, module: str, subject: Delta, style: Delta, strengths: Active) -> Delta:
+        """The one delta, of both times their strengths; MismatchError for a family that will not do."""
 
     def decide(self, module: str, rho: float, moment: Moment) -> Active:
         return BOTH
 
-    def combine(self, module: str, subject: Delta, style: Delta) -> tuple[Delta | None, Delta | None]:
-        merged = self.merged(module, subject, style)
+    def combine(
+        self, module: str, subject: Delta, style: Delta, weights: Active = BOTH
+    ) -> tuple[Delta | None, Delta | None]:
+        merged = self.merged(module, subject, style, self.strengths.times(weights))
         # Beside a style that is zero, or a subject, what is not zero acts: in its own place, where the plan expects it.
         return (merged, None) if acts(subject) else (None, merged)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from klora.fusion.policies.base import Active
 from klora.fusion.policies.merge import Merge
 
 if TYPE_CHECKING:
@@ -21,8 +22,8 @@ class Ties(Merge):
     usual_density = 0.2  # the paper's k = 20 %
     own_settings = frozenset({"density", "merge_rank"})
 
-    def merged(self, module: str, subject: Delta, style: Delta) -> Delta:
+    def merged(self, module: str, subject: Delta, style: Delta, strengths: Active) -> Delta:
         from klora.fusion.entries import Largest, cut_merge
 
         thinning = Largest.of((subject, style), self.density)
-        return cut_merge((subject, style), self.strengths, thinning, elect=True, rank=self.settings.merge_rank)
+        return cut_merge((subject, style), strengths, thinning, elect=True, rank=self.settings.merge_rank)

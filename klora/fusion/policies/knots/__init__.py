@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from klora.fusion.policies.base import Active
 from klora.fusion.policies.merge import Merge
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Knots(Merge):
     usual_density = 0.2
     own_settings = frozenset({"density"})
 
-    def merged(self, module: str, subject: Delta, style: Delta) -> Delta:
+    def merged(self, module: str, subject: Delta, style: Delta, strengths: Active) -> Delta:
         from klora.fusion.policies.knots.basis import tie
 
-        return tie((subject, style), self.strengths, self.density)
+        return tie((subject, style), strengths, self.density)

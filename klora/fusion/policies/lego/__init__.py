@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from klora.fusion.policies.base import Active
 from klora.fusion.policies.merge import Merge
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Lego(Merge):
     title = "LoRA-LEGO"
     own_settings = frozenset({"seed", "clusters"})
 
-    def merged(self, module: str, subject: Delta, style: Delta) -> Delta:
+    def merged(self, module: str, subject: Delta, style: Delta, strengths: Active) -> Delta:
         from klora.fusion.policies.lego.clusters import merge_units
 
-        return merge_units((subject, style), self.strengths, self.settings.seed, self.settings.clusters)
+        return merge_units((subject, style), strengths, self.settings.seed, self.settings.clusters)

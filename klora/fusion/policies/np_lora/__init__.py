@@ -21,7 +21,9 @@ class NpLora(Policy):
     def decide(self, module: str, rho: float, moment: Moment) -> Active:
         return BOTH
 
-    def combine(self, module: str, subject: Delta, style: Delta) -> tuple[Delta | None, Delta | None]:
+    def combine(
+        self, module: str, subject: Delta, style: Delta, weights: Active = BOTH
+    ) -> tuple[Delta | None, Delta | None]:
         from klora.fusion.policies.np_lora.projection import project
 
         return project(subject, style, self.settings.mu), style
