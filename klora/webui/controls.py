@@ -61,6 +61,12 @@ _HINTS = {
     "refine_step": "how far latents move per step",
     "refine_from": "0: first step, 1: last step",
     "refine_to": "0: first step, 1: last step",
+    "subject_from": "before, the style alone; 0: first step",
+    "subject_to": "then the style alone; 1: last step",
+    "style_from": "before, the subject alone; 0: first step",
+    "style_to": "then the subject alone; 1: last step",
+    "subject_blocks": "as on the map: up 1: 0.5, mid: 0",
+    "style_blocks": "as on the map: up 1: 0.5, mid: 0",
 }
 
 

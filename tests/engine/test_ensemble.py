@@ -35,7 +35,7 @@ class FakeSession:
     def __init__(self, *forwards: Forward, steps: int = 10) -> None:
         self.forwards, self.steps, self.step = forwards, steps, 0
         self.active, self.sampling = BOTH, object()
-        self.plan = SimpleNamespace(policy=SimpleNamespace(predictions=lambda moment: self.forwards))
+        self.plan = SimpleNamespace(predictions=lambda tau: self.forwards)
 
     @property
     def moment(self) -> Moment:
