@@ -11,6 +11,7 @@ from klora.errors import SettingsError
 from klora.fusion.policies import POLICIES, make_policy, resolve
 from klora.settings import AUTO, Option, Settings, options
 from klora.webui.prompt_tag import Tag, quoted_name
+from klora.webui.side_text import side_of_json
 
 _FIRST = (
     "enabled",
@@ -189,7 +190,12 @@ def truth(name: str, value: Any) -> bool:
 
 
 def lora_name(side: str, value: Any) -> str:
-    """Read the name of a LoRA, as it can stand in a tag; SettingsError for none."""
+    """Read the name of a LoRA, or the text of several (klora.webui.side_text), or a list of names and weights.
+
+    What comes is as it can stand in a tag; SettingsError for none.
+    """
+    if isinstance(value, list):
+        return side_of_json(side, value)
     name = value.strip() if isinstance(value, str) else value
     if name in _NOT_CHOSEN:
         raise NotChosenError(side)
@@ -198,12 +204,24 @@ def lora_name(side: str, value: Any) -> str:
     return quoted_name(name)
 
 
+_SIDE = {
+    "description": "a name or alias, as <lora:…> takes it; or several, as in dog*0.8 + coat*0.5, or as a list",
+    "type": ["string", "array"],
+    "items": {
+        "type": ["string", "object"],
+        "properties": {"name": {"type": "string"}, "weight": {"type": "number"}},
+        "required": ["name"],
+        "additionalProperties": False,
+    },
+}
+
+
 def json_schema() -> dict[str, Any]:
     """Describe the one object that `alwayson_scripts` takes; its properties are in the positional order."""
     own = {
         "enabled": {"type": "boolean", "title": "Enable K-LoRA", "description": "true where any other is given"},
-        "subject": {"type": "string", "title": "Subject LoRA", "description": "a name or alias, as <lora:…> takes it"},
-        "style": {"type": "string", "title": "Style LoRA", "description": "a name or alias, as <lora:…> takes it"},
+        "subject": {"title": "Subject LoRA", **_SIDE},
+        "style": {"title": "Style LoRA", **_SIDE},
         "show_map": {"type": "boolean", "title": "Selection map in the gallery", "default": False},
     }
     described = {name: describe(name, option) for name, option in setting_options().items()}

@@ -9,13 +9,13 @@ import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
-from urllib.parse import unquote
 
 from klora.errors import KloraError
 from klora.fusion.policies import is_heeded
 from klora.settings import Settings
 from klora.webui.args import ARG_ORDER, setting_options, text_of
-from klora.webui.prompt_tag import NAME, Tag, find_tag, quoted_name
+from klora.webui.prompt_tag import NAME, Tag, find_tag
+from klora.webui.side_text import rename
 
 PREFIX = "K-LoRA "
 RESOLVED = ("scale", "alpha", "beta", "scope", "variant")
@@ -108,16 +108,16 @@ def rename_by_hash(params: dict[str, Any], name_for: Callable[[str, str], str | 
     if not hashes:
         return
 
-    def here(written: str) -> str:
-        name = unquote(written.strip())
-        # The host leaves out these signs in this list.
-        value = hashes.get(name.replace(":", "").replace(",", ""))
-        found = name_for(name, value) if value else None
-        return quoted_name(found) if found else written
+    def here(name: str) -> str | None:
+        # The host leaves out commas in this list, and colons are left out too.
+        value = hashes.get(name.replace(",", "").replace(":", ""))
+        return name_for(name, value) if value else None
 
     for key in ("Prompt", "Hires prompt"):
         if isinstance(params.get(key), str):
-            params[key] = _TAG.sub(lambda m: f"<{NAME}:{here(m.group(1))}:{here(m.group(2))}", params[key])
+            params[key] = _TAG.sub(
+                lambda m: f"<{NAME}:{rename(m.group(1), here)}:{rename(m.group(2), here)}", params[key]
+            )
 
 
 def _text(value: Any) -> Any:

@@ -18,6 +18,7 @@ from klora.webui.analysis_page import View, failure, told
 from klora.webui.analysis_run import AnalysisRun, Result
 from klora.webui.args import ARG_ORDER, NONE, FusionRequest, read_values, setting_options
 from klora.webui.controls import ControlMaker, hint_of, slider_reach
+from klora.webui.several import add_more
 
 TITLE = "K-LoRA"
 BASIC = ("balance", "share", "subject_strength", "style_strength")
@@ -109,12 +110,15 @@ def _add_pair(gr: Any, tab: str, found: Accordion, library: Callable[[], Names])
             )
         button = gr.Button("\u21bb", elem_id=f"{tab}_klora_refresh_names", elem_classes=["tool"], scale=0, min_width=42)
 
+    sides = [found.args["subject"], found.args["style"]]
+    menus = [*sides, *add_more(gr, tab, found.args, lambda: menu(library))]
+
     def refresh() -> list[Any]:
         with _shown(gr):
             library().refresh()
-        return [gr.update(choices=menu(library))] * 2
+        return [gr.update(choices=menu(library))] * len(menus)
 
-    button.click(refresh, inputs=[], outputs=[found.args["subject"], found.args["style"]], show_progress=False)
+    button.click(refresh, inputs=[], outputs=menus, show_progress=False)
 
 
 def _add_misfit(gr: Any, tab: str, found: Accordion, misfit: Misfit) -> None:

@@ -20,7 +20,10 @@ from klora.webui.ui import TITLE
 PREFIX = "[K-LoRA] "
 AXES = "klora_axes"
 """Where a grid's processing object keeps the values of its axes until they have been looked at together."""
-SETTINGS = ("balance", "alpha", "beta", "scale", "policy", "subject_strength", "style_strength", "scope")
+SETTINGS = (
+    *("balance", "alpha", "beta", "scale", "policy", "subject_strength", "style_strength", "scope"),
+    *("subject_from", "subject_to", "style_from", "style_to"),
+)
 JUDGED = f"{PREFIX}Judged share"
 """The axis of shares whose pictures the LoRAs themselves judge."""
 # Other files to open, and other text to encode, but no other checkpoint.
@@ -144,8 +147,10 @@ def _names() -> list[str]:
 
 def _confirm_names(side: str) -> Callable[[Any, list[Any]], None]:
     def confirm(p: Any, values: list[Any]) -> None:
+        from klora.webui.sides import find_side
+
         _keep(p, side, values)
         for value in values:
-            Library().find(value)
+            find_side(value, side, Library())
 
     return confirm

@@ -58,8 +58,8 @@ def settings_of_a_user(draw: st.DrawFn) -> dict[str, Any]:
     try:
         read_values({"subject": "a", "style": "b", **values})
     except KloraError:
-        values.pop("share", None)
-        values.pop("alpha", None)
+        for name in ("share", "alpha", "subject_from", "subject_to", "style_from", "style_to"):
+            values.pop(name, None)
     return values
 
 
