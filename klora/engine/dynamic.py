@@ -95,6 +95,7 @@ class Chooser:
     rows: Rows | None = None
     decisions: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
     sampling: int = 0
+    alone: bool = False
 
     @classmethod
     def of(cls, settings: Settings) -> Chooser:
@@ -106,9 +107,9 @@ class Chooser:
         self.sampling += 1
         self.decisions = {}
 
-    def at(self, tau: float, step: int) -> None:
-        """Take the position in the schedule."""
-        self.tau, self.step = tau, step
+    def at(self, tau: float, step: int, alone: bool = False) -> None:
+        """Take the position in the schedule, and whether only one LoRA may act there."""
+        self.tau, self.step, self.alone = tau, step, alone
 
     @property
     def sees_condition(self) -> bool:
@@ -185,7 +186,7 @@ class MeasuredPart(Part):
 
     def _choose(self, x: Tensor, y: Tensor, operands: tuple[Product, Product]) -> Choice:
         chooser = self.chooser
-        both = all(self.strengths)
+        both = not chooser.alone
         if self._choice is None or self._choice.both is not both or self._is_over(self._choice):
             # Where only one may act at all, there is nothing to measure.
             subject = chooser.subject_diverges_more(x, y, operands, self.strengths) if both else not self.strengths[1]

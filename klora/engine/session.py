@@ -214,7 +214,7 @@ class Session(SessionState):
         if tau != self.tau:
             self.tau = tau
             if self._chooser:
-                self._chooser.at(tau, self.moment.step)
+                self._chooser.at(tau, self.moment.step, self.plan.alone(tau))
             self.set_active(BOTH)
 
     def set_active(self, among: Active) -> None:

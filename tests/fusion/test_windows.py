@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from klora.cache import ScoreCache
-from klora.engine.bypass import Site
 from klora.engine.session import Session
+from klora.engine.site import Site
 from klora.errors import SettingsError
 from klora.fusion.plan import FusionPlan
 from klora.fusion.policies import POLICIES
