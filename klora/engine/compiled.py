@@ -140,9 +140,10 @@ class BeforeCall(Uncopied):
     def __init__(self, calls: Calls) -> None:
         self.calls = calls
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Tell."""
-        self.calls.before(args, kwargs)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        """Tell; torch calls a hook that an earlier one has just removed all the same, without the keywords."""
+        if kwargs is not None:
+            self.calls.before(args, kwargs)
 
 
 class AfterCall(Uncopied):

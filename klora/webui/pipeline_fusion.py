@@ -7,6 +7,9 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
 
+from torch import nn
+
+from klora.engine.compiled import Calls
 from klora.engine.session import Session
 from klora.engine.wrapping import Wrappers
 from klora.errors import KloraError, SettingsError, named_by
@@ -118,13 +121,18 @@ class PipelineFusion:
             plan = fusion.plan(host.device, hires)
             session = host.session(fusion.pair, plan)
             guidance = make_guidance(plan.settings, host.device)
-        before_call = host.diffusion_model.register_forward_pre_hook
-        # Hooks are called in the order in which they are put on.
-        self._running.enter_context(before_call(lambda *_: host.renew(shared.sd_model)))
+        # They are called in the order in which they are put on.
+        self._call(host.running, lambda *_: host.renew(shared.sd_model))
         self._running.enter_context(follow(host, session, guidance, self.stop))
-        self._running.enter_context(before_call(lambda *_: self._acted.step(session)))
+        self._call(host.running, lambda *_: self._acted.step(session))
         self._running.enter_context(session)
         self._session, self._hires = session, hires
+
+    def _call(self, model: nn.Module, function: Callable[..., None]) -> None:
+        """Call a function before each call of a model, compiled or not."""
+        calls = Calls(model, function)
+        self._running.callback(calls.remove)
+        calls.attach()
 
     def _before_hires(self, init_hr: Callable[..., Any]) -> Callable[..., Any]:
         def wrapper(*args: Any, **kwargs: Any) -> Any:

@@ -213,15 +213,15 @@ def test_a_pipeline_that_k_lora_cannot_fuse_in_is_named(host: FakeSdnext) -> Non
     assert "two transformers" in p.extra_generation_params["K-LoRA error"]
 
 
-def test_a_compiled_model_is_named(host: FakeSdnext) -> None:
-    host.pipe.unet.mid_block.compile(backend="eager")
+@pytest.mark.parametrize("part", ["", "mid_block"], ids=["whole", "a region"])
+def test_a_compiled_model_is_fused_in(host: FakeSdnext, part: str) -> None:
+    whole = host.process(f"a dog {TAG}")
+    model = host.pipe.unet.get_submodule(part)
+    model.compile(backend="eager")
     try:
-        p = Processing(f"a dog {TAG}")
-        host.sd_model = host.pipe
-        host.activate(_parsed(p))
-        assert "compiled" in p.extra_generation_params["K-LoRA error"]
+        assert close(host.process(f"a dog {TAG}"), whole)
     finally:
-        host.pipe.unet.mid_block._compiled_call_impl = None
+        model._compiled_call_impl = None
 
 
 def test_a_model_that_is_held_by_another_object_is_found(host: FakeSdnext) -> None:

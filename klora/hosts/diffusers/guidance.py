@@ -61,18 +61,16 @@ class SchedulerGuidance:
         self._host, self._session, self._guidance = host, session, guidance
         self._wrappers = Wrappers()
         self._grid: tuple[int, int] | None = None
-        self._removed = False
         self._hook = host.diffusion_model.register_forward_pre_hook(self._on_denoiser, with_kwargs=True)
 
     def remove(self) -> None:
         """Take everything off; does nothing when it is off."""
-        self._removed = True
         self._hook.remove()
         self._wrappers.remove()
 
-    def _on_denoiser(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._removed:
-            # A hook that an earlier one has removed is called once more.
+    def _on_denoiser(self, denoiser: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> None:
+        if kwargs is None:
+            # As torch calls a hook that an earlier one has just removed.
             return
         ids = self._host.argument("img_ids", args, kwargs)
         if ids is not None:

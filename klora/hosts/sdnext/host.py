@@ -6,10 +6,7 @@ import importlib
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
-
 from klora.engine.site import Site
-from klora.errors import KloraError
 from klora.hosts.diffusers import DiffusersHost
 from klora.hosts.sdnext.weights import with_plain_weight
 
@@ -49,9 +46,7 @@ class SdnextHost(DiffusersHost):
 
     def __init__(self, loaded: Any) -> None:
         """Take what is loaded; KloraError for a pipeline that K-LoRA cannot fuse in."""
-        pipe = pipeline_of(loaded)
-        _check_not_compiled(getattr(pipe, "unet", None) or getattr(pipe, "transformer", None))
-        super().__init__(pipe)
+        super().__init__(pipeline_of(loaded))
         self._checkpoint = getattr(getattr(loaded, "sd_checkpoint_info", None), "name", None)
 
     def renew(self, loaded: Any) -> None:
@@ -73,14 +68,3 @@ class SdnextHost(DiffusersHost):
     def text_sites(self) -> Mapping[str, Site]:
         """The text encoders' Linear modules by canonical name."""
         return {name: with_plain_weight(site) for name, site in super().text_sites().items()}
-
-
-def _check_not_compiled(model: Any) -> None:
-    """KloraError where a model, or a part of it, is compiled: what is compiled heeds no hooks."""
-    for module in model.modules() if isinstance(model, nn.Module) else ():
-        # A compiled module stands before the module itself; `module.compile()` leaves it in its place.
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
-            raise KloraError(
-                "this model is compiled, and a compiled model does not heed which LoRA acts; take Model out of"
-                " Settings, Model compile, and load the model again"
-            )

