@@ -199,7 +199,7 @@ class Server:
         hires = {
             "enable_hr": True,
             "hr_scale": 1.5,
-            "hr_upscaler": self._upscaler,
+            "hr_upscaler": self.upscaler,
             "hr_second_pass_steps": 4,
             "denoising_strength": 0.6,
             # Forge fails without these two.
@@ -223,7 +223,7 @@ class Server:
         return self.txt2img(tags, script_name="x/y/z plot", script_args=args, **changes)
 
     @cached_property
-    def _upscaler(self) -> str:
+    def upscaler(self) -> str:
         """Latent where the host has it, else the first that it has."""
         modes = [one["name"] for one in self.call("/sdapi/v1/latent-upscale-modes")]
         return "Latent" if "Latent" in modes else self.call("/sdapi/v1/upscalers")[0]["name"]

@@ -25,7 +25,7 @@ def test_cells_are_the_same_pictures_with_their_figures_below(server: Server, pl
 
 
 def test_a_picture_with_a_hires_pass_is_made_and_not_judged(server: Server, plain: Picture) -> None:
-    hires = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": "Latent", "hr_second_pass_steps": 4}
+    hires = {"enable_hr": True, "hr_scale": 1.5, "hr_upscaler": server.upscaler, "hr_second_pass_steps": 4}
     # Forge fails without these two.
     hires |= {"hr_additional_modules": ["Use same choices"], "hr_cfg": 5}
     grid = server.plot(JUDGED, TAG, denoising_strength=0.6, **hires)
