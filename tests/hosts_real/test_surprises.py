@@ -43,8 +43,8 @@ def test_a_map_is_no_picture_to_a_script(server: Server, plain: Picture) -> None
     assert grid.same(by_script(server, "prompt matrix", f"{TAG}|red")) or len(grid.all) == 3
     upscaled = by_script(server, "sd upscale", source=plain, **{"Tile overlap": 16}, **with_map(PAIR))
     assert upscaled.same(by_script(server, "sd upscale", TAG, source=plain, **{"Tile overlap": 16}))
-    looped = by_script(server, "loopback", source=plain, **{"Loops": 2}, **with_map(PAIR))
-    assert len(looped.all) == len(by_script(server, "loopback", source=plain, **{"Loops": 2}).all)
+    looped = by_script(server, "loopback", source=plain, Loops=2, **with_map(PAIR))
+    assert len(looped.all) == len(by_script(server, "loopback", source=plain, Loops=2).all)
 
 
 @pytest.mark.parametrize("hires", [False, True], ids=["one pass", "hires"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -281,3 +282,9 @@ def test_modules_that_are_not_called_are_named_under_the_picture(host: FakeHost)
         model.layers = layers
     assert f"1 of the LoRAs' {len(layers)} modules, such as {left_out}, were not called" in picture.comments
     assert "K-LoRA error" not in picture.p.extra_generation_params
+
+
+def test_the_second_pass_is_on_its_own_schedule(host: FakeHost, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of int(3 / 0.6) = 5 steps the last three are made, in a sampler of its own.
+    run = partial(host.txt2img, f"a dog {TAG}", hr_prompt="", hr_second_pass_steps=3)
+    assert taus(host, monkeypatch, run)[6:] == pytest.approx([0.4, 0.6, 0.8])
