@@ -21,6 +21,7 @@ from klora.fusion.windows import WINDOWS, Windows
 from klora.lora.deltas import Delta
 from klora.lora.deltas.base import FULL_RANK
 from klora.lora.deltas.computed import FactorDelta, low_rank
+from klora.lora.spelling import own_prefixes
 from klora.lora.write import file_tensors
 from klora.pair import Pair, side_facts
 from klora.settings import Settings
@@ -76,6 +77,7 @@ def merge(pair: Pair, settings: Settings, rank: int | None = None) -> tuple[Merg
     plan.policy.check_model(plan.by_name)
     for file in (pair.subject, pair.style):
         file.check_finite()
+    _refuse_beside(pair)
     made = MergedLora({})
     for name in plan.by_name:
         _add(made, name, *_terms(pair, plan, name), rank, settings.merge_rank or None)
@@ -85,6 +87,17 @@ def merge(pair: Pair, settings: Settings, rank: int | None = None) -> tuple[Merg
     if not made.deltas:
         raise KloraError(f"{plan.policy.name} leaves nothing of this pair at these strengths; raise one of them")
     return made, plan
+
+
+def _refuse_beside(pair: Pair) -> None:
+    """Raise KloraError where a file changes more than weights, which a file of factors does not hold."""
+    for lora in pair.loras:
+        biases = (delta.key for delta in (*lora.modules.values(), *lora.text_encoder.values()) if delta.bias)
+        if beside := next(iter((*biases, *lora.parameters)), None):
+            raise KloraError(
+                f"{lora.label}: changes biases or other parameters (such as {beside}), which a merged LoRA would lose;"
+                " fuse the two while sampling"
+            )
 
 
 def _terms(pair: Pair, plan: FusionPlan, name: str) -> tuple[tuple[Delta | None, Delta | None], tuple[float, float]]:
@@ -162,8 +175,9 @@ def fused_file(pair: Pair, settings: Settings, made: MergedLora, dtype: torch.dt
 
     Raises KloraError where a value leaves the range of `dtype`.
     """
-    kernels = pair.subject.kernels | pair.style.kernels
-    tensors = file_tensors(made.deltas, spelling, kernels, dtype, flux=pair.architecture == "FLUX")
+    kernels, prefixes = pair.subject.kernels | pair.style.kernels, own_prefixes(pair.loras)
+    flux = pair.architecture == "FLUX"
+    tensors = file_tensors(made.deltas, spelling, kernels, dtype, flux=flux, prefixes=prefixes)
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise KloraError(f"{key}: leaves the range of {str(dtype).removeprefix('torch.')}; use float32")

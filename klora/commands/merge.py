@@ -24,8 +24,7 @@ def add_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--spelling",
         choices=SPELLINGS,
-        default="kohya",
-        help="of the keys: kohya, or diffusers, which is PEFT's (kohya)",
+        help="of the keys: kohya, or diffusers, which is PEFT's (that of both inputs where they agree, else kohya)",
     )
     command.add_argument(
         "--dtype", choices=("float16", "bfloat16", "float32"), default="float16", help="of the tensors (float16)"
@@ -44,6 +43,7 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
+    from klora.lora.spelling import spelling_of
     from klora.merge import check_static, fused_file, merge
     from klora.pair import Pair
     from klora.report.summary import notices
@@ -53,10 +53,9 @@ def run(args: argparse.Namespace) -> None:
     except SettingsError as error:
         raise KloraError(f"--{error.field.replace('_', '-')}: {error.reason}") from None
     pair = Pair.open(args.subject, args.style)
-    if args.spelling == "diffusers" and not (pair.subject.is_named_by_rule and pair.style.is_named_by_rule):
-        raise KloraError("--spelling diffusers: the modules of these files are known by flat names only; use kohya")
+    spelling = spelling_of(pair.loras, args.spelling)
     made, plan = merge(pair, settings, args.rank)
-    target.write(fused_file(pair, settings, made, getattr(torch, args.dtype), args.spelling))
+    target.write(fused_file(pair, settings, made, getattr(torch, args.dtype), spelling))
     sys.stdout.write(
         f"{args.output}: {len(made.deltas)} modules, rank {made.rank}, by {plan.policy.title};"
         f" {made.lost_share:.2%} of the energy lost\n"

@@ -96,6 +96,11 @@ class LoraFile:
         return architecture_of(self.table, self._first.modules, self._parsed.deltas, self.metadata)
 
     @property
+    def is_peft(self) -> bool:
+        """Whether its factors are called lora_A and lora_B."""
+        return any("lora_A" in slots.get("down", "") for slots in self._parsed.keys.values())
+
+    @property
     def alpha_from(self) -> str:
         """Where its modules have their alpha from: keys, an entry of the metadata, none, or several of these."""
         named = {"rank": "none: alpha = rank"}

@@ -15,7 +15,12 @@ _FUSED = ("q", "k", "v", "mlp")
 
 
 def file_tensors(
-    deltas: Mapping[str, FactorDelta], spelling: str, kernels: Container[str], dtype: torch.dtype, flux: bool = False
+    deltas: Mapping[str, FactorDelta],
+    spelling: str,
+    kernels: Container[str],
+    dtype: torch.dtype,
+    flux: bool = False,
+    prefixes: Mapping[str, str] | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of a file by key: of `deltas` by canonical name, those of text encoders too.
 
@@ -23,9 +28,10 @@ def file_tensors(
     tensor as its original code has them;
     diffusers: `unet.….lora_A.weight`, `transformer.…` for FLUX. Those with a key in `kernels` get the four
     dimensions of a convolution. Scales are in the factors and no alpha is written, which means alpha = rank
-    everywhere: diffusers loses the alphas of kohya's attention where the modules' ranks differ.
+    everywhere: diffusers loses the alphas of kohya's attention where the modules' ranks differ. `prefixes` are the
+    whole keys in diffusers' spelling of modules that no rule names, by name.
     """
-    found = _kohya(deltas, kernels, flux) if spelling == "kohya" else _diffusers(deltas, kernels)
+    found = _kohya(deltas, kernels, flux) if spelling == "kohya" else _diffusers(deltas, kernels, prefixes or {})
     tensors: dict[str, Tensor] = {}
     for key, (up, down) in found.items():
         names = ("lora_up", "lora_down") if spelling == "kohya" else ("lora_B", "lora_A")
@@ -34,13 +40,16 @@ def file_tensors(
     return tensors
 
 
-def _diffusers(deltas: Mapping[str, FactorDelta], kernels: Container[str]) -> dict[str, tuple[Tensor, Tensor]]:
+def _diffusers(
+    deltas: Mapping[str, FactorDelta], kernels: Container[str], prefixes: Mapping[str, str]
+) -> dict[str, tuple[Tensor, Tensor]]:
     return {
-        f"{'' if name.startswith('text_encoder') else 'transformer.' if is_flux(name) else 'unet.'}{name}": _factors(
-            delta, delta.key in kernels
-        )
-        for name, delta in deltas.items()
+        prefixes.get(name) or _rooted(name): _factors(delta, delta.key in kernels) for name, delta in deltas.items()
     }
+
+
+def _rooted(name: str) -> str:
+    return f"{'' if name.startswith('text_encoder') else 'transformer.' if is_flux(name) else 'unet.'}{name}"
 
 
 def _kohya(deltas: Mapping[str, FactorDelta], kernels: Container[str], flux: bool) -> dict[str, tuple[Tensor, Tensor]]:
@@ -70,11 +79,12 @@ def _kohya_key(path: str, several: bool) -> str:
 
 
 def _factors(delta: FactorDelta, kernel: bool) -> tuple[Tensor, Tensor]:
-    """up (out, r) and down (r, in), or with the kernel of a convolution (out, r, 1, 1) and (r, in, kh, kw)."""
+    """up (out, r) and down (r, in), or with the kernel of a convolution (out, r, 1, 1) and (r, in, *kernel)."""
     up, down = _balanced(delta)
     if not kernel and len(delta.shape) == 2:
         return up, down
-    return up[:, :, None, None], down.reshape(len(down), delta.shape[1], *(delta.shape[2:] or (1, 1)))
+    sides = delta.shape[2:] or (1, 1)
+    return up.reshape(*up.shape, *(1 for _ in sides)), down.reshape(len(down), delta.shape[1], *sides)
 
 
 def _balanced(delta: FactorDelta) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,42 @@
+"""How the keys of a merged file are spelled: as those of its inputs, where these agree, for who loads them loads it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from klora.errors import KloraError
+from klora.lora.file import LoraFile
+from klora.lora.names import bare
+
+SPELLINGS = ("kohya", "diffusers")
+_ROOT = "transformer."
+
+
+def spelling_of(loras: Sequence[LoraFile], wanted: str | None = None) -> str:
+    """The spelling of a file made of `loras`, "kohya" or "diffusers": the `wanted` one, or else the inputs' own.
+
+    Without a model, the modules of other models than SD, SDXL and FLUX are known by the inputs' own names alone. Raises
+    KloraError, naming the spelling that works, for one in which these would be names that no program knows.
+    """
+    dotted = all("." in delta.key for lora in loras for delta in lora.modules.values())
+    own = "diffusers" if dotted else "kohya"
+    if all(lora.table for lora in loras):
+        return wanted or ("diffusers" if dotted and all(lora.is_peft for lora in loras) else "kohya")
+    if wanted not in (None, own):
+        raise KloraError(
+            f"--spelling {wanted}: these files name the modules of a model that K-LoRA does not know by rule as"
+            f" {own} does, and no program would load other names; use --spelling {own}"
+        )
+    return own
+
+
+def own_prefixes(loras: Sequence[LoraFile]) -> dict[str, str]:
+    """The whole keys, by name, of modules that no rule names: the files' own, under one root where theirs differ."""
+    if all(lora.table for lora in loras):
+        return {}
+    found: dict[str, str] = {}
+    for lora in loras:
+        for name, delta in lora.modules.items():
+            found.setdefault(name, delta.key)
+    roots = {key.removesuffix(bare(key)) for key in found.values()}
+    return found if len(roots) == 1 else {name: _ROOT + bare(key) for name, key in found.items()}
