@@ -9,12 +9,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 import klora
 from klora import cli
+from klora.errors import KloraError
 from klora.fusion.policies import POLICIES
 from klora.lora.file import LoraFile
 from klora.lora.names import kind_of
+from klora.lora.spelling import spelling_of
 from klora.merge import merge, static_policies
 from klora.pair import Pair
 from klora.settings import Settings
@@ -214,7 +217,36 @@ def test_a_model_that_shares_flux_s_names_keeps_them_as_they_are(tmp_path: Path)
     written(*files, "--policy", "direct")
     with safe_open(str(tmp_path / "merged.safetensors"), "pt") as file:
         keys = {key.partition(".lora_")[0] for key in file.keys()}  # noqa: SIM118
-    assert keys == {f"lora_unet_{name.replace('.', '_')}" for name in names}
+    assert keys == {f"transformer.{name}" for name in names}
+    loras = Pair.open(*files).loras
+    with pytest.raises(KloraError, match="use --spelling diffusers"):
+        spelling_of(loras, "kohya")
+
+
+@pytest.mark.parametrize(("root", "spelling"), [("transformer.", "diffusers"), ("lora_unet_", "kohya")])
+def test_modules_of_other_models_keep_the_keys_of_the_inputs(tmp_path: Path, root: str, spelling: str) -> None:
+    path = "layers.0.attn.to_q"
+    prefix = root + (path if "." in root else path.replace(".", "_"))
+    endings = ("lora_B", "lora_A") if "." in root else ("lora_up", "lora_down")
+    files = [tmp_path / "dog.safetensors", tmp_path / "ink.safetensors"]
+    for file in files:
+        save_file({f"{prefix}.{ending}.weight": torch.ones(4, 4) for ending in endings}, str(file))
+    loras = Pair.open(*files).loras
+    assert spelling_of(loras) == spelling
+    other = {"kohya": "diffusers", "diffusers": "kohya"}[spelling]
+    with pytest.raises(KloraError, match=f"use --spelling {spelling}"):
+        spelling_of(loras, other)
+    written(*files, "--policy", "direct")
+    with safe_open(str(tmp_path / "merged.safetensors"), "pt") as file:
+        assert {key.rpartition(".lora_")[0] for key in file.keys()} == {prefix}  # noqa: SIM118
+
+
+def test_what_changes_a_bias_is_not_merged(tmp_path: Path) -> None:
+    path = write_lora(tmp_path / "dog.safetensors", {"conv_in": (8, 8, 3, 3)})
+    save_file({**load_file(path), "lora_unet_conv_in.diff_b": torch.ones(8)}, str(path))
+    pair = Pair.open(path, path)
+    with pytest.raises(KloraError, match="changes biases"):
+        merge(pair, Settings(policy="direct"))
 
 
 def test_a_fused_tensor_has_rows_for_slices_that_are_not_there(tmp_path: Path) -> None:

@@ -20,7 +20,10 @@ def spelling_of(loras: Sequence[LoraFile], wanted: str | None = None) -> str:
     """
     dotted = all("." in delta.key for lora in loras for delta in lora.modules.values())
     own = "diffusers" if dotted else "kohya"
-    if all(lora.table for lora in loras):
+    by_rule = all(lora.table for lora in loras)
+    # SD 3 and Qwen-Image share names with FLUX, by which kohya's keys of these would go.
+    shared = dotted and any(lora.table == "flux" and lora.architecture is None for lora in loras)
+    if by_rule and not (shared and wanted == "kohya"):
         return wanted or ("diffusers" if dotted and all(lora.is_peft for lora in loras) else "kohya")
     if wanted not in (None, own):
         raise KloraError(
