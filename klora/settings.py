@@ -94,6 +94,11 @@ def _setting(default: Any, label: str, help: str, **rules: Any) -> Any:
     return field(default=default, metadata={"option": Option(kind, label, help, **rules)})
 
 
+def _part(default: float, label: str, help: str) -> Any:
+    """A place in the schedule."""
+    return _setting(default, label, help, low=0.0, high=1.0)
+
+
 _ROLES = (AUTO, "both", "subject", "style", "none")
 
 
@@ -293,33 +298,17 @@ class Settings:
         low=0,
         optional=True,
     )
-    subject_from: float = _setting(
-        0.0,
-        "Subject from",
-        "part of the schedule from which the subject may act; before, the style acts alone",
-        low=0.0,
-        high=1.0,
+    subject_from: float = _part(
+        0.0, "Subject from", "part of the schedule from which the subject may act; before, the style acts alone"
     )
-    subject_to: float = _setting(
-        1.0,
-        "Subject to",
-        "part of the schedule up to which the subject may act; then the style acts alone",
-        low=0.0,
-        high=1.0,
+    subject_to: float = _part(
+        1.0, "Subject to", "part of the schedule up to which the subject may act; then the style acts alone"
     )
-    style_from: float = _setting(
-        0.0,
-        "Style from",
-        "part of the schedule from which the style may act; before, the subject acts alone",
-        low=0.0,
-        high=1.0,
+    style_from: float = _part(
+        0.0, "Style from", "part of the schedule from which the style may act; before, the subject acts alone"
     )
-    style_to: float = _setting(
-        1.0,
-        "Style to",
-        "part of the schedule up to which the style may act; then the subject acts alone",
-        low=0.0,
-        high=1.0,
+    style_to: float = _part(
+        1.0, "Style to", "part of the schedule up to which the style may act; then the subject acts alone"
     )
     subject_blocks: str = _setting(
         "",
