@@ -71,11 +71,11 @@ def run(args: argparse.Namespace) -> None:
     demand(args, "model", "subject", "style")
     settings = read_settings(args, RENAMED)
     methods = read_methods(args.policies or "all", settings)
+    read_sides(args)
     if args.prompt is None:
         args.prompt = f"a {stems(args.subject)} in {stems(args.style)} style"
         warn(f"no --prompt is given; generating “{args.prompt}”: give the words that the LoRAs were trained on")
     output_folder(args.out)
-    read_sides(args)
     check_loras(args)
     request = dataclasses.replace(read_request(args, settings), images=args.seeds or 4)
     with quick:
