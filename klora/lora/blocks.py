@@ -73,6 +73,8 @@ class BlockWeights:
                 model = architecture or "an unknown architecture"
                 raise SettingsError(setting, f"the vector is for {self.vector_for}, the LoRAs are for {model}")
             return
+        if not self.weights:
+            return
         modules = list(modules)
         known = {name for module in modules for name in names_of(module)} | {TEXT}
         for name, _ in self.weights:
