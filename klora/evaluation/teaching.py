@@ -104,7 +104,7 @@ def _split(concept: Concept, side: Side, same: bool) -> Split:
         return concept.references, concept.references
     if len(concept.references) < 2:
         raise KloraError(
-            f"{concept.references[0].parent}: has one reference, which would teach and score; add a second, or a"
+            f"{concept.name}: has one reference, which would teach and score; add a second, or a"
             f" folder teach/, or score with another model ({side.option})"
         )
     return concept.references[::2], concept.references[1::2]
