@@ -238,7 +238,9 @@ def test_modules_of_other_models_keep_the_keys_of_the_inputs(tmp_path: Path, roo
         spelling_of(loras, other)
     written(*files, "--policy", "direct")
     with safe_open(str(tmp_path / "merged.safetensors"), "pt") as file:
-        assert {key.rpartition(".lora_")[0] for key in file.keys()} == {prefix}  # noqa: SIM118
+        assert {key.removesuffix(".alpha").partition(".lora_")[0] for key in file.keys()} == {prefix}  # noqa: SIM118
+        alphas = [float(file.get_tensor(key)) for key in file.keys() if key.endswith(".alpha")]  # noqa: SIM118
+    assert alphas == ([8.0] if spelling == "kohya" else [])
 
 
 def test_what_changes_a_bias_is_not_merged(tmp_path: Path) -> None:

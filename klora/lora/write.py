@@ -29,7 +29,8 @@ def file_tensors(
     diffusers: `unet.….lora_A.weight`, `transformer.…` for FLUX. Those with a key in `kernels` get the four
     dimensions of a convolution. Scales are in the factors and no alpha is written, which means alpha = rank
     everywhere: diffusers loses the alphas of kohya's attention where the modules' ranks differ. `prefixes` are the
-    whole keys in diffusers' spelling of modules that no rule names, by name.
+    whole keys in diffusers' spelling of modules that no rule names, by name; in kohya's these have an alpha, which is
+    the rank, since diffusers loads Wan's not without.
     """
     found = _kohya(deltas, kernels, flux) if spelling == "kohya" else _diffusers(deltas, kernels, prefixes or {})
     tensors: dict[str, Tensor] = {}
@@ -37,6 +38,8 @@ def file_tensors(
         names = ("lora_up", "lora_down") if spelling == "kohya" else ("lora_B", "lora_A")
         for name, tensor in zip(names, (up, down), strict=True):
             tensors[f"{key}.{name}.weight"] = tensor.to(dtype).contiguous()
+        if prefixes and spelling == "kohya":
+            tensors[f"{key}.alpha"] = torch.tensor(float(len(down)))
     return tensors
 
 
