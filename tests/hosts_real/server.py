@@ -138,6 +138,8 @@ class Server:
         self.port = _free_port()
         command = [str(self.python), "launch.py", *FLAGS.split(), "--data-dir", str(self.data)]
         command += ["--port", str(self.port), "--server-name", "127.0.0.1", *self.extra_flags.split()]
+        # Where the data lie elsewhere, Gradio 4 denies the page the host's own JavaScript unless it is told.
+        command += ["--gradio-allowed-path", str(self.root)]
         command += [*FLAGS_OF[self.kind].split(), str(self.model.path.parent)]
         with (self.data / "host.log").open("wb") as log:
             self._process = subprocess.Popen(
