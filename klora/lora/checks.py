@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from klora.errors import MismatchError
 from klora.lora.deltas.base import size, squeeze
 from klora.lora.file import LoraFile
+from klora.text import printable
 
 
 def check_partner(subject: LoraFile, style: LoraFile) -> None:
@@ -25,7 +26,7 @@ def check_partner(subject: LoraFile, style: LoraFile) -> None:
             other = tables[1].get(name)
             if other is not None and other.shape != delta.shape:
                 raise MismatchError(
-                    f"{subject.label} ({subject.made_for}) has {name} as {size(delta.shape)}, {style.label}"
+                    f"{subject.label} ({subject.made_for}) has {printable(name)} as {size(delta.shape)}, {style.label}"
                     f" ({style.made_for}) as {size(other.shape)}; choose two LoRAs for the same model"
                 )
 
@@ -41,12 +42,12 @@ def check_model(file: LoraFile, shapes: Mapping[str, tuple[int, ...]], model: st
         theirs = squeeze(tuple(shapes[name]))
         if file.modules[name].shape != theirs:
             raise MismatchError(
-                f"{file.label} is for {file.made_for}: its {name} is {size(file.modules[name].shape)},"
+                f"{file.label} is for {file.made_for}: its {printable(name)} is {size(file.modules[name].shape)},"
                 f" in {model} it is {size(theirs)}; choose a LoRA made for this model"
             )
     if file.modules and not matched:
         example = next(iter(file.modules))
         raise MismatchError(
-            f"{file.label} is for {file.made_for}: zero modules matched in {model}, which has no {example};"
+            f"{file.label} is for {file.made_for}: zero modules matched in {model}, which has no {printable(example)};"
             " choose a LoRA made for this model"
         )

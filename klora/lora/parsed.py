@@ -162,7 +162,7 @@ def _group(source: TensorSource, prefix: str, slots: Slots, target: Target, numb
     group = Group(source.file, printable(prefix), tensors, slots, own, own.get("alpha"), kernel=kernel_of(target.name))
     group.used.update(slot for slot in own if slot.endswith(FACTOR) and slot.removesuffix(FACTOR) in tensors)
     if "reshape" in slots:
-        group.reshape = tuple(source.read(source.entries[slots["reshape"]]).long().flatten().tolist())
+        group.reshape = source.shape(slots["reshape"])
     return group
 
 

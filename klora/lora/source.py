@@ -15,6 +15,8 @@ from klora.lora.disk import Identity
 from klora.lora.header import DAMAGED, NUMBERS, WEIGHTS, Entry
 from klora.text import printable
 
+_DIMENSIONS = 5
+
 
 class TensorSource(ABC):
     """Tensors by their full key.
@@ -54,6 +56,14 @@ class TensorSource(ABC):
     def numbers(self, keys: Iterable[str]) -> dict[str, float]:
         """The values of tensors of one number each. Raises LoraFileError where one holds none or more."""
         return {key: float(self.read(self._number(key)).item()) for key in keys}
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """What a tensor says that a shape is. Raises LoraFileError where it cannot be one."""
+        entry = self.entries[key]
+        if len(entry.shape) != 1 or entry.shape[0] > _DIMENSIONS or entry.dtype not in NUMBERS:
+            reason = f"should be a shape, is {entry.dtype} of shape {list(entry.shape)}"
+            raise LoraFileError(self.file, reason, DAMAGED, key)
+        return tuple(self.read(entry).long().tolist())
 
     def _number(self, key: str) -> Entry:
         entry = self.entries[key]

@@ -40,6 +40,17 @@ SLOTS += (
     "lokr_w2_b",
     "lokr_t2",
     "diff_b",
+    "diff_m",
+    "w_norm",
+    "b_norm",
+    "magnitude",
+    "scale",
+    "scalar",
+    "set_weight",
+    "reshape_weight",
+    "lora_B.bias",
+    "lora_down.scale_weight",
+    "lora_up.scale_weight",
     "oft_blocks",
 )
 PREFIXES = (
@@ -263,13 +274,80 @@ def values(draw: Random, draft: Draft) -> None:
             entry.data = (filler + entry.data)[: len(entry.data)]
 
 
+def _prefix(key: str) -> str:
+    return key.partition(".lora")[0] if ".lora" in key else key.rpartition(".")[0]
+
+
 def alpha(draw: Random, draft: Draft) -> None:
     key = draft.some_key(draw)
-    prefix = key.partition(".lora")[0] if ".lora" in key else key.rpartition(".")[0]
+    prefix = _prefix(key)
     kind = draw.choice(("F32", "F64", "F16", "BF16", "I64", "U8", "BOOL", "U64"))
     entry = Entry(kind, [], draw.randbytes(8) if draw.random() < 0.5 else struct.pack("<f", 1e30) * 2)
     entry.resize(draw.choice(([], [1], [1, 1], [2], [0])))
     draft.entries[f"{prefix}.alpha"] = entry
+
+
+def beside(draw: Random, draft: Draft) -> None:
+    """Tensors that stand beside factors, of a shape that fits, often, or of any."""
+    for _ in range(draw.randint(1, 3)):
+        key = draft.some_key(draw)
+        shape = [*(draft.entries[key].shape if key in draft.entries else [16]), 1, 1][:2]
+        slot = draw.choice(SLOTS)
+        fits = [[], [1], shape[:1], [shape[0], 1], [1, shape[0]], shape, [*shape, 1, 1], [*shape, 1, 2, 2], [2]]
+        kind = draw.choice(list(FLOATS) if draw.random() < 0.9 else list(SIZES))
+        entry = Entry(kind, [], draw.randbytes(8))
+        entry.resize(draw.choice(fits))
+        draft.entries[f"{_prefix(key)}.{slot}"] = entry
+
+
+def volume(draw: Random, draft: Draft) -> None:
+    """Factors of three or five dimensions, and a full difference of a parameter that is no layer."""
+    prefix = _prefix(draft.some_key(draw))
+    out, width, rank = draw.choice((1, 4, 16)), draw.choice((1, 4, 16)), draw.choice((0, 1, 2))
+    kernel = draw.choice(([3], [1, 2, 2], [3, 3, 3], [1, 1, 1], [1, 1, 1, 1]))
+    shapes = draw.choice(
+        (
+            {"lora_down.weight": [rank, width, *kernel], "lora_up.weight": [out, rank, *[1] * len(kernel)]},
+            {"lora_A.weight": [rank, width, *kernel], "lora_B.weight": [out, rank]},
+            {"diff": [1, 6, width]},
+            {"diff": [out, width, *kernel], "diff_b": [out]},
+            {"set_weight": [out, width, *kernel]},
+        )
+    )
+    for slot, shape in shapes.items():
+        entry = Entry("F16", [], draw.randbytes(2))
+        entry.resize(shape)
+        draft.entries[f"{prefix}{draw.choice(('', '', '.modulation'))}.{slot}"] = entry
+
+
+def numbered(draw: Random, draft: Draft) -> None:
+    """Keys by number, as the first trainer of SD 1 wrote them: all of a file's, in its order, or some."""
+    whole, root = draw.random() < 0.7, draw.choice(("unet", "unet", "text_encoder"))
+    numbers: dict[str, int] = {}
+    renamed: dict[str, Entry] = {}
+    for key, entry in draft.entries.items():
+        side = next((side for side in ("up", "down") if f"lora_{side}" in key), None)
+        if side is None or not (whole or draw.random() < 0.5):
+            renamed[key] = entry
+            continue
+        number = numbers.setdefault(_prefix(key), len(numbers) if draw.random() < 0.9 else draw.choice((0, 31, 9999)))
+        renamed[f"{root}:{number}:{side}"] = entry
+    draft.entries = renamed
+
+
+def plain_alpha(draw: Random, draft: Draft) -> None:
+    """Alphas and ranks as plain texts of the metadata, of one reading or of several."""
+    draft.entries = {key: entry for key, entry in draft.entries.items() if not key.endswith(".alpha")}
+    texts = ("1", "2.0", "8", "0", "-1", "1e308", "inf", "nan", "None", "9" * 400, *ODD_TEXTS)
+    names = ("alpha", "lora_alpha", "network_alpha", "ss_network_alpha", "transformer.lora_alpha", "unet.alpha")
+    names += ("r", "rank", "network_dim", "ss_network_dim", "unet.r", "use_rslora")
+    args = ({"conv_alpha": "1", "conv_dim": 2}, {"conv_alpha": odd(draw)}, [], odd(draw))
+    if not isinstance(draft.metadata, dict):
+        draft.metadata = {}
+    for _ in range(draw.randint(1, 4)):
+        draft.metadata[draw.choice(names)] = draw.choice(texts[:3] if draw.random() < 0.7 else texts)
+    if draw.random() < 0.3:
+        draft.metadata["ss_network_args"] = json.dumps(draw.choice(args))
 
 
 def metadata(draw: Random, draft: Draft) -> None:
@@ -352,6 +430,10 @@ MUTATIONS: tuple[Mutation, ...] = (
     mixed,
     values,
     alpha,
+    beside,
+    volume,
+    numbered,
+    plain_alpha,
     metadata,
     heavy_header,
     nothing,

@@ -91,6 +91,13 @@ def test_what_is_unclear_beside_a_lora_is_named() -> None:
     assert only(lora(reshape_weight=torch.tensor([8, 8]))).unmatched == []
 
 
+@pytest.mark.parametrize("tensor", [torch.tensor(8), torch.ones(6), torch.ones(2, dtype=torch.bool)])
+def test_what_is_no_shape_is_refused_where_one_should_be(tensor: Tensor) -> None:
+    with pytest.raises(LoraFileError, match="should be a shape") as error:
+        only(lora(reshape_weight=tensor))
+    assert error.value.key == f"{X}.reshape_weight"
+
+
 @pytest.mark.parametrize("first", [(2, 18), (2, 2), (2, 6)])
 def test_the_area_of_a_flat_kernel_may_divide_either_factor_of_a_lokr(first: tuple[int, int]) -> None:
     prefix, second = f"lora_unet_{CONV.replace('.', '_')}", (4, 72 // first[1])
