@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from klora.lora.names import Kind, bare, kind_of, resolve, spellings
 from klora.lora.numbered import unet_names
-from klora.lora.renames import fused, renamed
+from klora.lora.renames import fused, renamed, renamed_ending, renamed_whole
 from klora.lora.text_names import t5_path
 
 Rows = tuple[int, int]
@@ -54,7 +54,13 @@ class ModelIndex:
         # A host may have a name under one prefix alone, such as "transformer.", and a file under another.
         known = {bare(alias): tuple(names) for alias, names in (aliases or {}).items()}
         known |= {name: (name,) for name in shapes}
-        self._names = {flat(other): names for name, names in known.items() for other in renamed(name)}
+        # What one model calls a whole path is surer than an ending that several have: the latter gives way.
+        self._names = {
+            flat(other): names
+            for rename in (renamed_ending, renamed_whole)
+            for name, names in known.items()
+            for other in rename(name)
+        }
         # As old attention processors call it.
         self._names |= {flat(name.removesuffix(".0")): (name,) for name in shapes if name.endswith(".to_out.0")}
         self._originals = self._names.keys() - {flat(name) for name in shapes}

@@ -318,11 +318,21 @@ for _path, _parts in _paths():
 
 
 def renamed(path: str) -> Iterator[str]:
-    """What else a path is called, as a whole or with another ending."""
+    """What else a path is called, with another ending or as a whole: the last names are the surest."""
+    yield from renamed_ending(path)
+    yield from renamed_whole(path)
+
+
+def renamed_whole(path: str) -> Iterator[str]:
+    """What else a whole path of one of the models is called."""
     pattern, number = _pattern(path)
     for other in _OTHER_PATHS.get(pattern, ()):
         if ("#" in other) == bool(number):
             yield other.replace("#", number)
+
+
+def renamed_ending(path: str) -> Iterator[str]:
+    """What a path is called with another ending, whatever model it is of."""
     starts = [0, *(place + 1 for place, character in enumerate(path) if character == ".")]
     for start in starts:
         for other in _OTHER_ENDINGS.get(path[start:], ()):
