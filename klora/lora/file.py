@@ -102,9 +102,16 @@ class LoraFile:
 
     @property
     def alpha_from(self) -> str:
-        """Where its modules have their alpha from: keys, an entry of the metadata, none, or several of these."""
-        named = {"rank": "none: alpha = rank"}
-        return " and ".join(named.get(source, source) for source in self._parsed.alphas) or named["rank"]
+        """Where its modules have their alpha from: keys, an entry of the metadata, the rank, or several of these.
+
+        Empty where none has an alpha: of full differences and rank 0.
+        """
+        return " and ".join({"rank": "the rank"}.get(source, source) for source in self._parsed.alphas)
+
+    @property
+    def alpha_is_told(self) -> bool:
+        """Whether all that have an alpha have it from keys of their own, as most files do."""
+        return self._parsed.alphas.keys() <= {"keys"}
 
     @property
     def label(self) -> str:

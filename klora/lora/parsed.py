@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from klora.errors import LoraFileError, UnsupportedFormatError
 from klora.lora.alpha import MetadataAlpha
-from klora.lora.deltas import FileDelta, FullDelta, Group, load_delta
+from klora.lora.deltas import FileDelta, FullDelta, Group, ZeroDelta, load_delta
 from klora.lora.keys import FACTOR, NUMBERS, refused_family, split_key
 from klora.lora.names import Target, bare, is_text, kernel_of, resolve
 from klora.lora.numbered import is_numbered, text_name, unet_names
@@ -63,7 +63,7 @@ class ParsedFile:
             delta = load_delta(group)
             if delta is not None:
                 deltas[prefix] = delta
-                alphas[said] += not isinstance(delta, FullDelta)
+                alphas[said] += not isinstance(delta, (FullDelta, ZeroDelta))
                 if any(len(stored.shape) > 2 for stored in group.tensors.values()):
                     kernels.add(delta.key)
             elif not is_text(prefix):

@@ -19,7 +19,7 @@ SCHEMA = 1
 def document(pair: Pair, plan: FusionPlan, overlap: Overlap) -> dict[str, Any]:
     """Everything that a plan decides, ready for JSON: every number is finite or null.
 
-    `policy` is there only where the rule is not K-LoRA's own.
+    `policy` is there only where the rule is not K-LoRA's own, a side's `alpha_from` where not all of it is from keys.
     """
     settings, coverage = plan.settings, pair.coverage
     policy = {} if plan.policy.name == "k-lora" else {"policy": plan.policy.name}
@@ -55,7 +55,10 @@ def document(pair: Pair, plan: FusionPlan, overlap: Overlap) -> dict[str, Any]:
 
 
 def _side(pair: Pair, side: Side) -> dict[str, Any]:
-    return {**side_facts(side, pair.cache, path=True), "modules": len(side.modules), "ranks": ranks(side.modules)}
+    facts = side_facts(side, pair.cache, path=True)
+    told = all(lora.alpha_is_told for lora in side.loras)
+    alphas = {} if told else {"alpha_from": [lora.alpha_from for lora in side.loras]}
+    return {**facts, "modules": len(side.modules), "ranks": ranks(side.modules), **alphas}
 
 
 def _module(module: PlanModule, plan: FusionPlan) -> dict[str, Any]:

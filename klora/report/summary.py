@@ -45,6 +45,12 @@ def notices(pair: Pair, plan: FusionPlan) -> list[str]:
     found = list(plan.notices)
     if unmatched := pair.coverage.unmatched:
         found.append(f"{len(unmatched)} keys were not understood and do nothing, such as {unmatched[0]}")
+    for lora in pair.loras:
+        if idle := [delta for delta in (*lora.modules.values(), *lora.text_encoder.values()) if delta.family == "zero"]:
+            found.append(
+                f"{one_line(lora.file_name)} changes nothing in its modules of rank 0 ({len(idle)}),"
+                f" such as {idle[0].key}"
+            )
     if pair.model is None and (twins := alike(pair.subject.modules, pair.style.modules)):
         found.append(
             f"{len(twins)} modules of the subject may be modules of the style in another spelling, such as"
@@ -79,7 +85,8 @@ def _describe_part(part: Part) -> str:
     rank = f", rank {'/'.join(map(str, found))}" if len(found) <= 4 else f", ranks {found[0]} to {found[-1]}"
     families = sorted({delta.family for delta in file.modules.values()})
     kind = f"{rank if found else ''} ({', '.join(families) or 'none'})"
-    return f"{one_line(weighted_name(file.file_name, part.weight))}: {len(file.modules)} modules{kind}"
+    alpha = "" if file.alpha_is_told else f"; alpha from {file.alpha_from}"
+    return f"{one_line(weighted_name(file.file_name, part.weight))}: {len(file.modules)} modules{kind}{alpha}"
 
 
 def _describe_coverage(pair: Pair) -> str:

@@ -97,7 +97,7 @@ def test_it_is_told_where_alphas_are_from(path: Path) -> None:
             write_lora(path, {NAME: (16, 16)}, metadata=metadata, **options)  # type: ignore[arg-type]
         ).alpha_from
 
-    assert told({}) == "none: alpha = rank"
+    assert told({}) == "the rank"
     assert told({}, alpha=1.0) == "keys"
     assert told({"lora_alpha": "8"}) == "metadata lora_alpha"
 

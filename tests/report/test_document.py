@@ -59,7 +59,7 @@ def check(found: dict[str, Any]) -> dict[str, Any]:
     assert set(found) - {"policy"} == set(TOP)
     assert found["schema"] == 1
     for side in ("subject", "style"):
-        assert set(found[side]) == {"file", "sha256", "modules", "ranks"}
+        assert set(found[side]) - {"alpha_from"} == {"file", "sha256", "modules", "ranks"}
         assert found[side]["ranks"] == sorted(set(found[side]["ranks"]))
     assert set(found["scale"]) == {"kind", "alpha", "beta", "balance"}
     assert set(found["coverage"]) == {"contested", "subject_only", "style_only", "text_encoder", "unmatched"}
@@ -80,6 +80,7 @@ def test_it_says_what_the_files_are_and_what_they_share(tmp_path: Path) -> None:
     assert found["subject"] == {"file": str(subject), "sha256": digest, "modules": 27, "ranks": [4]}
     assert found["style"]["modules"] == 24
     assert found["style"]["ranks"] == [8]
+    assert found["style"]["alpha_from"] == ["the rank"]
     coverage = {"contested": 24, "subject_only": 3, "style_only": 0, "text_encoder": 1, "unmatched": []}
     assert found["coverage"] == coverage
     assert found["scale"] == {"kind": "s", "alpha": 1.5, "beta": 0.5, "balance": 0.0}

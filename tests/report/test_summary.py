@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from klora.cache import ScoreCache
 from klora.fusion.plan import FusionPlan
@@ -10,7 +12,7 @@ from klora.pair import Pair
 from klora.report.overlap import overlap_of
 from klora.report.summary import notices, sparkline, summarise
 from klora.settings import Settings
-from tests.support.lora_files import write_lora
+from tests.support.lora_files import lora_tensors, write_lora
 from tests.support.pairs import ATTENTION, FEED_FORWARD, shapes, write_pair
 
 
@@ -33,6 +35,32 @@ def test_it_names_files_ranks_coverage_rule_and_share(pair: Pair) -> None:
     assert "S(τ) = 1.5·τ + 0.5" in text
     assert "balance +0.25" in text
     assert f"subject {plan.share:.1%}, style {1 - plan.share:.1%} of 24 modules × 25 steps" in text
+
+
+def test_it_says_where_the_alphas_are_from_unless_all_are_keys(tmp_path: Path) -> None:
+    told, rest = (
+        write_lora(tmp_path / f"{name}.safetensors", shapes(ATTENTION), spelling, rank=4, metadata=metadata)
+        for name, spelling, metadata in (("told", "kohya", {"lora_alpha": "2"}), ("rest", "peft", {}))
+    )
+    pair = Pair.open(told, rest, ScoreCache(tmp_path / "cache"))
+    text = summary_of(pair, pair.plan(Settings()))
+    assert "told.safetensors: 24 modules, rank 4 (lora); alpha from metadata lora_alpha\n" in text
+    assert "rest.safetensors: 24 modules, rank 4 (lora); alpha from the rank\n" in text
+    keys = write_lora(tmp_path / "keys.safetensors", shapes(ATTENTION), rank=4, alpha=1.0)
+    pair = Pair.open(keys, keys, ScoreCache(tmp_path / "cache"))
+    assert "alpha from" not in summary_of(pair, pair.plan(Settings()))
+
+
+def test_modules_of_rank_0_are_warned_of(tmp_path: Path) -> None:
+    tensors = lora_tensors(shapes(ATTENTION), "kohya", rank=4, alpha=1.0)
+    idle = next(key for key in tensors if key.endswith(".lora_down.weight")).removesuffix(".lora_down.weight")
+    empty = {f"{idle}.lora_down.weight": torch.zeros(0, 32), f"{idle}.lora_up.weight": torch.zeros(32, 0)}
+    save_file({**tensors, **empty}, tmp_path / "dog.safetensors")
+    style = write_lora(tmp_path / "ink.safetensors", shapes(ATTENTION), rank=4, alpha=1.0)
+    pair = Pair.open(tmp_path / "dog.safetensors", style, ScoreCache(tmp_path / "cache"))
+    assert notices(pair, pair.plan(Settings())) == [
+        f"dog.safetensors changes nothing in its modules of rank 0 (1), such as {idle}"
+    ]
 
 
 def test_it_lists_every_step_and_every_contested_block(pair: Pair) -> None:
