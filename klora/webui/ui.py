@@ -25,6 +25,8 @@ BASIC = ("balance", "share", "subject_strength", "style_strength")
 """Settings in sight; all others are folded away."""
 
 _BEFORE_THE_POLICYS_OWN = 3
+_OWN_ROWS = (("subject_from", "subject_to", "style_from", "style_to"), ("subject_blocks", "style_blocks"))
+"""Settings of one kind, in a row each, so that labels and inputs of a row lie on one line."""
 
 
 class Names(Protocol):
@@ -188,10 +190,12 @@ def in_page(
 
 def _add_advanced(gr: Any, maker: ControlMaker, found: Accordion) -> None:
     names = [name for name in setting_options() if name not in BASIC]
-    shared = [name for name in names if not policies_with(name)]
+    apart = {name for row in _OWN_ROWS for name in row}
+    shared = [name for name in names if not policies_with(name) and name not in apart]
     _add_row(gr, maker, found, shared[:_BEFORE_THE_POLICYS_OWN])
     _add_row(gr, maker, found, [name for name in names if policies_with(name)])
-    _add_row(gr, maker, found, shared[_BEFORE_THE_POLICYS_OWN:])
+    for row in (shared[_BEFORE_THE_POLICYS_OWN:], *_OWN_ROWS):
+        _add_row(gr, maker, found, row)
 
 
 def _add_row(gr: Any, maker: ControlMaker, found: Accordion, names: Sequence[str]) -> None:
