@@ -17,8 +17,9 @@ import numpy as np
 from PIL import Image
 
 from tests.hosts_real.sdnext.models import write_loras, write_models
-from tests.hosts_real.server import REPOSITORY, Picture, _environment, _free_port, ask
+from tests.hosts_real.server import REPOSITORY, ApiError, Picture, _environment, _free_port, ask
 
+TOO_MANY_REQUESTS = 429
 FLAGS = "--skip-all --experimental --use-cpu all --server-name 127.0.0.1"
 SETTINGS = {
     "sd_model_checkpoint": "Diffusers/sd",
@@ -111,7 +112,14 @@ class SdnextServer:
 
     def call(self, path: str, body: Any = None, **query: Any) -> Any:
         """GET, or POST where there is a body; ApiError for any answer but a success."""
-        return ask(f"http://127.0.0.1:{self.port}{path}", body, **query)
+        while True:
+            try:
+                return ask(f"http://127.0.0.1:{self.port}{path}", body, **query)
+            except ApiError as error:
+                # So many pictures a minute, and no more, are made for one caller.
+                if error.status != TOO_MANY_REQUESTS:
+                    raise
+                time.sleep(2)
 
     def use(self, model: str) -> None:
         """Load a model, unless it is loaded."""
