@@ -175,13 +175,8 @@ class Server:
 
     def stop(self) -> None:
         """End the host and everything it started."""
-        if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGTERM)
-            try:
-                self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+        if self._process is not None:
+            end_process(self._process)
 
     def call(self, path: str, body: Any = None, **query: Any) -> Any:
         """GET, or POST where there is a body; ApiError for any answer but a success."""
@@ -280,6 +275,17 @@ class Server:
         times = self.log.count("Startup time")
         self.call("/klora-probe/reload")
         self.wait_started(times + 1)
+
+
+def end_process(process: subprocess.Popen[bytes]) -> None:
+    """End a host that was started in a process group of its own, with everything that it started."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 def ask(url: str, body: Any = None, **query: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import time
 import urllib.error
@@ -19,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.hosts_real.comfyui.graphs import Graph
-from tests.hosts_real.server import REPOSITORY, _environment, _free_port, _opener
+from tests.hosts_real.server import REPOSITORY, _environment, _free_port, _opener, end_process
 
 ROOT = "KLORA_COMFYUI_ROOT"
 
@@ -85,13 +84,8 @@ class ComfyServer:
 
     def stop(self) -> None:
         """End ComfyUI."""
-        if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGTERM)
-            try:
-                self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+        if self._process is not None:
+            end_process(self._process)
 
     def call(self, path: str, body: Any = None, **query: Any) -> Any:
         """GET, or POST where there is a body."""

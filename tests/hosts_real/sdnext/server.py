@@ -6,7 +6,6 @@ import base64
 import io
 import json
 import os
-import signal
 import subprocess
 import time
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from tests.hosts_real.sdnext.models import write_loras, write_models
-from tests.hosts_real.server import REPOSITORY, ApiError, Picture, _environment, _free_port, ask
+from tests.hosts_real.server import REPOSITORY, ApiError, Picture, _environment, _free_port, ask, end_process
 
 TOO_MANY_REQUESTS = 429
 FLAGS = "--skip-all --experimental --use-cpu all --server-name 127.0.0.1"
@@ -102,13 +101,8 @@ class SdnextServer:
 
     def stop(self) -> None:
         """End it and everything it started."""
-        if self._process is not None and self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGTERM)
-            try:
-                self._process.wait(20)
-            except subprocess.TimeoutExpired:
-                os.killpg(self._process.pid, signal.SIGKILL)
-                self._process.wait()
+        if self._process is not None:
+            end_process(self._process)
 
     def call(self, path: str, body: Any = None, **query: Any) -> Any:
         """GET, or POST where there is a body; ApiError for any answer but a success."""
