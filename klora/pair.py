@@ -125,8 +125,8 @@ class Pair:
         names = sorted({*self.subject.modules, *self.style.modules}, key=sort_key)
         blocks = self._blocks(settings)
         weights = {name: Active(*(side.of(name) for side in blocks)) for name in names}
-        for side, modules, setting in zip(blocks, (self.subject.modules, self.style.modules), BLOCKS, strict=True):
-            side.check(modules, self.architecture, setting)
+        for weighted, side, setting in zip(blocks, (self.subject, self.style), BLOCKS, strict=True):
+            weighted.check([*side.modules, *side.text_encoder], self.architecture, setting)
         wanted = {
             name: {wanted_k(settings, delta.rank, self.style.modules[name].rank, delta.shape)}
             for name, delta in self.subject.modules.items()
@@ -163,14 +163,11 @@ class Pair:
 
     def text_encoder_active(self, settings: Settings) -> dict[str, Active]:
         """What is active in each text-encoder module of either file, during the whole generation."""
-        blocks = self._blocks(settings)
-        role = ROLES[resolve(settings, self.architecture).text_encoder].times(
-            Active(*(side.text_encoder for side in blocks))
-        )
+        role, blocks = ROLES[resolve(settings, self.architecture).text_encoder], self._blocks(settings)
         return {
             name: Active(
-                role.subject if name in self.subject.text_encoder else 0.0,
-                role.style if name in self.style.text_encoder else 0.0,
+                role.subject * blocks[0].of(name) if name in self.subject.text_encoder else 0.0,
+                role.style * blocks[1].of(name) if name in self.style.text_encoder else 0.0,
             )
             for name in sorted({*self.subject.text_encoder, *self.style.text_encoder})
         }

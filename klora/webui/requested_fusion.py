@@ -11,6 +11,7 @@ from klora.fusion.plan import FusionPlan
 from klora.fusion.scores import OnScored
 from klora.hosts.base import Host
 from klora.hosts.webui.text_encoder import TextPart
+from klora.lora.deltas import Delta
 from klora.pair import Pair
 from klora.settings import Settings
 from klora.webui.prompt_tag import Tag
@@ -38,12 +39,11 @@ class RequestedFusion:
             (1, self.style, self.pair.style, settings.style_strength),
         ):
             for (_, lora, _), (file, weight) in zip(listed, side.parts, strict=True):
-                acting = {name: weights[name][index] * weight for name in file.text_encoder if weight}
-                deltas = {name: file.text_encoder[name] for name, share in acting.items() if share}
-                if deltas and strength:
-                    # One file's modules all have the same share.
-                    share = acting[next(iter(deltas))]
-                    parts.append(TextPart(lora, deltas, strength * share, file.sha256))
+                shares: dict[float, dict[str, Delta]] = {}
+                for name, delta in file.text_encoder.items():
+                    if share := strength * (weights[name][index] * weight):
+                        shares.setdefault(share, {})[name] = delta
+                parts += [TextPart(lora, deltas, share, file.sha256) for share, deltas in shares.items()]
         return parts
 
     @property

@@ -179,8 +179,10 @@ class TestBlocks:
         by_strength = outputs(pair, layers, 0.3, policy=policy, subject_strength=0.5, style_strength=-2)
         assert torch.allclose(by_block, by_strength, atol=1e-5)
 
-    def test_the_text_encoder_is_a_block_of_vectors(self, pair: Pair) -> None:
-        assert pair.text_encoder_active(Settings(subject_blocks="base: 0.5"))[TEXT] == (0.5, 0.0)
+    def test_a_text_encoder_is_a_block_too(self, pair: Pair) -> None:
+        for name in ("base", "text_encoder"):
+            assert pair.text_encoder_active(Settings(subject_blocks=f"{name}: 0.5"))[TEXT] == (0.5, 0.0)
+            pair.plan(Settings(subject_blocks=f"{name}: 0.5"))
         assert pair.text_encoder_active(Settings(subject_blocks="mid: 0.5"))[TEXT] == (1.0, 0.0)
 
     @pytest.mark.parametrize(
@@ -193,6 +195,8 @@ class TestBlocks:
             ("mid: 11", "is not a weight"),
             ("1,0,1", "a vector of 3 values is none of those known"),
             (",".join("1" * 12), "the vector is for SDXL, the LoRAs are for"),
+            ("fluxall", "the vector is for FLUX, the LoRAs are for"),
+            ("MINE", "'MINE' is not a block with its multiplier, such as up 1: 0.5, a vector, or one of NONE, ALL"),
         ],
     )
     def test_what_is_no_block_is_refused_in_words(self, pair: Pair, blocks: str, said: str) -> None:
