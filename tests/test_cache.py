@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +20,7 @@ from klora.lora.deltas import Delta
 from klora.lora.file import LoraFile
 from klora.lora.side import Side
 from tests.support.lora_files import write_lora
+from tests.support.processes import end_of, start
 from tests.support.scoring import score_all
 
 BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0.attn1."
@@ -282,24 +281,15 @@ def test_only_the_latest_special_k_are_kept(file: LoraFile, folder: Path, monkey
     assert cache.scores(Side.alone(file), {TO_Q: {3, 6}})[TO_Q].sums.keys() >= {3, 6}
 
 
+def score_again_and_again(file: Path, folder: Path, first: int) -> None:
+    warnings.simplefilter("error")
+    for k in range(first, 120, 2):
+        ScoreCache(folder).scores(Side.alone(LoraFile.open(file)), {TO_Q: {k % 40 + 1}})
+
+
 def test_two_processes_at_once_leave_a_sound_entry(file: LoraFile, folder: Path) -> None:
-    program = """
-import sys, warnings
-from klora.cache import ScoreCache
-from klora.lora import disk
-from klora.lora.deltas import Delta
-from klora.lora.file import LoraFile
-from klora.lora.side import Side
-warnings.simplefilter("error")
-for k in range(int(sys.argv[3]), 120, 2):
-    ScoreCache(sys.argv[2]).scores(Side.alone(LoraFile.open(sys.argv[1])), {sys.argv[4]: {k % 40 + 1}})
-"""
-    root = Path(__file__).parents[1]
-    processes = [
-        subprocess.Popen([sys.executable, "-c", program, str(file.path), str(folder), str(first), TO_Q], cwd=root)
-        for first in (0, 1)
-    ]
-    assert [process.wait(120) for process in processes] == [0, 0]
+    processes = [start(score_again_and_again, file.path, folder, first) for first in (0, 1)]
+    assert [end_of(process) for process in processes] == [0, 0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert ScoreCache(folder).scores(Side.alone(file))[TO_Q].l1 == score_all(file)[TO_Q].l1

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 import signal
-import subprocess
-import sys
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
 from PIL import Image
 from safetensors.torch import save_file
 
-import klora
 from klora import cli
 from klora.errors import KloraError
 from klora.evaluation import run as evaluation
 from klora.evaluation.study import read_study
+from tests.support.processes import end_of, start
 from tests.support.studies import noise, write_encoders, write_model, write_study
 
-ROOT = Path(klora.__file__).parent.parent
 SCORES = ("style_similarity", "clip_score", "dino_score")
 Files = dict[str, tuple[int, bytes]]
 
@@ -227,15 +225,15 @@ class TestResume:
         assert len(rows(done / "pictures.csv")) == 2
 
     def test_a_killed_run_goes_on_where_it_was(self, words: tuple[str, ...], tmp_path: Path) -> None:
-        command = [sys.executable, "-m", "klora", *words, "--policies", "k-lora,direct", "--out", str(tmp_path)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        until(lambda: len(list(tmp_path.rglob("*.json"))) >= 2 or process.poll() is not None)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        argv = [*words, "--policies", "k-lora,direct", "--out", str(tmp_path)]
+        process = start(cli.main, argv)
+        until(lambda: len(list(tmp_path.rglob("*.json"))) >= 2 or not process.is_alive())
+        process.kill()
+        assert end_of(process) == -signal.SIGKILL
         before = files_of(tmp_path)
         assert 4 <= len(before) < 16
         assert not (tmp_path / "results.csv").exists()
-        assert cli.main(command[3:]) == 0
+        assert cli.main(argv) == 0
         after = files_of(tmp_path)
         assert before.items() <= after.items()
         assert len(after) == 16
@@ -261,17 +259,27 @@ def test_the_scoring_of_new_files_is_told(
     assert len(totals) == 2  # a pair each, of which the second has a subject that is known
 
 
-def test_accelerate_shares_the_work_out(done: Path, words: tuple[str, ...], tmp_path: Path) -> None:
-    # As `accelerate launch` does it for GPUs; for CPUs it wants MPI.
-    launch = ("torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "klora")
-    more = ("--policies", "k-lora,direct,b-lora", "--out", str(tmp_path))
-    command = [sys.executable, "-m", *launch, *words, *more]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    finished = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert finished.returncode == 0, finished.stderr
+def evaluate_as_one_of_two(argv: Sequence[str]) -> int:
+    PartialState._reset_state()  # what a fork has of this process, which is the only one
+    return cli.main(argv)
+
+
+def test_accelerate_shares_the_work_out(
+    done: Path, words: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # What `accelerate launch` tells each process for GPUs; for CPUs it wants MPI.
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    common |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    argv = [*words, "--policies", "k-lora,direct,b-lora", "--out", str(tmp_path)]
+    processes = [start(evaluate_as_one_of_two, argv, **common, RANK=rank, LOCAL_RANK=rank) for rank in "01"]
+    ends = [end_of(process) for process in processes]
+    out, err = capfd.readouterr()
+    assert ends == [0, 0], err
     # Only the first process speaks, of its half of the pictures.
-    assert finished.stdout.count("# Evaluation") == 1
-    assert "0/6 [" in finished.stderr
+    assert out.count("# Evaluation") == 1
+    assert "0/6 [" in err
     assert {row["method"] for row in rows(tmp_path / "results.csv")} == {"k-lora", "direct", "b-lora"}
     table = rows(tmp_path / "pictures.csv")
     assert len(table) == 8

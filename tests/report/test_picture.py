@@ -1,6 +1,6 @@
 """The selection map."""
 
-import subprocess
+import importlib
 import sys
 from typing import Any
 
@@ -12,6 +12,7 @@ from klora.lora.names import block_label
 from klora.report.picture import COLOURS, DARK, LIGHT, blocks, cells_box, selection_cells, selection_map
 from tests.support.models import real_shapes
 from tests.support.pairs import ATTENTION, FEED_FORWARD, plan_of
+from tests.support.processes import end_of, start
 
 
 def pixels_of(image: object, letter: str, theme: Any = LIGHT) -> int:
@@ -108,10 +109,13 @@ def test_blocks_follow_the_network_and_have_short_labels() -> None:
     assert [block_label(block.label) for block in found] == ["down 0", "mid", "up 1"]
 
 
+def draw_anew() -> bool:
+    """Whether drawing, imported anew, imports what matplotlib keeps of all figures of a process."""
+    for name in [name for name in sys.modules if name.startswith(("klora.report", "matplotlib.pyplot"))]:
+        del sys.modules[name]
+    importlib.import_module("klora.report.picture").selection_map(plan_of(ATTENTION))
+    return "matplotlib.pyplot" in sys.modules
+
+
 def test_drawing_uses_nothing_global_of_matplotlib() -> None:
-    code = (
-        "from klora.report.picture import selection_map; from tests.support.pairs import plan_of, ATTENTION;"
-        " import sys; selection_map(plan_of(ATTENTION)); print('matplotlib.pyplot' in sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    assert end_of(start(draw_anew)) == 0
