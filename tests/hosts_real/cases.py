@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 from tests.hosts_real.server import ApiError, Picture, Server
@@ -68,9 +69,7 @@ class Cases:
 
     def expected(self, tags: str) -> Picture:
         """The picture of a tag as it was when it was first made."""
-        if tags not in self._expected:
-            self._expected[tags] = self.server.txt2img(tags)
-        return self._expected[tags]
+        return self._first(tags, lambda: self.server.txt2img(tags))
 
     def picture(self, draw: random.Random) -> None:
         """A tag gives the same picture as ever."""
@@ -174,23 +173,57 @@ class Cases:
 
     def grid(self, draw: random.Random) -> None:
         """An X/Y/Z plot."""
-        if self.server.with_klora:
-            self.server.plot([("[K-LoRA] Balance", "-1, 1")], self.any_tag(draw))
-        else:
-            self.server.plot([("Seed", "1, 2")], self.any_tag(draw))
+        axis = ("[K-LoRA] Balance", "-1, 1") if self.server.with_klora else ("Seed", "1, 2")
+        with self._map_wanted(draw) as changes:
+            made = self.server.plot([axis], self.any_tag(draw), **changes)
+        assert len(made.all) == 3, f"{len(made.all)} pictures of a grid of two"
 
-    def by_script(self, draw: random.Random) -> None:
-        """One of the host's scripts, with maps wanted."""
-        tag, alwayson = self.any_tag(draw), {}
-        if self.server.with_klora:
-            alwayson = {"K-LoRA": {"args": [{"show_map": True, "enabled": False}]}}
-        listed = self.server.call("/sdapi/v1/script-info")
-        found = next(one for one in listed if one["name"] == "prompt matrix" and not one["is_img2img"])
-        values = [arg["value"] for arg in found["args"]]
-        made = self.server.txt2img(
-            f"{tag}|red", script_name=found["name"], script_args=values, alwayson_scripts=alwayson
-        )
+    def matrix(self, draw: random.Random) -> None:
+        """A prompt matrix of one tag: its first cell is the tag's picture, whatever map is wanted."""
+        tag = self.any_tag(draw)
+        wanted = self.expected(tag)
+        with self._map_wanted(draw) as changes:
+            made = self.server.script("prompt matrix", f"{tag}|red", **changes)
         assert len(made.all) == 3, f"{len(made.all)} pictures of a matrix of two"
+        _same(made.only(1), wanted)
+
+    def prompts(self, draw: random.Random) -> None:
+        """Prompts from a text: each picture, and its text, is that of its own prompt."""
+        tags = [self.any_tag(draw), "", draw.choice(BAD)]
+        draw.shuffle(tags)
+        wanted = [self.expected("" if one in BAD else one) for one in tags]
+        lines = "\n".join(f"{self.server.defaults['prompt']} {one}".strip() for one in tags)
+        with self._map_wanted(draw) as changes:
+            made = self.server.script(
+                "prompts from file or textbox", "", {"List of prompt inputs": lines}, prompt="", **changes
+            )
+        assert len(made.all) == len(tags), f"{len(made.all)} pictures of {len(tags)} prompts"
+        for i, one in enumerate(tags):
+            _same(made.only(i), wanted[i])
+            text = made.info["infotexts"][i]
+            if self.server.with_klora:
+                assert ("K-LoRA error" in text) == (one in BAD), f"{one}: {text}"
+                assert ("K-LoRA policy" in text or "K-LoRA variant" in text) == bool(one and one not in BAD), text
+
+    def loopback(self, draw: random.Random) -> None:
+        """Pictures of pictures: no map among them, and the same as ever."""
+        self._of_a_picture(draw, "loopback", {"Loops": 2})
+
+    def upscale(self, draw: random.Random) -> None:
+        """An upscaler of four tiles: no map among them, and the same as ever."""
+        self._of_a_picture(draw, "sd upscale", {"Tile overlap": 16, "Scale Factor": 1.25, "Upscaler": "Lanczos"})
+
+    def map_in_gallery(self, draw: random.Random) -> None:
+        """A map behind the picture, where no script runs."""
+        if not self.server.with_klora:
+            return
+        tag, size = self.any_tag(draw), draw.choice((1, 1, 2))
+        wanted = self.expected(tag)
+        with self._map_wanted(draw, always=True) as changes:
+            made = self.server.txt2img(tag, batch_size=size, **changes)
+        assert len(made.all) == size + 1 + (size > 1), f"{len(made.all)} pictures of {size} and their map"
+        if size == 1:
+            _same(made.only(0), wanted)
 
     def added_network(self, draw: random.Random) -> None:
         """A network that the host adds to the prompt by itself."""
@@ -228,6 +261,38 @@ class Cases:
         """*Reload UI*."""
         self.server.reload_ui()
 
+    def _first(self, key: str, make: Callable[[], Picture]) -> Picture:
+        if key not in self._expected:
+            self._expected[key] = make()
+        return self._expected[key]
+
+    def _of_a_picture(self, draw: random.Random, script: str, controls: dict[str, Any]) -> None:
+        tag, source = self.any_tag(draw), self.expected("")
+
+        def make(**changes: Any) -> Picture:
+            # Where a host encodes a picture it draws from numbers that its seed does not set.
+            self.server.call("/klora-probe/seed")
+            return self.server.script(script, tag, controls, source, **changes)
+
+        wanted = self._first(f"{script}: {tag}", make)
+        with self._map_wanted(draw) as changes:
+            _same(make(**changes), wanted)
+
+    @contextmanager
+    def _map_wanted(self, draw: random.Random, always: bool = False) -> Iterator[dict[str, Any]]:
+        """Want a map by the accordion, by the setting for all pictures, or, unless `always`, not at all."""
+        way = draw.choice(("accordion", "setting") if always else ("accordion", "setting", "none"))
+        if not self.server.with_klora or way == "none":
+            yield {}
+        elif way == "accordion":
+            yield {"alwayson_scripts": {"K-LoRA": {"args": [{"show_map": True, "enabled": False}]}}}
+        else:
+            self.server.options(klora_show_map=True)
+            try:
+                yield {}
+            finally:
+                self.server.options(klora_show_map=False)
+
     def _write(self, name: str, original: str, in_place: bool = False) -> None:
         """Give a LoRA's file the content of another's."""
         path, content = self._path(name), self._path(original).read_bytes()
@@ -254,6 +319,7 @@ class Cases:
 
 
 def _same(picture: Picture, expected: Picture) -> None:
+    assert len(picture.all) == len(expected.all), f"{len(picture.all)} pictures, no longer {len(expected.all)}"
     assert picture.same(expected), f"{picture.distance(expected)} of 255 off what it was; {picture.comments}"
 
 
@@ -269,7 +335,11 @@ CASES: dict[str, tuple[float, Callable[[Cases, random.Random], None]]] = {
     "files damaged meanwhile": (6, Cases.damage_meanwhile),
     "four requests at once": (3, Cases.at_once),
     "X/Y/Z plot": (3, Cases.grid),
-    "a script, with a map": (3, Cases.by_script),
+    "prompt matrix": (3, Cases.matrix),
+    "prompts from a text": (3, Cases.prompts),
+    "loopback": (3, Cases.loopback),
+    "SD upscale": (3, Cases.upscale),
+    "a map in the gallery": (5, Cases.map_in_gallery),
     "Add network to prompt": (4, Cases.added_network),
     "checkpoint switch": (3, Cases.checkpoint),
     "refiner": (3, Cases.refiner),

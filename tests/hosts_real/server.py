@@ -70,6 +70,10 @@ class Picture:
     def infotext(self) -> str:
         return self.info["infotexts"][0]
 
+    def only(self, index: int) -> Picture:
+        """One of the pictures, with the account of all."""
+        return Picture(self.all[index : index + 1], self.encoded[index : index + 1], self.info, self.comments)
+
     def same(self, other: Picture) -> bool:
         """True where every picture has the very same pixels."""
         return len(self.all) == len(other.all) and all(map(np.array_equal, self.all, other.all))
@@ -218,6 +222,21 @@ class Server:
         args[labels.index("Include Sub Images")] = True
         args[labels.index("Draw legend")] = False
         return self.txt2img(tags, script_name="x/y/z plot", script_args=args, **changes)
+
+    def script(
+        self,
+        name: str,
+        tags: str = "",
+        controls: dict[str, Any] | None = None,
+        source: Picture | None = None,
+        **changes: Any,
+    ) -> Picture:
+        """Make pictures by one of the host's scripts, of a `source` where it is one of img2img; `controls` by label."""
+        listed = self.call("/sdapi/v1/script-info")
+        found = next(one for one in listed if one["name"] == name and one["is_img2img"] == (source is not None))
+        args = [(controls or {}).get(arg["label"], arg["value"]) for arg in found["args"]]
+        changes |= {"script_name": name, "script_args": args}
+        return self.txt2img(tags, **changes) if source is None else self.img2img(source, tags, **changes)
 
     @cached_property
     def upscaler(self) -> str:

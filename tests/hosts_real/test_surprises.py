@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -22,16 +21,6 @@ def keys(picture: Picture, index: int = 0) -> dict[str, str]:
     return dict(re.findall(r"K-LoRA ([\w ]+): ([^,]+)", line))
 
 
-def by_script(server: Server, name: str, tags: str = "", source: Picture | None = None, **changes: Any) -> Picture:
-    """Make pictures by one of the host's scripts; a change is one of its controls' values, by label."""
-    listed = server.call("/sdapi/v1/script-info")
-    found = next(one for one in listed if one["name"] == name and one["is_img2img"] == (source is not None))
-    labels = [arg["label"] for arg in found["args"]]
-    values = [changes.pop(label, arg["value"]) for label, arg in zip(labels, found["args"], strict=True)]
-    make: Callable[..., Picture] = server.txt2img if source is None else lambda *a, **k: server.img2img(source, *a, **k)
-    return make(tags, script_name=name, script_args=values, **changes)
-
-
 def with_map(values: dict[str, Any]) -> dict[str, Any]:
     return {"alwayson_scripts": {"K-LoRA": {"args": [{**values, "show_map": True}]}}}
 
@@ -39,12 +28,13 @@ def with_map(values: dict[str, Any]) -> dict[str, Any]:
 def test_a_map_is_no_picture_to_a_script(server: Server, plain: Picture) -> None:
     pytest.importorskip("matplotlib")
     assert len(server.txt2img(**with_map(PAIR)).all) == 2
-    grid = by_script(server, "prompt matrix", "|red", **with_map(PAIR))
-    assert grid.same(by_script(server, "prompt matrix", f"{TAG}|red")) or len(grid.all) == 3
-    upscaled = by_script(server, "sd upscale", source=plain, **{"Tile overlap": 16}, **with_map(PAIR))
-    assert upscaled.same(by_script(server, "sd upscale", TAG, source=plain, **{"Tile overlap": 16}))
-    looped = by_script(server, "loopback", source=plain, Loops=2, **with_map(PAIR))
-    assert len(looped.all) == len(by_script(server, "loopback", source=plain, Loops=2).all)
+    grid = server.script("prompt matrix", "|red", **with_map(PAIR))
+    assert grid.same(server.script("prompt matrix", f"{TAG}|red")) or len(grid.all) == 3
+    tiles, loops = {"Tile overlap": 16}, {"Loops": 2}
+    upscaled = server.script("sd upscale", "", tiles, plain, **with_map(PAIR))
+    assert upscaled.same(server.script("sd upscale", TAG, tiles, plain))
+    looped = server.script("loopback", "", loops, plain, **with_map(PAIR))
+    assert len(looped.all) == len(server.script("loopback", "", loops, plain).all)
 
 
 @pytest.mark.parametrize("hires", [False, True], ids=["one pass", "hires"])
@@ -71,12 +61,12 @@ def test_a_tag_of_the_pair_s_own_file_is_gone(server: Server) -> None:
 
 def test_a_text_is_of_its_own_picture(server: Server) -> None:
     prompts = "\n".join(f"{PROMPT} {tag}" for tag in (TAG, "", "<klora:subj:nobody>", ""))
-    made = by_script(server, "prompts from file or textbox", **{"List of prompt inputs": prompts})
+    made = server.script("prompts from file or textbox", "", {"List of prompt inputs": prompts})
     texts = [keys(made, i) for i in range(4)]
     assert "subject share" in texts[0]
     assert texts[1] == texts[3] == {}
     assert texts[2].keys() == {"error"}
-    matrix = by_script(server, "prompt matrix", f"|{TAG}|red")
+    matrix = server.script("prompt matrix", f"|{TAG}|red")
     assert [bool(keys(matrix, i)) for i in range(1, 5)] == [False, True, False, True]
 
 
