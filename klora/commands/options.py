@@ -12,7 +12,7 @@ from klora.errors import KloraError, SettingsError
 from klora.fusion.policies import POLICIES, make_policy, policies_with, resolve
 from klora.generation.request import GenerationRequest
 from klora.lora.disk import check_readable
-from klora.lora.weighted import check_weight
+from klora.lora.weighted import split_weight
 from klora.settings import AUTO, Option, Settings, options
 
 MODEL = "a diffusers folder, or a hub id"
@@ -169,22 +169,10 @@ def check_loras(args: argparse.Namespace) -> None:
 
 
 def _weighted(text: str, side: str) -> tuple[str, float]:
-    """FILE or FILE:WEIGHT; a file whose name ends like a weight is meant where it is there."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or not _is_number(weight) or Path(text).exists():
-        return text, 1.0
     try:
-        return path, check_weight(weight, side)
+        return split_weight(text, side)
     except SettingsError as error:
         raise KloraError(f"--{side}: {text}: {error.reason}") from None
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
 
 
 def demand(args: argparse.Namespace, *names: str) -> None:

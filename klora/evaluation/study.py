@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from klora.errors import KloraError, SettingsError
-from klora.lora.weighted import check_weight
+from klora.lora.weighted import check_weight, split_weight
 from klora.vision import IMAGE_SUFFIXES
 
 TEMPLATE = "{subject} {style}"
 TEACH = "teach"
 """The folder beside the reference pictures of those that only reference guidance looks at."""
+LORAS = "loras.txt"
+"""The file in a concept's folder that lists its LoRAs where there are several, as the command line has them."""
 _PLAIN = {"subjects": "a {}", "styles": "in {} style"}
 """The words of what is given none, made of its name."""
 _LAYOUT = "subjects/NAME and styles/NAME, each with a .safetensors LoRA and reference pictures"
@@ -100,15 +102,26 @@ def _pictures(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(path for path in found if path.suffix.lower() in IMAGE_SUFFIXES))
 
 
-def _lora_of(folder: Path) -> Path:
+def _lora_of(folder: Path) -> Path | tuple[tuple[Path, float], ...]:
+    if (listed := folder / LORAS).is_file():
+        return _several(folder, listed)
     usual = folder / "lora.safetensors"
     files = [usual] if usual.is_file() else sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
         found = "no .safetensors file" if not files else f"{len(files)} .safetensors files"
-        raise KloraError(
-            f"{folder}: has {found}; name the one to use lora.safetensors (several go into a study's JSON)"
-        )
+        raise KloraError(f"{folder}: has {found}; name the one to use lora.safetensors, or list several in {LORAS}")
     return files[0]
+
+
+def _several(folder: Path, listed: Path) -> tuple[tuple[Path, float], ...]:
+    lines = [line.strip() for line in _read_text(listed).splitlines() if line.strip()]
+    if not lines:
+        raise KloraError(f"{listed}: is empty; write FILE or FILE:WEIGHT on each line")
+    try:
+        found = [split_weight(line, "weight", folder) for line in lines]
+    except SettingsError as error:
+        raise KloraError(f"{listed}: {error}") from None
+    return tuple((folder / file, weight) for file, weight in found)
 
 
 def _spaced(name: str) -> str:

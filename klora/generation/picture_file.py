@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from klora.lora.weighted import weighted_name
 from klora.report.files import OutputFile, png_bytes
 
 if TYPE_CHECKING:
@@ -38,13 +39,19 @@ def parameters(facts: dict[str, Any]) -> str:
         "Seed": facts["seed"],
         "Size": "x".join(map(str, facts["size"])),
         "Model": facts["model"],
-        "K-LoRA subject": Path(facts["subject"]["file"]).stem,
-        "K-LoRA style": Path(facts["style"]["file"]).stem,
+        "K-LoRA subject": _side(facts["subject"]),
+        "K-LoRA style": _side(facts["style"]),
         **{f"K-LoRA {name.replace('_', ' ')}": value for name, value in settings.items() if value not in (None, "")},
     }
     line = ", ".join(f"{name}: {_quoted(value)}" for name, value in rows.items())
     negative = [f"Negative prompt: {facts['negative_prompt']}"] if facts["negative_prompt"] else []
     return "\n".join([facts["prompt"], *negative, line])
+
+
+def _side(facts: dict[str, Any]) -> str:
+    """The names of a side's LoRAs: dog*0.8 + coat."""
+    loras = facts.get("loras", [facts])
+    return " + ".join(weighted_name(Path(lora["file"]).stem, lora.get("weight", 1)) for lora in loras)
 
 
 def _quoted(value: Any) -> str:

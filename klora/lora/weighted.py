@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 from klora.errors import SettingsError
 
@@ -27,3 +28,22 @@ def check_weight(value: object, side: str) -> float:
             side, f"{value!r} is not a weight: it must be a number from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
         )
     return number
+
+
+def split_weight(text: str, side: str, folder: Path | None = None) -> tuple[str, float]:
+    """Read FILE or FILE:WEIGHT; SettingsError, naming the `side`, for a weight that cannot be one.
+
+    A file whose name ends like a weight is meant where it is there, in the `folder` if one is given.
+    """
+    path, colon, weight = text.rpartition(":")
+    if not colon or not _is_number(weight) or Path(folder or "", text).exists():
+        return text, 1.0
+    return path, check_weight(weight, side)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

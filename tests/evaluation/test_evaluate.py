@@ -21,6 +21,7 @@ from klora import cli
 from klora.errors import KloraError
 from klora.evaluation import run as evaluation
 from klora.evaluation.study import read_study
+from tests.support.lora_files import write_lora
 from tests.support.processes import end_of, start
 from tests.support.studies import noise, write_encoders, write_model, write_study
 
@@ -31,7 +32,10 @@ Files = dict[str, tuple[int, bytes]]
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("home")
-    write_study(folder / "study", write_model(folder))
+    attention = write_model(folder)
+    dog = write_study(folder / "study", attention) / "subjects/dog"
+    write_lora(dog / "coat.safetensors", attention, "peft", rank=2, seed=9)
+    (dog / "loras.txt").write_text("lora.safetensors\n coat.safetensors:0.5\n\n")
     write_encoders(folder)
     return folder
 
@@ -76,7 +80,18 @@ class TestStudy:
             ("dog × pop_art", "a sbu dog in pop art style"),
         ]
         assert [path.name for path in pairs[0].style.references] == ["a.png", "b.jpg"]
-        assert pairs[0].subject.lora == home / "study/subjects/dog/lora.safetensors"
+        assert pairs[0].style.lora == home / "study/styles/ink/lora.safetensors"
+
+    def test_several_loras_are_listed_with_their_weights(self, home: Path, tmp_path: Path) -> None:
+        dog = home / "study/subjects/dog"
+        expected = ((dog / "lora.safetensors", 1.0), (dog / "coat.safetensors", 0.5))
+        assert read_study(home / "study")[0].subject.lora == expected
+        noise(0).save(tmp_path / "one.png")
+        entry = {"lora": ["dog.safetensors", {"file": "coat.safetensors", "weight": 0.5}], "references": ["one.png"]}
+        manifest = tmp_path / "study.json"
+        manifest.write_text(json.dumps({"subjects": {"dog": entry}, "styles": {"ink": entry}}))
+        [pair] = read_study(manifest)
+        assert pair.style.lora == ((tmp_path / "dog.safetensors", 1.0), (tmp_path / "coat.safetensors", 0.5))
 
     def test_a_template_places_the_words(self, home: Path) -> None:
         assert read_study(home / "study", "{style}: {subject} {here}")[0].prompt == "in ink style: a sbu dog {here}"
@@ -126,6 +141,11 @@ class TestStudy:
         for name in ("a", "b"):
             save_file({"x": torch.zeros(1)}, inside / f"{name}.safetensors")
         assert "2 .safetensors files" in complaint()
+        (inside / "loras.txt").write_text("a.safetensors\nb.safetensors:11\n")
+        assert "loras.txt: weight: '11' is not a weight" in complaint()
+        (inside / "loras.txt").write_text("\n")
+        assert "loras.txt: is empty" in complaint()
+        (inside / "loras.txt").unlink()
         (inside / "a.safetensors").rename(inside / "lora.safetensors")
         assert "has no folder styles" in complaint()
 

@@ -41,6 +41,8 @@ def test_the_line_of_facts_quotes_what_would_break_it_and_leaves_out_what_is_not
         "Steps: 2, Sampler: DDIMScheduler, CFG scale: 7.5, Seed: 3, Size: 32x48, "
         'Model: "my, model", K-LoRA subject: dog, K-LoRA style: ink, K-LoRA text encoder: both, K-LoRA alpha: 0.0'
     )
+    several = {"loras": [{"file": "dog.safetensors", "weight": 0.8}, {"file": "coat.safetensors", "weight": 1.0}]}
+    assert "K-LoRA subject: dog*0.8 + coat," in parameters({**FACTS, "subject": several})
     assert parameters({**FACTS, "negative_prompt": "bad"}).splitlines()[1] == "Negative prompt: bad"
 
 
