@@ -209,6 +209,10 @@ class Server:
         }
         return self.txt2img(tags, **{**hires, **changes})
 
+    def pasted(self, picture: Picture) -> Picture:
+        """What the host makes of a picture's text alone."""
+        return self._made("txt2img", {"infotext": picture.infotext})
+
     def plot(self, axes: list[tuple[str, str]], tags: str = "", **changes: Any) -> Picture:
         """A grid by the host's X/Y/Z plot, its single pictures behind it."""
         scripts = self.call("/sdapi/v1/script-info")
@@ -247,6 +251,9 @@ class Server:
     def _generate(self, path: str, tags: str, changes: dict[str, Any]) -> Picture:
         body = {**self.defaults, **changes}
         body["prompt"] = f"{body['prompt']} {tags}".strip()
+        return self._made(path, body)
+
+    def _made(self, path: str, body: dict[str, Any]) -> Picture:
         self.made += 1
         answer = self.call(f"/sdapi/v1/{path}", body)
         pictures = [
