@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from klora.commands.console import need
-from klora.commands.options import PREFIX
+from klora.commands.options import PREFIX, SIDES, read_weight
 from klora.demo import catalogue
 from klora.errors import KloraError
 from klora.report.files import OutputFile, output_folder, png_bytes
@@ -67,13 +67,19 @@ def fill_in_demo_model(args: argparse.Namespace) -> AbstractContextManager[None]
 
 
 def fill_in_demo_pair(args: argparse.Namespace) -> AbstractContextManager[None]:
-    """Fill in the project's model and one of its pairs, the first where the user names none."""
+    """Fill in the project's model and the files of its own that the user names, or its first pair.
+
+    The prompt is that of the first of each side.
+    """
     quick = fill_in_demo_model(args)
     known = catalogue.read_catalogue(catalogue.HOME)
-    names = ((args.subject or [next(iter(known["subjects"]))])[0], (args.style or [next(iter(known["styles"]))])[0])
-    pair = catalogue.demo_pair(known, catalogue.HOME, *names)
-    args.subject, args.style = ([str(file)] for file in pair.files)
-    args.prompt = args.prompt or pair.prompts["both"]
+    first = []
+    for side in SIDES:
+        parts = [read_weight(text, side) for text in getattr(args, side) or [next(iter(known[f"{side}s"]))]]
+        files = [(catalogue.lora_file(known, catalogue.HOME, side, name), weight) for name, weight in parts]
+        setattr(args, side, [f"{file}:{weight}" for file, weight in files])
+        first.append(parts[0][0])
+    args.prompt = args.prompt or catalogue.demo_pair(known, catalogue.HOME, *first).prompts["both"]
     return quick
 
 

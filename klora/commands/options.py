@@ -149,7 +149,7 @@ def read_sides(args: argparse.Namespace) -> None:
     for side in SIDES:
         if not getattr(args, side):
             raise KloraError(f"--{side}: is needed; see --help")
-        setattr(args, side, tuple(_weighted(text, side) for text in getattr(args, side)))
+        setattr(args, side, tuple(read_weight(text, side) for text in getattr(args, side)))
 
 
 def stems(files: Sequence[tuple[str, float]]) -> str:
@@ -168,7 +168,8 @@ def check_loras(args: argparse.Namespace) -> None:
         check_readable(Path(path))
 
 
-def _weighted(text: str, side: str) -> tuple[str, float]:
+def read_weight(text: str, side: str) -> tuple[str, float]:
+    """FILE or FILE:WEIGHT of a side; KloraError for a bad weight."""
     try:
         return split_weight(text, side)
     except SettingsError as error:

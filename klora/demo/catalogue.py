@@ -43,16 +43,22 @@ def demo_pairs(catalogue: Mapping[str, Any], home: Path) -> list[DemoPair]:
 
 def demo_pair(catalogue: Mapping[str, Any], home: Path, subject: str, style: str) -> DemoPair:
     """The pair of a subject and a style of the catalogue, by name; KloraError for a name that is not there."""
-    for given, known in ((subject, catalogue["subjects"]), (style, catalogue["styles"])):
-        if given not in known:
-            raise KloraError(f"{given}: is not in the demo; choose {', '.join(known)}")
+    files = lora_file(catalogue, home, "subject", subject), lora_file(catalogue, home, "style", style)
     a, b = catalogue["subjects"][subject], catalogue["styles"][style]
     prompts = {
         "subject": a["prompt"].format(family=a["family"]),
         "style": b["prompt"].format(family=a["family"]),
         "both": catalogue["prompt"].format(family=a["family"]),
     }
-    return DemoPair(subject, style, (home / a["file"], home / b["file"]), prompts)
+    return DemoPair(subject, style, files, prompts)
+
+
+def lora_file(catalogue: Mapping[str, Any], home: Path, side: str, name: str) -> Path:
+    """The file of a subject or a style; KloraError for a name that is not there."""
+    known = catalogue[f"{side}s"]
+    if name not in known:
+        raise KloraError(f"{name}: is not in the demo; choose {', '.join(known)}")
+    return home / str(known[name]["file"])
 
 
 @contextmanager

@@ -81,6 +81,12 @@ def test_the_demo_is_compared_by_names_of_its_own(
         with Image.open(tmp_path / row["picture"]) as image:
             assert image.text["parameters"].startswith("a sbu robot in szn style\nSteps: 2, Sampler: DDIM")
             assert "K-LoRA subject: bolt, K-LoRA style: ink" in image.text["parameters"]
+    several = ("--subject", "mimi:0.5", "bolt", "--style", "ink")
+    assert cli.main([*words, *several, "--out", str(tmp_path / "several")]) == 0
+    for path in (tmp_path / "several").glob("0*.png"):
+        with Image.open(path) as image:
+            assert image.text["parameters"].startswith("a sbu cat in szn style")
+            assert "K-LoRA subject: mimi*0.5 + bolt, K-LoRA style: ink" in image.text["parameters"]
     assert cli.main([*words, "--style", "oil"]) == 2
     assert "oil: is not in the demo; choose neon, dots, ink" in capfd.readouterr().err
 
