@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from klora.webui.infotext import PASTERS
 from tests.hosts_real.checkpoints import Checkpoint, read_checkpoint, write_loras, write_sdxl_loras
 
 REPOSITORY = Path(__file__).parents[2]
@@ -42,6 +43,8 @@ FLAGS_OF = {
 STEPS = {"a1111": 6}
 HOSTS = tuple(FLAGS_OF)
 PROMPT = "a photo of a dog in the snow"
+_WHOLE = {"seed": "Seed", "steps": "Steps", "width": "Size-1", "height": "Size-2"}
+"""What the hosts call whole numbers of a request in a picture's text."""
 
 
 class ApiError(Exception):
@@ -210,8 +213,19 @@ class Server:
         return self.txt2img(tags, **{**hires, **changes})
 
     def pasted(self, picture: Picture) -> Picture:
-        """What the host makes of a picture's text alone."""
-        return self._made("txt2img", {"infotext": picture.infotext})
+        """What comes of a picture's text alone: the prompt, the controls and the rest as the host reads them of it."""
+        found = self.call("/sdapi/v1/png-info", {"image": picture.encoded[0]})["parameters"]
+        filled = {name: value for name, paste in PASTERS.items() if (value := paste(found)) is not None}
+        body = {
+            "prompt": found["Prompt"],
+            "negative_prompt": found["Negative prompt"],
+            "alwayson_scripts": {"K-LoRA": {"args": [filled]}},
+            "sampler_name": found["Sampler"],
+            "scheduler": found["Schedule type"],
+            **{name: int(found[key]) for name, key in _WHOLE.items()},
+            "cfg_scale": float(found["CFG scale"]),
+        }
+        return self._made("txt2img", body)
 
     def plot(self, axes: list[tuple[str, str]], tags: str = "", **changes: Any) -> Picture:
         """A grid by the host's X/Y/Z plot, its single pictures behind it."""
