@@ -12,11 +12,12 @@ from typing import Any
 import torch
 
 from klora.cache import ScoreCache
+from klora.errors import SettingsError
 from klora.fusion.plan import ROLES, FileModule, FusionPlan, make_plan, wanted_k
 from klora.fusion.policies import resolve
 from klora.fusion.policies.base import Active
 from klora.fusion.scores import OnScored
-from klora.lora.blocks import BlockWeights
+from klora.lora.blocks import block_weights
 from klora.lora.checks import check_partner
 from klora.lora.coverage import Coverage, coverage
 from klora.lora.deltas import Delta
@@ -123,10 +124,11 @@ class Pair:
         kinds = KINDS_IN_SCOPE[settings.scope]
         kind = self.model.kind_of if self.model else kind_of
         names = sorted({*self.subject.modules, *self.style.modules}, key=sort_key)
-        blocks = self._blocks(settings)
+        blocks = block_weights(settings)
         weights = {name: Active(*(side.of(name) for side in blocks)) for name in names}
         for weighted, side, setting in zip(blocks, (self.subject, self.style), BLOCKS, strict=True):
             weighted.check([*side.modules, *side.text_encoder], self.architecture, setting)
+        self._check_acting(settings, weights)
         wanted = {
             name: {wanted_k(settings, delta.rank, self.style.modules[name].rank, delta.shape)}
             for name, delta in self.subject.modules.items()
@@ -156,14 +158,18 @@ class Pair:
             return dataclasses.replace(plan, warnings=(SAME_FILE, *plan.warnings))
         return plan
 
-    def _blocks(self, settings: Settings) -> tuple[BlockWeights, BlockWeights]:
-        """The multipliers of both sides by block."""
-        subject, style = (BlockWeights.parse(getattr(settings, name), name) for name in BLOCKS)
-        return subject, style
+    def _check_acting(self, settings: Settings, weights: Mapping[str, Active]) -> None:
+        """Raise SettingsError where the multipliers leave nothing of either side."""
+        acts = any(weights[name].subject for name in self.subject.modules)
+        acts = acts or any(weights[name].style for name in self.style.modules)
+        if weights and not acts and not any(map(any, self.text_encoder_active(settings).values())):
+            raise SettingsError(
+                "subject_blocks", "neither side acts in any block; give one a multiplier that is not 0, here or beside"
+            )
 
     def text_encoder_active(self, settings: Settings) -> dict[str, Active]:
         """What is active in each text-encoder module of either file, during the whole generation."""
-        role, blocks = ROLES[resolve(settings, self.architecture).text_encoder], self._blocks(settings)
+        role, blocks = ROLES[resolve(settings, self.architecture).text_encoder], block_weights(settings)
         return {
             name: Active(
                 role.subject * blocks[0].of(name) if name in self.subject.text_encoder else 0.0,

@@ -11,6 +11,7 @@ from klora.errors import SettingsError
 from klora.lora.names import block_label, block_of, ldm_names
 from klora.lora.text_names import t5_path
 from klora.lora.weighted import check_weight
+from klora.settings import Settings
 
 TEXT, T5 = "base", "t5"
 """What the vectors call the text encoder, and the second one of FLUX."""
@@ -121,6 +122,14 @@ class BlockWeights:
             return 1.0
         names = names_of(module)
         return next((weight for name, weight in reversed(self.weights) if name in names), 1.0)
+
+
+def block_weights(settings: Settings) -> tuple[BlockWeights, BlockWeights]:
+    """Those of subject and style; SettingsError for a text that is none."""
+    return (
+        BlockWeights.parse(settings.subject_blocks, "subject_blocks"),
+        BlockWeights.parse(settings.style_blocks, "style_blocks"),
+    )
 
 
 def _all_blocks(models: tuple[str, ...]) -> tuple[str, ...]:

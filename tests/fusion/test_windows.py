@@ -17,7 +17,7 @@ from klora.engine.session import Session
 from klora.engine.site import Site
 from klora.errors import SettingsError
 from klora.fusion.plan import FusionPlan
-from klora.fusion.policies import POLICIES
+from klora.fusion.policies import POLICIES, make_policy
 from klora.fusion.policies.base import NEITHER, STYLE, SUBJECT, Active
 from klora.fusion.windows import Window, Windows
 from klora.merge import check_static
@@ -163,6 +163,17 @@ class TestBlocks:
         assert plan.gamma != pair.plan(Settings()).gamma
         both = pair.plan(Settings(subject_blocks="mid: 0", style_blocks="mid: 0"))
         assert {both.decide(name, 0.5) for name in both.by_name if name.startswith("mid_block")} == {NEITHER}
+
+    def test_where_neither_side_acts_in_any_block_it_is_refused(self, pair: Pair) -> None:
+        nothing = "down 0: 0, mid: 0, up 1: 0"
+        with pytest.raises(SettingsError, match="neither side acts in any block"):
+            pair.plan(Settings(subject_blocks=f"{nothing}, base: 0", style_blocks=nothing))
+        pair.plan(Settings(subject_blocks=nothing, style_blocks=nothing))
+        pair.plan(Settings(subject_blocks=f"{nothing}, base: 0"))
+
+    def test_a_text_that_is_none_is_refused_before_any_file_is_opened(self) -> None:
+        with pytest.raises(SettingsError, match=r"^style_blocks: 'mid' is not a block with its multiplier"):
+            make_policy(Settings(style_blocks="mid").resolve(None))
 
     def test_alone_a_side_keeps_its_multipliers(self, pair: Pair) -> None:
         plan = pair.plan(Settings(subject_blocks="mid: 0.5", style_from=0.5))

@@ -39,6 +39,11 @@ NAMES = st.text(st.characters(exclude_characters=":<>=\r\n", exclude_categories=
     lambda name: name.strip() == name and name != NONE
 )
 
+LINES = st.text().filter(str.isprintable)
+BLOCKS = st.lists(
+    st.tuples(LINES.filter(lambda name: name.strip(":= ") and "," not in name), st.floats(-10, 10)), max_size=3
+).map(lambda blocks: ", ".join(f"{name}: {weight}" for name, weight in blocks))
+
 
 @st.composite
 def settings_of_a_user(draw: st.DrawFn) -> dict[str, Any]:
@@ -49,7 +54,7 @@ def settings_of_a_user(draw: st.DrawFn) -> dict[str, Any]:
         if choices := choices_of(name, option):
             values[name] = draw(st.sampled_from(choices))
         elif option.free:
-            values[name] = draw(st.text().filter(str.isprintable)).strip()
+            values[name] = draw(BLOCKS if name.endswith("_blocks") else LINES).strip()
         elif option.kind is int:
             values[name] = draw(st.integers(int(option.low or 0), int(option.high or 2**40)))
         else:

@@ -21,6 +21,7 @@ from klora.fusion.policies.random import Random
 from klora.fusion.policies.switch import Switch
 from klora.fusion.policies.ties import Ties
 from klora.fusion.windows import Windows
+from klora.lora.blocks import block_weights
 from klora.settings import Settings
 
 POLICIES: dict[str, type[Policy]] = {
@@ -82,4 +83,5 @@ def make_policy(settings: Settings) -> Policy:
     if settings.share is not None and not issubclass(policy, ScaledPolicy):
         raise SettingsError("share", f"the policy {policy.name} takes no share target; leave it at auto")
     Windows.of(settings)
+    block_weights(settings)
     return policy(settings)
