@@ -22,7 +22,7 @@ AXES = "klora_axes"
 """Where a grid's processing object keeps the values of its axes until they have been looked at together."""
 SETTINGS = (
     *("balance", "alpha", "beta", "scale", "policy", "subject_strength", "style_strength", "scope"),
-    *("subject_from", "subject_to", "style_from", "style_to"),
+    *("subject_from", "subject_to", "style_from", "style_to", "subject_blocks", "style_blocks"),
 )
 JUDGED = f"{PREFIX}Judged share"
 """The axis of shares whose pictures the LoRAs themselves judge."""

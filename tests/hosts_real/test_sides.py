@@ -80,12 +80,16 @@ def test_blocks_act_with_their_multipliers(server: Server) -> None:
     assert server.txt2img(f"<klora:subj_all:style_all{vectors}>").same(preset)
 
 
-def test_a_grid_over_sides_and_windows(server: Server) -> None:
-    axes = [("[K-LoRA] Subject", "subj, subj*0.5 + subj_all"), ("[K-LoRA] Style from", "0, 0.5")]
+def test_a_grid_over_sides_windows_and_blocks(server: Server) -> None:
+    axes = [
+        ("[K-LoRA] Subject", "subj, subj*0.5 + subj_all"),
+        ("[K-LoRA] Style from", "0.5"),
+        ("[K-LoRA] Style by block", 'OUTALL, "up 1: 0.5, mid: 0"'),
+    ]
     grid = server.plot(axes, "<klora:subj_te:style>")
     expected = [
-        server.txt2img(f"<klora:{subject}:style:style_from={start}>").pixels
-        for start in (0, 0.5)
+        server.txt2img(f"<klora:{subject}:style:style_from=0.5:style_blocks={blocks}>").pixels
+        for blocks in ("OUTALL", "up 1=0.5%2C mid=0")
         for subject in ("subj", "subj*0.5 + subj_all")
     ]
     assert [(one == other).all() for one, other in zip(grid.all[-4:], expected, strict=True)] == [True] * 4

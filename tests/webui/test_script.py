@@ -166,7 +166,7 @@ def test_axes_are_added_once_with_costs_and_choices(host: Any) -> None:
     xyz_axes.add_axes()
     labels = [axis.label for axis in host.plot.axis_options]
     names = ("Subject", "Style", "Balance", "α", "β", "Scale", "Policy", "Subject strength", "Style strength", "Scope")
-    windows = ("Subject from", "Subject to", "Style from", "Style to")
+    windows = ("Subject from", "Subject to", "Style from", "Style to", "Subject by block", "Style by block")
     assert labels == ["Seed", *(f"[K-LoRA] {name}" for name in (*names, *windows, "Judged share"))]
     axes = {axis.label.removeprefix("[K-LoRA] "): axis for axis in host.plot.axis_options}
     assert axes["Style"].choices() == ["ink", "puppy"]
