@@ -25,7 +25,7 @@ BASIC = ("balance", "share", "subject_strength", "style_strength")
 """Settings in sight; all others are folded away."""
 
 _BEFORE_THE_POLICYS_OWN = 3
-_OWN_ROWS = (("subject_from", "subject_to", "style_from", "style_to"), ("subject_blocks", "style_blocks"))
+_OWN_ROWS = (("subject_from", "subject_to"), ("style_from", "style_to"), ("subject_blocks", "style_blocks"))
 """Settings of one kind, in a row each, so that labels and inputs of a row lie on one line."""
 
 

@@ -84,6 +84,14 @@ def test_hints_are_short_and_every_slider_has_a_reach_within_its_setting() -> No
             assert option.high is None or reach.high <= option.high
 
 
+def test_each_window_is_a_row_of_its_own(gradio: RecordedGradio) -> None:
+    found = built()
+    for side in ("subject", "style"):
+        at = gradio.made.index(found.args[f"{side}_from"])
+        assert gradio.made[at + 1] is found.args[f"{side}_to"]
+        assert [gradio.made[at + beside].kind for beside in (-1, 2)] == ["Row", "Row"]
+
+
 def test_the_button_of_the_grid_shows_once_the_hosts_plot_is_there(gradio: RecordedGradio) -> None:
     found = built()
     grid = BalanceGrid("txt2img", found)
