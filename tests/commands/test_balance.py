@@ -11,6 +11,7 @@ from PIL import Image
 from klora import cli
 from klora.balance.search import SHARES
 from klora.demo import catalogue
+from tests.support.balances import look_at_fewer
 from tests.support.lora_files import write_lora
 from tests.support.studies import write_model
 
@@ -47,21 +48,25 @@ def test_the_demo_gives_a_share_and_its_candidates_as_json_and_nothing_else_on_s
 
 
 def test_what_was_found_is_said_in_words(
-    model: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    model: tuple[str, ...], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    few = look_at_fewer(monkeypatch)
     code = cli.main(("balance", *model, *QUICK, "--out", str(tmp_path), "--json", str(tmp_path / "found.json")))
     out, err = capfd.readouterr()
     if code:  # random LoRAs may be nowhere to be seen
         assert "LoRA finds nothing of its own" in err
         return
     *tried, taken, sheet = out.splitlines()
-    assert [line.partition(":")[0] for line in tried] == [f"share {share:g}" for share in SHARES]
+    assert [line.partition(":")[0] for line in tried] == [f"share {share:g}" for share in few]
     assert all("subject kept " in line for line in tried)
     assert taken == f"take --share {json.loads((tmp_path / 'found.json').read_text())['share']:g}"
     assert sheet == f"sheet: {tmp_path / 'balance.png'}"
 
 
-def test_a_picture_is_made_with_the_share_that_was_found(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_picture_is_made_with_the_share_that_was_found(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = look_at_fewer(monkeypatch)
     known = catalogue.read_catalogue(catalogue.HOME)
     pair = catalogue.demo_pair(known, catalogue.HOME, "mimi", "woodcut")
     subject, style = map(str, pair.files)
@@ -71,7 +76,7 @@ def test_a_picture_is_made_with_the_share_that_was_found(tmp_path: Path, capfd: 
     out, err = capfd.readouterr()
     with Image.open(out.strip()) as image:
         share = json.loads(image.text["klora"])["settings"]["share"]
-    assert share in SHARES
+    assert share in few
     assert f"klora: take --share {share:g}" in err
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import stat
@@ -261,11 +262,14 @@ class TestOutputs:
         assert not list(tmp_path.glob(".klora*"))
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-    def test_a_full_disk_behind_stdout_is_one_line(self, files: Files) -> None:
+    def test_a_full_disk_behind_stdout_is_one_line(
+        self, run: Run, files: Files, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         with open("/dev/full", "w") as full:
-            done = python("-m", "klora", "analyze", *files, stdout=full, stderr=subprocess.PIPE)
-        assert done.returncode == 2
-        assert done.stderr.count("\n") == 1
+            monkeypatch.setattr(sys, "stdout", full)
+            code, _, err = run("analyze", *files)
+        assert code == 2
+        assert err.count("\n") == 1
 
     def test_a_reader_that_leaves_is_no_error(self, files: Files) -> None:
         reader, writer = os.pipe()
@@ -274,11 +278,13 @@ class TestOutputs:
         os.close(writer)
         assert (done.returncode, done.stderr) == (0, "")
 
-    def test_a_terminal_without_greek_costs_question_marks(self, files: Files) -> None:
-        env = {**os.environ, "PYTHONIOENCODING": "ascii"}
-        done = python("-m", "klora", "analyze", *files, env=env, capture_output=True)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert "contested 24" in done.stdout
+    def test_a_terminal_without_greek_costs_question_marks(
+        self, run: Run, files: Files, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+        monkeypatch.setattr(sys, "stdout", terminal)
+        assert run("analyze", *files) == (0, "", "")
+        assert "contested 24" in terminal.buffer.getvalue().decode("ascii")  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")

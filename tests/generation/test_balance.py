@@ -12,9 +12,9 @@ import klora
 from klora.balance.search import PLACES, SHARES
 from klora.demo import catalogue
 from klora.errors import KloraError
-from klora.generation import balance
 from klora.generation.balance import cost
 from klora.generation.pipeline import load_pipeline
+from tests.support.balances import look_at_fewer
 from tests.support.lora_files import write_lora
 from tests.support.models import module_shapes
 from tests.support.other_pipelines import CALL, make
@@ -40,32 +40,32 @@ def find(pipe: Any, pair: catalogue.DemoPair, **more: Any) -> Any:
     return klora.find_balance(pipe, *pair.files, **{"prompt": pair.prompts["both"], "steps": STEPS, **GUIDED, **more})
 
 
-def test_the_pipeline_is_as_before_and_all_work_is_told(pipe: Any, pair: catalogue.DemoPair) -> None:
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> tuple[float, ...]:
+    """Fewer pictures and places, where it matters not how many there are; gives the shares of the pictures."""
+    return look_at_fewer(monkeypatch)
+
+
+def test_the_pipeline_is_as_before_and_all_work_is_told(
+    pipe: Any, pair: catalogue.DemoPair, few: tuple[float, ...]
+) -> None:
     weights = {name: weight.clone() for name, weight in pipe.unet.state_dict().items()}
     random, told = torch.get_rng_state(), []
     found = find(pipe, pair, on_stage=lambda what, done: told.append((what, done)))
-    assert found.share in SHARES
-    assert [candidate.share for candidate in found.candidates] == list(SHARES)
-    assert len(found.images) == len(SHARES)
+    assert found.share in few
+    assert [candidate.share for candidate in found.candidates] == list(few)
+    assert len(found.images) == len(few)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(weight, weights[name]) for name, weight in pipe.unet.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in pipe.unet.modules())
-    assert [what for what, _ in told][: len(SHARES)] == [f"share {share:g}" for share in SHARES]
+    assert [what for what, _ in told][: len(few)] == [f"share {share:g}" for share in few]
     dones = [done for _, done in told]
     assert dones == sorted(dones)
     assert dones[-1] == pytest.approx(cost(STEPS))
 
 
-@pytest.fixture
-def few(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Fewer pictures and places, where it matters not how many there are; gives how many pictures."""
-    monkeypatch.setattr(balance, "SHARES", (0.5, 0.7))
-    monkeypatch.setattr(balance, "PLACES", (0.4,))
-    return 2
-
-
 def test_each_lora_judges_under_its_own_prompt(
-    pipe: Any, pair: catalogue.DemoPair, monkeypatch: pytest.MonkeyPatch, few: int
+    pipe: Any, pair: catalogue.DemoPair, monkeypatch: pytest.MonkeyPatch, few: tuple[float, ...]
 ) -> None:
     prompts: list[str] = []
     original = type(pipe).encode_prompt
@@ -78,10 +78,10 @@ def test_each_lora_judges_under_its_own_prompt(
     find(pipe, pair, subject_prompt=pair.prompts["subject"], style_prompt=pair.prompts["style"])
     both = pair.prompts["both"]
     # One look at what the denoiser is shown, the pictures, and then each judge.
-    assert prompts == [both, *[both] * few, both, pair.prompts["subject"], pair.prompts["style"]]
+    assert prompts == [both, *[both] * len(few), both, pair.prompts["subject"], pair.prompts["style"]]
 
 
-def test_an_interrupt_leaves_no_hook(pipe: Any, pair: catalogue.DemoPair, few: int) -> None:
+def test_an_interrupt_leaves_no_hook(pipe: Any, pair: catalogue.DemoPair, few: tuple[float, ...]) -> None:
     def stop(what: str, _done: float) -> None:
         if what == "judging":
             raise KeyboardInterrupt

@@ -197,7 +197,7 @@ def test_a_model_exchanged_in_the_block_is_an_error(made: Callable[[], Any], tmp
                 module.to_out[0] = another(module.to_out[0])
             picture(pipe)
 
-    with pytest.raises(KloraError, match="none of the 128 modules"):
+    with pytest.raises(KloraError, match="none of the 80 modules"):
         exchanged()
 
 
