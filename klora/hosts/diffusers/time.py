@@ -44,9 +44,9 @@ class Unit:
         """Whether rounding alone parts a value from the schedule."""
         return self.residual(value) * self.span <= self.eps * (abs(value) if self.relative else 1.0)
 
-    def begins(self, value: float) -> bool:
-        """Whether a value is where the schedule begins."""
-        return self.nearest(value) == max(self.schedule)
+    def is_at(self, value: float, index: int) -> bool:
+        """Whether a value is that of the timestep number `index`."""
+        return self.nearest(value) == self.schedule[min(index, len(self.schedule) - 1)]
 
     def follows(self, value: float) -> bool:
         """Whether a value fits, and has no more noise than the one before."""
@@ -61,9 +61,10 @@ class Unit:
 class Schedule:
     """One pass over a scheduler's timesteps, in the unit that the denoiser is told the time in.
 
-    That is the unit which fits the first call of the pass. Where several do, it is one in which the pass begins at the
-    beginning: a flow's 1.0 is t/N, though the schedule may end with a timestep 1. Where that does not tell, as in the
-    very middle, they agree on the level, and later calls tell them apart, since noise does not grow.
+    That is the unit which fits the first call of the pass. Where several do, it is one in which the pass begins where
+    the scheduler does: a flow's 1.0 is t/N at the beginning, and at the end of a schedule may be a timestep 1. Where
+    that does not tell, as in the very middle, they agree on the level, and later calls tell them apart, since noise
+    does not grow.
     """
 
     def __init__(self, scheduler: Any, timestep: Tensor, pipeline: str) -> None:
@@ -71,7 +72,8 @@ class Schedule:
         self.timesteps = scheduler.timesteps
         value = value_of(timestep)
         units = _units(scheduler, timestep.dtype)
-        found = sorted(units, key=lambda unit: (not unit.begins(value), unit.residual(value)))
+        index = _index(scheduler)
+        found = sorted(units, key=lambda unit: (not unit.is_at(value, index), unit.residual(value)))
         self._units = [unit for unit in found if unit.fits(value)]
         if not self._units:
             raise KloraError(
@@ -100,6 +102,12 @@ def steps_of(levels: list[float], count: int | None) -> list[float]:
     if not 0 < midpoints < (count or 0):
         return distinct
     return distinct[: 2 * midpoints : 2] + distinct[2 * midpoints :]
+
+
+def _index(scheduler: Any) -> int:
+    """Which of its timesteps a scheduler is at; the first, unless a pipeline has told it of another."""
+    found = (getattr(scheduler, name, None) for name in ("step_index", "begin_index"))
+    return next((index for index in found if index is not None), 0)
 
 
 def value_of(timestep: Tensor) -> float:

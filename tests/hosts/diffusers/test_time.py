@@ -18,8 +18,9 @@ from tests.support.pipelines import run, scheduler, sd_pipeline
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 
 
-def schedule(timesteps: list[float], first: float, count: int | None = None) -> Schedule:
+def schedule(timesteps: list[float], first: float, count: int | None = None, **values: Any) -> Schedule:
     fake = SimpleNamespace(
+        **values,
         timesteps=torch.tensor(timesteps),
         config=SimpleNamespace(num_train_timesteps=1000),
         num_inference_steps=count or len(timesteps),
@@ -44,6 +45,15 @@ def test_a_flow_that_ends_at_timestep_1_and_is_told_in_fractions_begins_at_the_b
 @pytest.mark.parametrize("told", [[0.5, 0.3, 0.1], [0.5, 0.7, 0.9]])
 def test_a_pass_that_begins_in_the_very_middle_is_told_apart_by_what_comes_next(told: list[float]) -> None:
     assert levels([900.0, 700.0, 500.0, 300.0, 100.0], told) == pytest.approx([0.5, 0.3, 0.1])
+
+
+@pytest.mark.parametrize("at", [{"begin_index": 3}, {"begin_index": 0, "step_index": 3}])
+def test_a_pass_that_begins_late_is_in_the_unit_that_its_scheduler_is_at(at: dict[str, int | None]) -> None:
+    # Of 1, the last timestep or the first fraction; of 0.6, the second time of a flow or what is left of the fourth.
+    assert schedule([1000.0, 750.0, 500.0, 1.0], 1.0, **at).level(torch.tensor([1.0])) == 1.0
+    timesteps = [1000.0, 600.0, 500.0, 400.0]
+    assert schedule(timesteps, 0.6, **at).level(torch.tensor([0.6])) == pytest.approx(0.4)
+    assert schedule(timesteps, 0.6, begin_index=1, step_index=None).level(torch.tensor([0.6])) == pytest.approx(0.6)
 
 
 def test_a_time_that_fits_no_unit_is_an_error_that_names_pipeline_and_scheduler() -> None:
