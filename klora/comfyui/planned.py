@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from klora.comfyui.messages import scoring_bar
+from klora.comfyui.sides import open_pair
 from klora.errors import by_name, named_by
 from klora.fusion.plan import FusionPlan
 from klora.hosts.comfyui.loras import lora_path
 from klora.hosts.comfyui.model import ComfyHost
 from klora.hosts.comfyui.text_encoder import clip_with
 from klora.lora.disk import identity
-from klora.pair import PAIRS, Pair
+from klora.pair import Pair
 from klora.report.summary import absent_share, notices
 from klora.settings import Settings
 from klora.text import count_of
@@ -59,7 +60,7 @@ def open_fusion(subject: str, style: str, settings: Settings, model: Any = None)
     """
     files = lora_path(subject), lora_path(style)
     with named_by(*files):
-        pair = PAIRS.open(*files)
+        pair = open_pair(*files)
         if model is None:
             return PlannedFusion(pair, pair.plan(settings, on_scored=scoring_bar()), settings, files)
         host = ComfyHost(model)

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 
 from klora.comfyui.planned import PlannedFusion
+from klora.comfyui.sides import open_pair
 from klora.errors import named_by
 from klora.merge import fused_file, merge
-from klora.pair import PAIRS
 from klora.report.files import OutputFile
 
 
@@ -21,7 +21,7 @@ def save_fused(fusion: PlannedFusion, prefix: str, rank: int | None, dtype: str)
     """
     # Files hold names that other programs read, and not those of the model at hand.
     with named_by(*fusion.files):
-        pair = PAIRS.open(*fusion.files)
+        pair = open_pair(*fusion.files)
         made, plan = merge(pair, fusion.settings, rank)
     paths = importlib.import_module("folder_paths")
     folder, name, counter, subfolder, _ = paths.get_save_image_path(prefix, paths.get_output_directory())

@@ -242,6 +242,7 @@ def install(monkeypatch: Any, folder: Path) -> Server:
         "folder_paths": {
             "get_filename_list": lambda kind: sorted(path.name for path in folder.glob("*.safetensors")),
             "get_full_path": lambda kind, name: str(folder / name) if (folder / name).exists() else None,
+            "get_user_directory": lambda: str(folder.parent / "user"),
             "get_output_directory": lambda: str(folder.parent / "output"),
             "get_save_image_path": _save_image_path,
         },

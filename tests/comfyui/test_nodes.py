@@ -86,6 +86,14 @@ def test_a_lora_that_is_not_listed_any_more_is_named(model: Patcher) -> None:
         fuse(model, subject="gone")
 
 
+def test_scores_lie_in_comfyuis_user_folder_and_need_no_package_that_it_lacks(
+    model: Patcher, loras: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "platformdirs", None)
+    fuse(model)
+    assert list((loras.parent / "user" / "__klora").glob("scores-*"))
+
+
 @pytest.mark.parametrize("policy", ["k-lora", "direct", "dynamic"])
 def test_the_map_of_a_plan_is_an_image(model: Patcher, policy: str) -> None:
     (image,) = KLoraMap().draw(fuse(model, policy=policy)[2], 8)
