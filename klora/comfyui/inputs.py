@@ -7,6 +7,7 @@ from typing import Any
 
 from klora.fusion.policies import POLICIES, make_policy, policies_with, resolve
 from klora.hosts.comfyui.loras import listed_loras
+from klora.lora.weighted import MAX_WEIGHT
 from klora.settings import AUTO, Option, Settings, shown_options
 
 SIDES = ("subject", "style")
@@ -44,7 +45,23 @@ def lora_inputs() -> Inputs:
         "subject": "the LoRA of what the picture shows: a person, an animal, a thing",
         "style": "the LoRA of how it is drawn or painted",
     }
-    return {side: (listed_loras(), {"tooltip": tip}) for side, tip in tips.items()}
+    return {side: (listed_loras(), {"tooltip": tips[side]}) for side in SIDES}
+
+
+def side_inputs() -> Inputs:
+    """A LoRA that is added to a side, and its weight."""
+    tip = "how much of it the side has, where a side's own LoRA has 1; the side's strength multiplies the sum"
+    limits = {"default": 1.0, "min": -MAX_WEIGHT, "max": MAX_WEIGHT, "step": 0.05, "round": 0.001}
+    return {
+        "lora": (listed_loras(), {"tooltip": "a LoRA that is added to those of the side"}),
+        "weight": ("FLOAT", {**limits, "tooltip": tip}),
+    }
+
+
+def more_inputs(kind: str) -> Inputs:
+    """The two sockets for LoRAs that are added to those of the menus, as another node gives them."""
+    tip = "from K-LoRA side: LoRAs that are added to the {side}, which then is the weighted sum of them all"
+    return {f"more_{side}": (kind, {"tooltip": tip.format(side=side)}) for side in SIDES}
 
 
 def setting_inputs(names: Iterable[str]) -> Inputs:

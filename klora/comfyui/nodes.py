@@ -13,18 +13,21 @@ from klora.comfyui.inputs import (
     FIRST,
     STRENGTHS,
     lora_inputs,
+    more_inputs,
     read_settings,
     rest,
     setting_inputs,
+    side_inputs,
     steps_input,
 )
 from klora.comfyui.messages import Speaker
 from klora.comfyui.pictures import check_drawing, image_tensor
-from klora.comfyui.planned import PlannedFusion, clip_of, open_fusion, state_of
+from klora.comfyui.planned import PlannedFusion, clip_of, open_fusion
+from klora.comfyui.sides import Listed, find_side, state_of
 from klora.hosts.comfyui.compiled import check_not_compiled
 from klora.hosts.comfyui.sampling import SampledFusion
 
-PLAN, SETTINGS = "KLORA_PLAN", "KLORA_SETTINGS"
+PLAN, SETTINGS, SIDE = "KLORA_PLAN", "KLORA_SETTINGS", "KLORA_SIDE"
 CATEGORY = "loaders/K-LoRA"
 
 
@@ -58,6 +61,7 @@ class KLora:
             "optional": {
                 "clip": ("CLIP", {"tooltip": "the text encoders, for LoRAs that change these too"}),
                 "settings": (SETTINGS, {"tooltip": "from K-LoRA settings; as the paper has it without"}),
+                **more_inputs(SIDE),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
         }
@@ -74,18 +78,53 @@ class KLora:
         style: str,
         clip: Any = None,
         settings: dict[str, Any] | None = None,
+        more_subject: Listed = (),
+        more_style: Listed = (),
         unique_id: str | None = None,
         **values: Any,
     ) -> tuple[Any, Any, PlannedFusion]:
         """The model and the clip in which the pair acts, and its plan; KloraError where it cannot act."""
         check_not_compiled(model)
-        fusion = open_fusion(subject, style, read_settings(values, settings), model)
+        sides = find_side(subject, more_subject), find_side(style, more_style)
+        fusion = open_fusion(*sides, read_settings(values, settings), model)
         clip, unheard = clip_of(fusion, clip)
         speaker = Speaker(unique_id)
         speaker.tell([fusion.in_short()])
         for line in (*fusion.warnings(), *unheard):
             speaker.warn(line)
         return SampledFusion(fusion.pair, fusion.plan, speaker.warn).on(model), clip, fusion
+
+
+class KLoraSide:
+    """One more LoRA for a side."""
+
+    CATEGORY = CATEGORY
+    DESCRIPTION = (
+        "Adds a LoRA to the subject or the style, which then is the weighted sum of several. For still more, put one of"
+        " these nodes after another."
+    )
+    SEARCH_ALIASES = ("klora side", "lora stack", "several loras", "weighted loras")
+    FUNCTION = "add"
+    RETURN_TYPES = (SIDE,)
+    RETURN_NAMES = ("side",)
+    OUTPUT_TOOLTIPS = ("for more_subject or more_style of K-LoRA and K-LoRA analyse",)
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        """What the node is given."""
+        return {
+            "required": side_inputs(),
+            "optional": {"more": (SIDE, {"tooltip": "from another K-LoRA side: LoRAs that are added too"})},
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, lora: str, **others: Any) -> str:  # noqa: N802
+        """What a result that is kept depends on, beside the inputs: the file."""
+        return state_of(lora)
+
+    def add(self, lora: str, weight: float, more: Listed = ()) -> tuple[Listed]:
+        """The LoRAs that come in, and this one behind them."""
+        return ((*more, (lora, weight)),)
 
 
 class KLoraSettings:
@@ -154,6 +193,7 @@ class KLoraAnalyse:
             "optional": {
                 "model": ("MODEL", {"tooltip": "the model that the files are for"}),
                 "settings": (SETTINGS, {"tooltip": "from K-LoRA settings"}),
+                **more_inputs(SIDE),
             },
         }
 
@@ -169,6 +209,8 @@ class KLoraAnalyse:
         steps: int,
         model: Any = None,
         settings: dict[str, Any] | None = None,
+        more_subject: Listed = (),
+        more_style: Listed = (),
         **values: Any,
     ) -> dict[str, Any]:
         """The summary and two pictures; KloraError where the files do not go together, or without matplotlib."""
@@ -177,7 +219,8 @@ class KLoraAnalyse:
         from klora.report.summary import summarise
 
         check_drawing()
-        fusion = open_fusion(subject, style, read_settings(values, settings), model)
+        sides = find_side(subject, more_subject), find_side(style, more_style)
+        fusion = open_fusion(*sides, read_settings(values, settings), model)
         plan = fusion.with_steps(steps)
         overlap = overlap_of(fusion.pair, plan)
         text = "\n".join([summarise(fusion.pair, plan, overlap), *fusion.warnings()])
@@ -229,6 +272,7 @@ def _map(fusion: PlannedFusion, steps: int) -> Tensor:
 
 NODE_CLASS_MAPPINGS = {
     "KLora": KLora,
+    "KLoraSide": KLoraSide,
     "KLoraSettings": KLoraSettings,
     "KLoraMap": KLoraMap,
     "KLoraAnalyse": KLoraAnalyse,
@@ -236,6 +280,7 @@ NODE_CLASS_MAPPINGS = {
 }
 NODE_DISPLAY_NAME_MAPPINGS = {
     "KLora": "K-LoRA",
+    "KLoraSide": "K-LoRA side",
     "KLoraSettings": "K-LoRA settings",
     "KLoraMap": "K-LoRA map",
     "KLoraAnalyse": "K-LoRA analyse",

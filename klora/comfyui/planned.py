@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from klora.comfyui.messages import scoring_bar
-from klora.comfyui.sides import open_pair
+from klora.comfyui.sides import SideFiles, open_pair
 from klora.errors import by_name, named_by
 from klora.fusion.plan import FusionPlan
-from klora.hosts.comfyui.loras import lora_path
 from klora.hosts.comfyui.model import ComfyHost
 from klora.hosts.comfyui.text_encoder import clip_with
-from klora.lora.disk import identity
 from klora.pair import Pair
 from klora.report.summary import absent_share, notices
 from klora.settings import Settings
@@ -22,7 +20,7 @@ from klora.text import count_of
 
 @dataclass(frozen=True)
 class PlannedFusion:
-    """Two LoRA files, under the names of a model where there is one, and what of them acts when.
+    """Two sides, under the names of a model where there is one, and what of them acts when.
 
     `settings` are the user's, with what is left to K-LoRA; `left_out` says what found no place in the model.
     """
@@ -30,8 +28,13 @@ class PlannedFusion:
     pair: Pair
     plan: FusionPlan
     settings: Settings
-    files: tuple[Path, Path]
+    sides: tuple[SideFiles, SideFiles]
     left_out: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The files of both sides."""
+        return tuple(path for side in self.sides for path, _ in side)
 
     @property
     def title(self) -> str:
@@ -53,32 +56,20 @@ class PlannedFusion:
         return f"{contested} of {all_modules} modules contested; {share}"
 
 
-def open_fusion(subject: str, style: str, settings: Settings, model: Any = None) -> PlannedFusion:
-    """Open two listed LoRAs and plan their fusion, in a ModelPatcher's model where one is given.
+def open_fusion(subject: SideFiles, style: SideFiles, settings: Settings, model: Any = None) -> PlannedFusion:
+    """Open both sides and plan their fusion, in a ModelPatcher's model where one is given.
 
     Raises KloraError for what cannot be opened, does not go together or does not fit the model.
     """
-    files = lora_path(subject), lora_path(style)
-    with named_by(*files):
-        pair = open_pair(*files)
+    with named_by(*(path for path, _ in (*subject, *style))):
+        pair = open_pair(subject, style)
         if model is None:
-            return PlannedFusion(pair, pair.plan(settings, on_scored=scoring_bar()), settings, files)
+            return PlannedFusion(pair, pair.plan(settings, on_scored=scoring_bar()), settings, (subject, style))
         host = ComfyHost(model)
         pair = host.fit(pair)
         plan = pair.plan(settings, host.device, scoring_bar())
         # A session is made here for what it says and raises; samplers make their own.
-        return PlannedFusion(pair, plan, settings, files, tuple(host.session(pair, plan).left_out))
-
-
-def state_of(*names: str) -> str:
-    """What changes when one of the listed files is replaced, or comes or goes."""
-    found = []
-    for name in names:
-        try:
-            found.append(repr(identity(lora_path(name))))
-        except Exception as error:  # The node itself says what is wrong with the file.
-            found.append(type(error).__name__)
-    return "; ".join(found)
+        return PlannedFusion(pair, plan, settings, (subject, style), tuple(host.session(pair, plan).left_out))
 
 
 def clip_of(fusion: PlannedFusion, clip: Any) -> tuple[Any, list[str]]:

@@ -21,7 +21,7 @@ def save_fused(fusion: PlannedFusion, prefix: str, rank: int | None, dtype: str)
     """
     # Files hold names that other programs read, and not those of the model at hand.
     with named_by(*fusion.files):
-        pair = open_pair(*fusion.files)
+        pair = open_pair(*fusion.sides)
         made, plan = merge(pair, fusion.settings, rank)
     paths = importlib.import_module("folder_paths")
     folder, name, counter, subfolder, _ = paths.get_save_image_path(prefix, paths.get_output_directory())

@@ -18,12 +18,13 @@ from tests.comfyui.fake_comfyui import Clip, Guider, InterruptedByUserError, Pat
 from tests.support.lora_files import write_lora
 
 SIGMAS = sigmas_of(6)
+BESIDE = ("clip", "unique_id", "more_subject", "more_style")
 
 
 def fuse(model: Any, subject: str = "subject", style: str = "style", **given: Any) -> Any:
     """The node's outputs."""
     names = {"subject_strength": 1.0, "style_strength": 1.0, "balance": 0.0, "policy": "k-lora"}
-    settings = {name: value for name, value in given.items() if name not in (*names, "clip", "unique_id")}
+    settings = {name: value for name, value in given.items() if name not in (*names, *BESIDE)}
     first = {name: value for name, value in given.items() if name not in settings}
     files = f"{subject}.safetensors", f"{style}.safetensors"
     return KLora().fuse(model, *files, settings=settings, **{**names, **first})

@@ -29,16 +29,19 @@ class Graph:
     def lora(self, model: Link, name: str, strength: float = 1.0) -> Link:
         return self.node("LoraLoaderModelOnly", model=model, lora_name=name, strength_model=strength)
 
-    def klora(self, model: Link, subject: str, style: str, clip: Link | None = None, **values: Any) -> Link:
+    def klora(self, model: Link, subject: str, style: str, **values: Any) -> Link:
         """K-LoRA, with what belongs to its settings node there."""
         first = {"subject_strength": 1.0, "style_strength": 1.0, "balance": 0.0, "policy": "k-lora"}
-        settings = {name: value for name, value in values.items() if name not in first}
-        inputs: dict[str, Any] = {**first, **{name: value for name, value in values.items() if name in first}}
-        if clip is not None:
-            inputs["clip"] = clip
+        here = (*first, "clip", "more_subject", "more_style")
+        settings = {name: value for name, value in values.items() if name not in here}
+        inputs: dict[str, Any] = {**first, **{name: value for name, value in values.items() if name in here}}
         if settings:
             inputs["settings"] = self.settings(**settings)
         return self.node("KLora", model=model, subject=subject, style=style, **inputs)
+
+    def side(self, lora: str, weight: float, more: Link | None = None) -> Link:
+        """K-LoRA side."""
+        return self.node("KLoraSide", lora=lora, weight=weight, **({} if more is None else {"more": more}))
 
     def settings(self, **values: Any) -> Link:
         """K-LoRA settings with the defaults of all that is not given."""

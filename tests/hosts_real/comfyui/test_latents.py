@@ -57,6 +57,21 @@ def test_a_forced_side_is_its_lora_alone_direct_is_both_and_k_lora_neither(comfy
     assert torch.equal(comfyui.latents(bare(kind)), without)
 
 
+@pytest.mark.parametrize("kind", ["sd1", "flux"])
+def test_a_forced_side_of_several_is_as_many_loaders(comfyui: ComfyServer, kind: str) -> None:
+    subject, style = pair_of(kind)
+    theirs = Graph(kind)
+    model = theirs.model()
+    for name, strength in ((subject, 1.0), (style, 0.5), (subject, -0.3)):
+        model = theirs.lora(model, name, strength)
+    expected = comfyui.latents(theirs.save(theirs.sample(model)))
+    ours = Graph(kind)
+    more = ours.side(subject, -0.3, ours.side(style, 0.5))
+    model = ours.klora(ours.model(), subject, style, more_subject=more, share=1.0)
+    assert near(comfyui.latents(ours.save(ours.sample(model))), expected)
+    assert not near(expected, comfyui.latents(fused(kind, share=1.0)))
+
+
 @pytest.mark.parametrize("dtype", ["bf16", "fp8"])
 @pytest.mark.parametrize("kind", ["sd1", "flux"])
 def test_other_types_of_weights_are_fused_too(comfyui: ComfyServer, kind: str, dtype: str) -> None:
