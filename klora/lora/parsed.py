@@ -104,7 +104,8 @@ def _group_keys(source: TensorSource) -> tuple[dict[str, dict[str, str]], list[s
         if family := refused_family(key, len(entry.shape)):
             cure = "use a LoRA, LoCon, DoRA, LoHa, LoKr or full-difference file"
             raise UnsupportedFormatError(source.file, f"is of the {family} family", cure, key)
-        if (split := split_key(key)) is None:
+        # BFL's norms have a `.scale` that is no number beside factors.
+        if is_whole(key) or (split := split_key(key)) is None:
             unread.append(key)
             continue
         slots = groups.setdefault(split[0], {})

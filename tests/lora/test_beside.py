@@ -258,3 +258,11 @@ def test_a_layer_without_a_bias_leaves_a_files_out_and_says_so(tmp_path: Path) -
     model.blocks[0]["x"].bias = None
     again = Session(fused.pair, fused.plan, {"blocks.0.x": Site(model.blocks[0]["x"])}, denoiser=model)
     assert "1 biases (such as that of blocks.0.x)" in again.left_out[0]
+
+
+def test_bfls_norms_stand_in_the_place_of_the_models(tmp_path: Path) -> None:
+    norm = "double_blocks.0.img_attn.norm.query_norm.scale"
+    file = only({**lora(), norm: torch.full((8,), 3.0)})
+    assert not file.unmatched
+    index = ModelIndex({"blocks.0.x": (8, 8)}, parameters={"transformer_blocks.0.attn.norm_q.weight": (8,)})
+    assert file.for_model(index).parameters["transformer_blocks.0.attn.norm_q.weight"].key == norm
