@@ -6,6 +6,7 @@ Works for any architecture, since nothing is looked up but what the model itself
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -67,7 +68,6 @@ class ModelIndex:
         self._fused = {flat(whole): parts for whole, parts in fused(shapes)}
         self._names |= {flat(name): names for name, names in known.items()}
         self.parameters = parameters or {}
-        self._parameters = {flat(other): name for name in self.parameters for other in (*renamed(name), name)}
         self._attention = {
             names[0] for alias, names in (aliases or {}).items() if len(names) == 1 and kind_of(alias) == "attention"
         }
@@ -108,11 +108,20 @@ class ModelIndex:
     def parameter(self, paths: Iterable[str], shape: Shape) -> str | None:
         """Which of the model's other parameters has one of these paths and that shape; None where it has none."""
         for path in paths:
-            for spelling in spellings(path):
+            for spelling in (*spellings(path), _by_rule(path)):
                 name = self._parameters.get(spelling)
                 if name and same_numbers(self.parameters[name], shape):
                     return name
         return None
+
+    @cached_property
+    def _parameters(self) -> dict[str, str]:
+        """The other parameters by all that they may be called."""
+        return {
+            other: name
+            for name in self.parameters
+            for other in (*map(flat, renamed(name)), _by_rule(name), next(spellings(name), name))
+        }
 
     def find(self, prefix: str, shape: Shape) -> tuple[Place, ...] | None:
         """Where a weight of `shape` under a file's own key prefix acts; None where the model has no such module.
@@ -151,6 +160,13 @@ class ModelIndex:
 def flat(name: str) -> str:
     """A name as kohya's keys have it."""
     return name.replace(".", "_")
+
+
+def _by_rule(path: str) -> str:
+    """The flattened name of a parameter of a UNet in diffusers, from any of its names; any other as it is."""
+    owner, _, leaf = path.rpartition(".")
+    target = next(iter(resolve(owner) or ()), None)
+    return flat(f"{target.name}.{leaf}") if target and not target.fused else path
 
 
 def same_numbers(one: Shape, other: Shape) -> bool:

@@ -19,9 +19,9 @@ def flat_table(names: Iterable[str]) -> dict[str, str]:
 
 
 _ATTENTION = [f"{attn}.{leaf}" for attn in ("attn1", "attn2") for leaf in ("to_q", "to_k", "to_v", "to_out.0")]
-_TRANSFORMER = flat_table([*_ATTENTION, "ff.net.0.proj", "ff.net.2"])
-_RESNET = flat_table(["conv1", "time_emb_proj", "conv2", "conv_shortcut"])
-_ATTENTIONS = flat_table(["proj_in", "proj_out"])
+_TRANSFORMER = flat_table([*_ATTENTION, "ff.net.0.proj", "ff.net.2", "norm1", "norm2", "norm3"])
+_RESNET = flat_table(["conv1", "time_emb_proj", "conv2", "conv_shortcut", "norm1", "norm2"])
+_ATTENTIONS = flat_table(["proj_in", "proj_out", "norm"])
 _TOP = flat_table(
     [
         "time_embedding.linear_1",
@@ -30,6 +30,7 @@ _TOP = flat_table(
         "add_embedding.linear_1",
         "add_embedding.linear_2",
         "conv_in",
+        "conv_norm_out",
         "conv_out",
     ]
 )
@@ -39,6 +40,7 @@ _TOP_LDM = {
     "add_embedding.linear_1": "label_emb.0.0",
     "add_embedding.linear_2": "label_emb.0.2",
     "conv_in": "input_blocks.0.0",
+    "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
 _RESNET_LDM = {
@@ -46,6 +48,8 @@ _RESNET_LDM = {
     "time_emb_proj": "emb_layers.1",
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
+    "norm1": "in_layers.0",
+    "norm2": "out_layers.0",
 }
 
 
@@ -188,7 +192,7 @@ def _ldm_sampler(position: Position) -> tuple[str, ...]:
     return ()
 
 
-_LEAVES = [*_RESNET.values(), "proj_in", *_TRANSFORMER.values(), "proj_out", "conv"]
+_LEAVES = [*_RESNET.values(), "norm", "proj_in", *_TRANSFORMER.values(), "proj_out", "conv"]
 _ORDER = {leaf: place for place, leaf in enumerate(_LEAVES)}
 _BEFORE_ALL, _AFTER_ALL = -1, 1000
 

@@ -70,7 +70,8 @@ class WebuiHost(Host):
     def index(self) -> ModelIndex:
         """The names under which files may mean the diffusion model's modules."""
         shapes = {name: site.shape for name, site in self._weights.sites.items()}
-        return ModelIndex(shapes, self._weights.aliases, self.architecture)
+        parameters = {path: tuple(one.shape) for path, one in self.diffusion_model.named_parameters()}
+        return ModelIndex(shapes, self._weights.aliases, self.architecture, parameters=parameters)
 
     def fit(self, pair: Pair) -> Pair:
         """The pair under the names of the model; MismatchError where it is for another, in words if these are known."""
