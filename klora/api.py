@@ -16,6 +16,7 @@ from klora.fusion.scores import OnScored
 from klora.hosts.diffusers import DiffusersHost, follow
 from klora.hosts.guidance import make_guidance
 from klora.keywords import SettingsKeywords
+from klora.lora.coverage import idle
 from klora.lora.side import SideSource
 from klora.pair import PAIRS
 from klora.settings import Settings
@@ -76,7 +77,7 @@ def fuse(
     pair = host.fit(PAIRS.open(subject, style, cache))
     plan = pair.plan(Settings.parse(settings), host.device, on_scored)
     session = host.session(pair, plan)
-    for text in session.left_out:
+    for text in (*idle(pair.loras), *session.left_out):
         warnings.warn(f"klora: {text}", LeftOutWarning, stacklevel=3)
     guidance = make_guidance(plan.settings, host.device)
     with follow(host, session, guidance), session:

@@ -51,7 +51,7 @@ class MismatchError(KloraError):
 
 
 class LeftOutWarning(UserWarning):
-    """Something of a LoRA found no place in the model, and does nothing."""
+    """Something of a LoRA does nothing: it found no place in the model, or has rank 0."""
 
 
 def by_name(text: str, *files: Path) -> str:

@@ -81,25 +81,19 @@ class HeldParameters:
     def __init__(self) -> None:
         self._held: list[HeldParameter] = []
         self._biases: dict[str, tuple[HeldParameter, int]] = {}
-        self.absent: list[str] = []
-        """The names of modules that have no bias, where a file changes it."""
 
     def add_biases(self, sites: Mapping[str, Site], pairs: Mapping[str, tuple[Delta | None, Delta | None]]) -> None:
-        """Take the biases of modules, of which several may lie in one, by the deltas of subject and style."""
+        """Take the biases of modules that have one, of which several may lie in one, by the deltas of both sides."""
         modules: dict[int, list[str]] = {}
         for name, pair in pairs.items():
-            if name in sites and any(delta and delta.bias for delta in pair):
+            if name in sites and sites[name].has_bias and any(delta and delta.bias for delta in pair):
                 modules.setdefault(id(sites[name].module), []).append(name)
         for names in modules.values():
-            module = sites[names[0]].module
-            if getattr(module, "bias", None) is None:
-                self.absent.extend(names)
-                continue
             changes = []
             for name in names:
                 subject, style = (_bias(delta, sites[name].rows) for delta in pairs[name])
                 changes.append((subject, style))
-            held = HeldParameter(module, "bias", changes)
+            held = HeldParameter(sites[names[0]].module, "bias", changes)
             self._held.append(held)
             self._biases |= {name: (held, place) for place, name in enumerate(names)}
 

@@ -16,6 +16,7 @@ from klora.engine.compiled import Calls
 from klora.engine.dynamic import Chooser, MeasuredPart, Rows
 from klora.engine.joined import SharedInput, shared_inputs
 from klora.engine.layers import Layers, Say
+from klora.engine.left_out import left_out
 from klora.engine.parameters import HeldParameters
 from klora.engine.products import LinearProduct, Product, product_of
 from klora.engine.progress import SamplingPass
@@ -86,6 +87,7 @@ class Session(SessionState):
         self._conditional = conditional
         looks = denoiser is not None and self._chooser and conditional
         self._watch = Calls(denoiser, self._look_at) if denoiser is not None and looks else None
+        self.left_out = left_out(pair, sites, text_sites or {})
         shapes = {name: site.shape for name, site in sites.items()}
         for lora in pair.loras:
             check_model(lora, shapes, model)
@@ -101,7 +103,6 @@ class Session(SessionState):
                 self._apart = self._bind(made, self._own_deltas)
             self._join()
             text = self._bind_text(text_sites or {})
-            self._sites, self._text_sites = sites.keys(), (text_sites or {}).keys()
             self._parameters = HeldParameters()
             self._hold_parameters(sites, text_sites or {}, denoiser)
         apart = {f"{name}{ALONE}": part for name, part in self._apart.items()}

@@ -35,6 +35,11 @@ class Site:
         """The width of the module's output."""
         return int((self.known_shape or module_shape(self.module))[0])
 
+    @property
+    def has_bias(self) -> bool:
+        """Whether the module adds a bias."""
+        return getattr(self.module, "bias", None) is not None
+
     def base_weight(self) -> Tensor:
         """The weight of this site's rows, (out, in[, *kernel]); MismatchError where it is not a plain tensor."""
         weight = self.weight() if self.weight else getattr(self.module, "weight", None)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 from klora.engine.bypass import Part
 from klora.engine.dynamic import Chooser
-from klora.engine.parameters import HeldParameters
 from klora.fusion.plan import FusionPlan
 from klora.fusion.policies.base import Moment
-from klora.lora.file import LoraFile
 from klora.pair import Pair
 
 
@@ -25,36 +23,16 @@ class SessionState:
     """How far sampling is, from 0 to 1; None between passes."""
     acted: bool
     """False once it is known that nothing has acted."""
+    left_out: list[str]
+    """What of each file found no place in the model, one line a file."""
     _parts: Mapping[str, Part]
     _chooser: Chooser | None
-    _parameters: HeldParameters
-    _sites: Collection[str]
-    _text_sites: Collection[str]
 
     @property
     def missing(self) -> tuple[str, ...]:
         """The modules of either file that the model does not have."""
         files = (self.pair.subject, self.pair.style)
         return tuple(dict.fromkeys(name for file in files for name in file.modules if name not in self._parts))
-
-    @property
-    def left_out(self) -> list[str]:
-        """What of each file found no place in the model, one line a file."""
-        return [text for lora in self.pair.loras if (text := self._left_out(lora))]
-
-    def _left_out(self, lora: LoraFile) -> str:
-        modules = [name for name in lora.modules if name not in self._sites]
-        # Where none is known, the host's own LoRA code applies them, or there is no text encoder to encode with.
-        text = [name for name in lora.text_encoder if self._text_sites and name not in self._text_sites]
-        known = self.pair.model.parameters if self.pair.model else {}
-        others = [delta.key for path, delta in lora.parameters.items() if path not in known]
-        biases = [name for name in self._parameters.absent if (delta := lora.modules.get(name)) and delta.bias]
-        count = len(lora.modules) + len(lora.text_encoder)
-        absent = [*modules, *text]
-        told = [f"{len(absent)} of its {count} modules (such as {absent[0]})"] if absent else []
-        told += [f"{len(others)} changes of other parameters (such as {others[0]})"] if others else []
-        told += [f"{len(biases)} biases (such as that of {biases[0]})"] if biases else []
-        return f"{lora.label}: {', '.join(told)} found no place in the model and do nothing" if told else ""
 
     @property
     def decisions(self) -> dict[str, list[tuple[float, str]]]:

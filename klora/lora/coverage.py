@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
+from klora.lora.file import LoraFile
 from klora.lora.names import sort_key
 from klora.lora.side import Side
+from klora.text import one_line
 
 
 @dataclass(frozen=True)
@@ -29,3 +32,14 @@ def coverage(subject: Side, style: Side) -> Coverage:
         text_encoder=sorted({*subject.text_encoder, *style.text_encoder}, key=sort_key),
         unmatched=list(dict.fromkeys([*subject.unmatched, *style.unmatched])),
     )
+
+
+def idle(loras: Iterable[LoraFile]) -> list[str]:
+    """Which files have modules of rank 0, one line a file."""
+    found = []
+    for lora in loras:
+        deltas = [delta for delta in (*lora.modules.values(), *lora.text_encoder.values()) if delta.family == "zero"]
+        if deltas:
+            name, first = one_line(lora.file_name), deltas[0].key
+            found.append(f"{name} changes nothing in its modules of rank 0 ({len(deltas)}), such as {first}")
+    return found

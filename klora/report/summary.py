@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from klora.fusion.plan import FusionPlan, PlanModule
 from klora.fusion.policies.base import ScaledPolicy
 from klora.fusion.scale import Scale
+from klora.lora.coverage import idle
 from klora.lora.deltas import Delta
 from klora.lora.likeness import alike
 from klora.lora.names import block_of
@@ -45,12 +46,7 @@ def notices(pair: Pair, plan: FusionPlan) -> list[str]:
     found = list(plan.notices)
     if unmatched := pair.coverage.unmatched:
         found.append(f"{len(unmatched)} keys were not understood and do nothing, such as {unmatched[0]}")
-    for lora in pair.loras:
-        if idle := [delta for delta in (*lora.modules.values(), *lora.text_encoder.values()) if delta.family == "zero"]:
-            found.append(
-                f"{one_line(lora.file_name)} changes nothing in its modules of rank 0 ({len(idle)}),"
-                f" such as {idle[0].key}"
-            )
+    found.extend(idle(pair.loras))
     if pair.model is None and (twins := alike(pair.subject.modules, pair.style.modules)):
         found.append(
             f"{len(twins)} modules of the subject may be modules of the style in another spelling, such as"

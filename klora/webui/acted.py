@@ -9,7 +9,7 @@ from klora.engine.session import Session
 from klora.fusion.plan import FusionPlan
 from klora.settings import Settings
 from klora.webui.injection import PLANS
-from klora.webui.messages import ABSENT, comment, left_out, logger
+from klora.webui.messages import comment, logger, without_effect
 from klora.webui.picture_text import tell
 
 
@@ -61,8 +61,7 @@ def report(p: Any, session: Session) -> None:
         len(coverage.unmatched),
         share,
     )
-    for warning in session.plan.warnings:
-        comment(p, warning)
-    for names, what in ((session.missing, ABSENT), (coverage.unmatched, "keys are unknown")):
-        if names:
-            comment(p, left_out(names, what))
+    for text in (*session.plan.warnings, *without_effect(session.pair, session.left_out)):
+        comment(p, text)
+    if unknown := coverage.unmatched:
+        comment(p, f"{len(unknown)} of the LoRAs' keys are unknown, such as {unknown[0]}; they do nothing")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from klora.errors import KloraError, named_by
 from klora.webui.analysis_page import View, page, rule_line
 from klora.webui.args import FusionRequest
-from klora.webui.messages import ABSENT, left_out, scoring_shown
+from klora.webui.messages import scoring_shown, without_effect
 from klora.webui.prompt_tag import Tag
 
 if TYPE_CHECKING:
@@ -52,19 +52,18 @@ def _both(first: OnScored, second: OnScored | None) -> OnScored:
 
 def _in_loaded_model(pair: Pair) -> tuple[Pair, list[str]]:
     """The pair under the names of the loaded model, if any, and what of it does not fit that model."""
+    from klora.engine.left_out import left_out
     from klora.hosts.webui.loaded_model import loaded_host
 
     host = loaded_host()
     if host is None:
-        return pair, []
+        return pair, without_effect(pair, [])
     try:
         with named_by(*(Path(lora.where) for lora in pair.loras)):
             pair = host.fit(pair)
     except KloraError as error:
         return pair, [str(error)]
-    sites = host.sites()
-    absent = [name for name in {**pair.subject.modules, **pair.style.modules} if name not in sites]
-    return pair, [left_out(absent, ABSENT)] if absent else []
+    return pair, without_effect(pair, left_out(pair, host.sites(), host.text_sites()))
 
 
 def analyse(request: FusionRequest, view: View, hear: OnScored | None = None) -> tuple[str, str]:

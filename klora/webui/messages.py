@@ -8,14 +8,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from klora.errors import KloraError
+from klora.errors import KloraError, by_name
 
 if TYPE_CHECKING:
     from klora.fusion.scores import OnScored
+    from klora.pair import Pair
 
 logger = logging.getLogger("klora")
 _PREFIX = "K-LoRA: "
-ABSENT = "modules are not in the model"
 ERROR = "K-LoRA error"
 """The key of a picture's text that says why K-LoRA did not run, or not to the end."""
 NOTE = "K-LoRA note"
@@ -49,9 +49,12 @@ def fail(p: Any, reason: str, outcome: str = "not applied") -> None:
     p.extra_generation_params[ERROR] = reason.replace("\n", " ")
 
 
-def left_out(names: Sequence[str], what: str) -> str:
-    """Say that some of what is in the files does nothing."""
-    return f"{len(names)} of the LoRAs' {what}, such as {names[0]}; they do nothing"
+def without_effect(pair: Pair, left_out: Sequence[str]) -> list[str]:
+    """What of a pair's files does nothing, by their names: modules of rank 0, and what is `left_out` of the model."""
+    from klora.lora.coverage import idle
+
+    paths = [lora.path for lora in pair.loras if lora.path]
+    return [by_name(text, *paths) for text in (*idle(pair.loras), *left_out)]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from klora.errors import KloraError
 from klora.fusion.plan import FusionPlan
@@ -87,7 +88,7 @@ def test_an_analysis_says_what_the_picture_with_the_loaded_model_will_do(stray: 
     assert names(plan) == names(made) >= set(ATTENTION)
     assert plan.with_steps(made.steps).selections == made.selections
     (warning,) = plan.warnings
-    assert warning == "1 of the LoRAs' modules are not in the model, such as stray; they do nothing"
+    assert warning == "ink.safetensors: 1 of its 28 modules (such as stray) found no place in the model and do nothing"
     assert f"K-LoRA: {warning}" in picture.comments
     assert api.analysis(PAIR)["warnings"] == [warning]
 
@@ -113,3 +114,39 @@ def test_a_pair_for_another_model_than_the_loaded_one_is_analysed_with_a_warning
     (warning,) = plan.warnings
     assert warning.startswith("this pair is for SD 1, the checkpoint is SDXL")
     assert "zero modules matched in the SDXL checkpoint other" in warning
+
+
+def test_what_of_a_file_does_nothing_is_said_under_the_picture_and_in_the_analysis(host: FakeHost) -> None:
+    key = f"lora_unet_{ATTENTION[0].replace('.', '_')}"
+    tensors = load_file(host.folder / "ink.safetensors") | {
+        f"{key}.diff_b": torch.ones(32),
+        "lora_unet_empty.lora_down.weight": torch.zeros(0, 32),
+        "lora_unet_empty.lora_up.weight": torch.zeros(32, 0),
+        "lora_unet_conv_norm_out.w_norm": torch.ones(32),
+    }
+    save_file(tensors, host.folder / "ink.safetensors")
+    places = (
+        "1 of its 28 modules (such as empty), 1 changes of other parameters (such as lora_unet_conv_norm_out.w_norm)"
+    )
+    biases = f"1 biases (such as that of {ATTENTION[0]})"
+    told = [
+        "ink.safetensors changes nothing in its modules of rank 0 (1), such as lora_unet_empty",
+        f"ink.safetensors: {places}, {biases} found no place in the model and do nothing",
+    ]
+    assert api.analysis(PAIR)["warnings"] == told
+    assert all(f"K-LoRA: {text}" in host.txt2img("a dog <klora:dog:ink>").comments for text in told)
+
+
+def test_a_norm_of_the_unet_is_changed_while_it_samples(host: FakeHost) -> None:
+    model, seen = host.sd_model.diffusion, []
+    model.out = nn.Sequential(nn.GroupNorm(4, 32))
+    norms = {"lora_unet_conv_norm_out.w_norm": torch.full((32,), 0.5), "lora_unet_out_0.b_norm": torch.ones(32)}
+    save_file(load_file(host.folder / "ink.safetensors") | norms, host.folder / "ink.safetensors")
+    host.in_unet = lambda number: seen.append((model.out[0].weight[0].item(), model.out[0].bias[0].item()))
+    try:
+        picture = host.txt2img("a dog <klora:dog:ink>")
+        assert set(seen) == {(1.5, 1.0)}
+        assert "found no place" not in picture.comments
+        assert torch.equal(model.out[0].weight, torch.ones(32))
+    finally:
+        del model.out

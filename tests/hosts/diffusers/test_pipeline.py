@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import klora
-from klora.errors import KloraError, MismatchError, SettingsError
+from klora.errors import KloraError, LeftOutWarning, MismatchError, SettingsError
 from klora.lora.file import LoraFile
 from klora.lora.names import kind_of
 from tests.support.lora_files import write_lora
@@ -136,6 +137,16 @@ def test_every_module_of_the_files_is_found_in_the_model(pipe: Any, files: tuple
     with klora.fuse(pipe, *files) as session:
         assert session.missing == ()
         assert len(session.plan.contested) == len(block_shapes(pipe))
+
+
+def test_what_of_a_file_does_nothing_is_warned_of(sd: Any, tmp_path: Path) -> None:
+    subject, style = pair_of_files(sd, tmp_path)
+    tensors = load_file(subject) | {"lora_unet_mid_block_attentions_0_proj_in.lora_down.weight": torch.zeros(0, 16)}
+    tensors["lora_unet_mid_block_attentions_0_proj_in.lora_up.weight"] = torch.zeros(16, 0)
+    with pytest.warns(LeftOutWarning) as caught, klora.fuse(sd, tensors, style):
+        pass
+    (told,) = (str(one.message) for one in caught)
+    assert told.startswith("klora: subject (in memory) changes nothing in its modules of rank 0 (1), such as lora_unet")
 
 
 def test_strength_multiplies_what_is_applied_and_not_what_is_selected(sd: Any, tmp_path: Path) -> None:

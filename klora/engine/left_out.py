@@ -1,0 +1,33 @@
+"""What of a pair finds no place in a model, in words for who uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from klora.engine.site import Site
+from klora.lora.file import LoraFile
+from klora.pair import Pair
+
+
+def left_out(pair: Pair, sites: Mapping[str, Site], text_sites: Mapping[str, Site]) -> list[str]:
+    """What of each file of a pair, under the names of a model with these sites, does nothing: one line a file.
+
+    Without `text_sites` nothing is said of text encoders: the host's own LoRA code applies them, or there are none.
+    """
+    parameters = pair.model.parameters if pair.model else {}
+    return [text for lora in pair.loras if (text := _of_file(lora, sites, text_sites, parameters))]
+
+
+def _of_file(
+    lora: LoraFile, sites: Mapping[str, Site], text_sites: Mapping[str, Site], parameters: Mapping[str, object]
+) -> str:
+    modules = [name for name in lora.modules if name not in sites]
+    text = [name for name in lora.text_encoder if text_sites and name not in text_sites]
+    others = [delta.key for path, delta in lora.parameters.items() if path not in parameters]
+    biases = [name for name, delta in lora.modules.items() if delta.bias and name in sites and not sites[name].has_bias]
+    count = len(lora.modules) + len(lora.text_encoder)
+    absent = [*modules, *text]
+    told = [f"{len(absent)} of its {count} modules (such as {absent[0]})"] if absent else []
+    told += [f"{len(others)} changes of other parameters (such as {others[0]})"] if others else []
+    told += [f"{len(biases)} biases (such as that of {biases[0]})"] if biases else []
+    return f"{lora.label}: {', '.join(told)} found no place in the model and do nothing" if told else ""
