@@ -21,7 +21,7 @@ from klora.fusion.windows import WINDOWS, Windows
 from klora.lora.deltas import Delta
 from klora.lora.deltas.base import FULL_RANK
 from klora.lora.deltas.computed import FactorDelta, low_rank
-from klora.lora.spelling import own_prefixes
+from klora.lora.spelling import own_prefixes, spelling_for_all
 from klora.lora.write import file_tensors
 from klora.pair import Pair, side_facts
 from klora.settings import Settings
@@ -170,13 +170,15 @@ def energy(delta: FactorDelta) -> float:
     return delta.scale**2 * float(((up.t() @ up) * (down @ down.t())).sum())
 
 
-def fused_file(pair: Pair, settings: Settings, made: MergedLora, dtype: torch.dtype, spelling: str = "kohya") -> bytes:
+def fused_file(
+    pair: Pair, settings: Settings, made: MergedLora, dtype: torch.dtype, spelling: str | None = None
+) -> bytes:
     """What was made of a pair as the bytes of a file, with `spelling` of `klora.lora.write.file_tensors`.
 
-    Raises KloraError where a value leaves the range of `dtype`.
+    Without one it is that which most programs load. Raises KloraError where a value leaves the range of `dtype`.
     """
     kernels, prefixes = pair.subject.kernels | pair.style.kernels, own_prefixes(pair.loras)
-    flux = pair.architecture == "FLUX"
+    flux, spelling = pair.architecture == "FLUX", spelling or spelling_for_all(pair.loras)
     tensors = file_tensors(made.deltas, spelling, kernels, dtype, flux=flux, prefixes=prefixes)
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 import klora
 from klora import cli
@@ -18,7 +18,7 @@ from klora.fusion.policies import POLICIES
 from klora.lora.file import LoraFile
 from klora.lora.names import kind_of
 from klora.lora.spelling import spelling_of
-from klora.merge import merge, static_policies
+from klora.merge import fused_file, merge, static_policies
 from klora.pair import Pair
 from klora.settings import Settings
 from tests.support.lora_files import FAMILIES, write_lora
@@ -223,7 +223,10 @@ def test_a_model_that_shares_flux_s_names_keeps_them_as_they_are(tmp_path: Path)
         spelling_of(loras, "kohya")
 
 
-@pytest.mark.parametrize(("root", "spelling"), [("transformer.", "diffusers"), ("lora_unet_", "kohya")])
+@pytest.mark.parametrize(
+    ("root", "spelling"),
+    [("transformer.", "diffusers"), ("lora_unet_", "kohya"), ("lora_transformer_", "kohya"), ("lycoris_", "kohya")],
+)
 def test_modules_of_other_models_keep_the_keys_of_the_inputs(tmp_path: Path, root: str, spelling: str) -> None:
     path = "layers.0.attn.to_q"
     prefix = root + (path if "." in root else path.replace(".", "_"))
@@ -241,6 +244,16 @@ def test_modules_of_other_models_keep_the_keys_of_the_inputs(tmp_path: Path, roo
         assert {key.removesuffix(".alpha").partition(".lora_")[0] for key in file.keys()} == {prefix}  # noqa: SIM118
         alphas = [float(file.get_tensor(key)) for key in file.keys() if key.endswith(".alpha")]  # noqa: SIM118
     assert alphas == ([8.0] if spelling == "kohya" else [])
+
+
+def test_without_a_word_a_file_is_spelled_as_most_programs_read_it(tmp_path: Path) -> None:
+    unet, other = "unet.mid_block.attentions.0.proj_in", "transformer.layers.0.attn.to_q"
+    kohya = "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"
+    for prefix, key in ((unet, kohya), (other, f"{other}.lora_A.weight")):
+        tensors = {f"{prefix}.lora_{letter}.weight": torch.ones(4, 4) for letter in "AB"}
+        pair = Pair.open(tensors, tensors)
+        made, _ = merge(pair, Settings.parse({"policy": "direct"}))
+        assert key in load(fused_file(pair, Settings(), made, torch.float16))
 
 
 def test_what_changes_a_bias_is_not_merged(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from klora.lora.file import LoraFile
 from klora.lora.names import bare
 
 SPELLINGS = ("kohya", "diffusers")
-_ROOT = "transformer."
+_ROOTS = {"kohya": "lora_unet_", "diffusers": "transformer."}
 
 
 def spelling_of(loras: Sequence[LoraFile], wanted: str | None = None) -> str:
@@ -18,19 +18,20 @@ def spelling_of(loras: Sequence[LoraFile], wanted: str | None = None) -> str:
     Without a model, the modules of other models than SD, SDXL and FLUX are known by the inputs' own names alone. Raises
     KloraError, naming the spelling that works, for one in which these would be names that no program knows.
     """
-    dotted = all("." in delta.key for lora in loras for delta in lora.modules.values())
-    own = "diffusers" if dotted else "kohya"
-    by_rule = all(lora.table for lora in loras)
-    # SD 3 and Qwen-Image share names with FLUX, by which kohya's keys of these would go.
-    shared = dotted and any(lora.table == "flux" and lora.architecture is None for lora in loras)
-    if by_rule and not (shared and wanted == "kohya"):
-        return wanted or ("diffusers" if dotted and all(lora.is_peft for lora in loras) else "kohya")
+    own = _own(loras)
+    if _by_rule(loras):
+        return wanted or ("diffusers" if own == "diffusers" and all(lora.is_peft for lora in loras) else "kohya")
     if wanted not in (None, own):
         raise KloraError(
             f"--spelling {wanted}: these files name the modules of a model that K-LoRA does not know by rule as"
             f" {own} does, and no program would load other names; use --spelling {own}"
         )
     return own
+
+
+def spelling_for_all(loras: Sequence[LoraFile]) -> str:
+    """The spelling that every WebUI, ComfyUI and diffusers load: kohya's by rule, else the inputs' own."""
+    return "kohya" if _by_rule(loras) else _own(loras)
 
 
 def own_prefixes(loras: Sequence[LoraFile]) -> dict[str, str]:
@@ -42,4 +43,18 @@ def own_prefixes(loras: Sequence[LoraFile]) -> dict[str, str]:
         for name, delta in lora.modules.items():
             found.setdefault(name, delta.key)
     roots = {key.removesuffix(bare(key)) for key in found.values()}
-    return found if len(roots) == 1 else {name: _ROOT + bare(key) for name, key in found.items()}
+    return found if len(roots) == 1 else {name: _ROOTS[_own(loras)] + bare(key) for name, key in found.items()}
+
+
+def _own(loras: Sequence[LoraFile]) -> str:
+    dotted = all("." in delta.key for lora in loras for delta in lora.modules.values())
+    return "diffusers" if dotted else "kohya"
+
+
+def _by_rule(loras: Sequence[LoraFile]) -> bool:
+    """Whether the names of all modules are known by rule.
+
+    SD 3 and Qwen-Image share names in diffusers with FLUX, by which kohya's keys of these would go.
+    """
+    shared = any(lora.table == "flux" and lora.architecture is None for lora in loras)
+    return all(lora.table for lora in loras) and not (shared and _own(loras) == "diffusers")

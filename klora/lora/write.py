@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,10 +30,11 @@ def file_tensors(
     diffusers: `unet.….lora_A.weight`, `transformer.…` for FLUX. Those with a key in `kernels` get the four
     dimensions of a convolution. Scales are in the factors and no alpha is written, which means alpha = rank
     everywhere: diffusers loses the alphas of kohya's attention where the modules' ranks differ. `prefixes` are the
-    whole keys in diffusers' spelling of modules that no rule names, by name; in kohya's these have an alpha, which is
-    the rank, since diffusers loads Wan's not without.
+    whole keys of modules that no rule names, by name; in kohya's spelling these have an alpha, which is the rank, since
+    diffusers loads Wan's not without.
     """
-    found = _kohya(deltas, kernels, flux) if spelling == "kohya" else _diffusers(deltas, kernels, prefixes or {})
+    write = partial(_kohya, flux=flux) if spelling == "kohya" else _diffusers
+    found = write(deltas, kernels, prefixes or {})
     tensors: dict[str, Tensor] = {}
     for key, (up, down) in found.items():
         names = ("lora_up", "lora_down") if spelling == "kohya" else ("lora_B", "lora_A")
@@ -55,7 +57,9 @@ def _rooted(name: str) -> str:
     return f"{'' if name.startswith('text_encoder') else 'transformer.' if is_flux(name) else 'unet.'}{name}"
 
 
-def _kohya(deltas: Mapping[str, FactorDelta], kernels: Container[str], flux: bool) -> dict[str, tuple[Tensor, Tensor]]:
+def _kohya(
+    deltas: Mapping[str, FactorDelta], kernels: Container[str], prefixes: Mapping[str, str], flux: bool
+) -> dict[str, tuple[Tensor, Tensor]]:
     found: dict[str, tuple[Tensor, Tensor]] = {}
     fused: dict[str, dict[str, FactorDelta]] = {}
     several = any(is_flux(name) or name.startswith("text_encoder_2") for name in deltas)
@@ -64,7 +68,7 @@ def _kohya(deltas: Mapping[str, FactorDelta], kernels: Container[str], flux: boo
         if part:
             fused.setdefault(path, {})[part] = delta
         else:
-            found[_kohya_key(path, several)] = _factors(delta, delta.key in kernels)
+            found[prefixes.get(name) or _kohya_key(path, several)] = _factors(delta, delta.key in kernels)
     for path, parts in fused.items():
         found[_kohya_key(path, several)] = _fuse(path, parts)
     return found
