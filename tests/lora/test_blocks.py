@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from klora.errors import SettingsError
 from klora.lora.blocks import PRESETS, VECTORS, BlockWeights, names_of
@@ -48,6 +50,13 @@ def test_every_block_of_a_map_can_be_named() -> None:
             weights = BlockWeights.parse(f"{label}: 3", "style_blocks")
             named = [module for module in real_shapes(model) if block_label(block_of(module)) == label]
             assert {weights.of(module) for module in named} == {3}
+
+
+@given(st.lists(st.text(st.characters(exclude_characters=",:="), min_size=1).filter(str.strip)))
+def test_blocks_at_1_change_no_module(names: list[str]) -> None:
+    weights = BlockWeights.parse(", ".join(f"{name}: 1" for name in [*names, "up 1", "base"]), "subject_blocks")
+    for module in ("up_blocks.1.resnets.0.conv1", "mid_block.attentions.0.proj_in", "text_encoder.text_projection"):
+        assert weights.of(module) == 1
 
 
 @pytest.mark.parametrize("count", VECTORS)

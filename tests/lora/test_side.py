@@ -16,6 +16,7 @@ from klora import cli
 from klora.cache import ScoreCache
 from klora.errors import LoraFileError, LoraValueError, MismatchError, SettingsError
 from klora.fusion.scores import score_delta
+from klora.lora.deltas import Delta
 from klora.lora.deltas.computed import SumDelta, low_rank
 from klora.lora.file import LoraFile
 from klora.lora.side import Part, Side, read_side
@@ -141,6 +142,22 @@ def test_any_family_may_stand_in_a_sum(tmp_path: Path, family: str, name: str) -
     alone = side_of((one, -0.5)).modules[name]
     assert torch.allclose(alone.matrix(base), -0.5 * one.modules[name].matrix(base), atol=1e-5)
     assert alone.family == one.modules[name].family
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if not family.startswith("dora")])
+def test_a_sum_of_any_families_is_scored_a_few_rows_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    shape = {CONV: SHAPES[CONV]}
+    one = LoraFile.open(write_lora(tmp_path / "a.safetensors", shape, family=family, rank=2, seed=1))
+    two = LoraFile.open(write_lora(tmp_path / "b.safetensors", shape, rank=3, seed=2))
+    delta = side_of((one, 0.5), (two, -2.0)).modules[CONV]
+    whole = delta.matrix()
+    assert torch.allclose(delta.rows(2, 5), whole.reshape(8, -1)[2:5], atol=1e-6)
+    monkeypatch.setattr(Delta, "matrix", lambda *_: pytest.fail("the whole was formed"))
+    monkeypatch.setattr("klora.fusion.scores.BLOCK_ENTRIES", 3 * 12 * 9)
+    score = score_delta(delta, [5])
+    assert score.sums[5] == pytest.approx(float(whole.abs().flatten().topk(5).values.sum()), rel=1e-5)
 
 
 def test_a_side_of_two_is_the_file_that_merge_writes_of_them(
