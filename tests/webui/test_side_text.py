@@ -84,9 +84,7 @@ def test_a_name_that_has_such_signs_itself_is_tried_first() -> None:
     assert found("a+b%3Ac", "a+b:c", "a") == [("a+b:c", 1.0)]
 
 
-def test_old_tags_and_arguments_mean_what_they_meant() -> None:
-    assert str(Tag.parse(["dog", "ink", "0.9", "1.1", "scale=s*"])) == "<klora:dog:ink:0.9:1.1:scale=s*>"
-    assert read_values({"subject": "dog", "style": "my ink v2"}).tag == Tag.parse(["dog", "my ink v2"])
+def test_a_list_of_one_is_that_one() -> None:
     assert read_values({"subject": ["dog"], "style": [{"name": "ink"}]}).tag == Tag.parse(["dog", "ink"])
 
 
