@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
@@ -94,6 +94,7 @@ SLOTS += ["hada_w2_a", "hada_w2_b", "hada_t1", "lokr_w1", "lokr_w1_a", "lokr_w1_
 
 
 @given(st.dictionaries(st.sampled_from(SLOTS), st.lists(st.integers(0, 3), max_size=4), max_size=7), st.booleans())
+@example({"lora_up.weight": [1, 0], "lora_down.weight": [0]}, False)
 @FUZZ
 def test_any_mixture_of_slots_and_shapes(path: Path, slots: dict[str, list[int]], fused: bool) -> None:
     prefix = "lora_unet_double_blocks_0_img_attn_qkv" if fused else "lora_unet_mid_block_resnets_0_conv1"

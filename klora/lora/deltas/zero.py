@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -24,7 +23,9 @@ class ZeroDelta(FamilyDelta):
         """Read factors (out, 0) and (0, in[, *kernel])."""
         for left, right in _PAIRS:
             up, down = group.tensors.get(left), group.tensors.get(right)
-            if up and down and up.shape[1:2] == (0,) == down.shape[:1] and math.prod(down.shape[1:]) * up.shape[0]:
+            if not up or not down or len(down.shape) < 2:
+                continue
+            if up.shape[1:2] == (0,) == down.shape[:1] and 0 not in (up.shape[0], *down.shape[1:]):
                 group.used.update(group.tensors)
                 group.used.update(group.numbers)
                 return cls(group.file, group.key, 1, 0.0, 0.0, squeeze((up.shape[0], *down.shape[1:])))
