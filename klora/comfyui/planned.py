@@ -12,6 +12,7 @@ from klora.errors import by_name, named_by
 from klora.fusion.plan import FusionPlan
 from klora.hosts.comfyui.model import ComfyHost
 from klora.hosts.comfyui.text_encoder import clip_with
+from klora.lora.deltas import Delta
 from klora.pair import Pair
 from klora.report.summary import absent_share, notices
 from klora.settings import Settings
@@ -84,14 +85,21 @@ def clip_of(fusion: PlannedFusion, clip: Any) -> tuple[Any, list[str]]:
     )
     said = []
     for file, side, strength in sides:
-        deltas = {name: delta for name, delta in file.text_encoder.items() if active[name][side]}
-        if not deltas or not strength:
+        # By how strongly they act: text encoders may have multipliers of their own.
+        shares: dict[float, dict[str, Delta]] = {}
+        for name, delta in file.text_encoder.items():
+            if share := strength * active[name][side]:
+                shares.setdefault(share, {})[name] = delta
+        if not shares:
             continue
         if clip is None:
             said.append(f"{file.name} has a text-encoder part, which does nothing without a clip")
             continue
-        with named_by(*fusion.files):
-            clip, missing = clip_with(clip, deltas, strength)
+        missing: list[str] = []
+        for share, deltas in shares.items():
+            with named_by(*fusion.files):
+                clip, without = clip_with(clip, deltas, share)
+            missing += without
         if missing:
             said.append(f"{count_of(len(missing), 'module')} of {file.name}, such as {missing[0]}, are not in the clip")
     return clip, said

@@ -193,6 +193,11 @@ def test_text_encoder_parts_go_to_a_clone_of_the_clip(model: Patcher, server: Se
     assert "clip" not in server.shown["9"]
 
 
+def test_the_text_encoder_s_multiplier_scales_its_part(model: Patcher) -> None:
+    _, patched, _ = fuse(model, subject="text", clip=Clip(), subject_strength=0.8, subject_blocks="base=0.5")
+    assert [(sorted(patches), strength) for patches, strength in patched.added] == [(["k", "q", "v"], 0.4)]
+
+
 def test_a_node_says_what_it_does_and_what_does_nothing(model: Patcher, server: Server, loras: Path) -> None:
     fuse(model, subject="text", unique_id="4")
     assert "16 of 16 modules contested" in server.shown["4"]
