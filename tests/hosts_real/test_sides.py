@@ -57,6 +57,17 @@ def test_the_text_has_the_hash_of_each_file_of_a_side(server: Server) -> None:
     assert hashes_of({"Lora hashes": line}).keys() == {"subj_te", "subj_all", "style", "style_te_peft"}
 
 
+def test_the_routes_take_sides(server: Server) -> None:
+    side = [{"name": "subj_te", "weight": 0.6}, "subj_all"]
+    found = server.call("/klora/v1/analyze", {"subject": side, "style": "style + style_te*0.5", "style_from": 0.5})
+    files = [[(one["file"], one["weight"]) for one in found[name]["loras"]] for name in ("subject", "style")]
+    assert files == [
+        [("subj_te.safetensors", 0.6), ("subj_all.safetensors", 1)],
+        [("style.safetensors", 1), ("style_te.safetensors", 0.5)],
+    ]
+    assert {letters[0] for module in found["modules"] if (letters := module["selection"])} == {"c"}
+
+
 @pytest.mark.parametrize(("closed", "other"), [("subject_to=0", "style"), ("style_from=1", "subj")])
 def test_a_window_that_is_never_open_leaves_the_other_alone(server: Server, closed: str, other: str) -> None:
     for policy in ("k-lora", "direct", "composite"):
