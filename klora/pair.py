@@ -179,6 +179,15 @@ class Pair:
         }
 
 
+def by_strength(deltas: Mapping[str, Delta], strengths: Mapping[str, float]) -> dict[float, dict[str, Delta]]:
+    """The deltas that act, by how strongly: hosts apply a text encoder's part with one strength for many modules."""
+    found: dict[float, dict[str, Delta]] = {}
+    for name, delta in deltas.items():
+        if strengths[name]:
+            found.setdefault(strengths[name], {})[name] = delta
+    return found
+
+
 def side_facts(side: Side, cache: ScoreCache, path: bool = False) -> dict[str, Any]:
     """The name (or the `path`) and digest of a side's file; of several, or one with a weight, those of each."""
     found = [

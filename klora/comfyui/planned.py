@@ -12,8 +12,7 @@ from klora.errors import by_name, named_by
 from klora.fusion.plan import FusionPlan
 from klora.hosts.comfyui.model import ComfyHost
 from klora.hosts.comfyui.text_encoder import clip_with
-from klora.lora.deltas import Delta
-from klora.pair import Pair
+from klora.pair import Pair, by_strength
 from klora.report.summary import absent_share, notices
 from klora.settings import Settings
 from klora.text import count_of
@@ -85,11 +84,8 @@ def clip_of(fusion: PlannedFusion, clip: Any) -> tuple[Any, list[str]]:
     )
     said = []
     for file, side, strength in sides:
-        # By how strongly they act: text encoders may have multipliers of their own.
-        shares: dict[float, dict[str, Delta]] = {}
-        for name, delta in file.text_encoder.items():
-            if share := strength * active[name][side]:
-                shares.setdefault(share, {})[name] = delta
+        strengths = {name: strength * active[name][side] for name in file.text_encoder}
+        shares = by_strength(file.text_encoder, strengths)
         if not shares:
             continue
         if clip is None:

@@ -11,8 +11,7 @@ from klora.fusion.plan import FusionPlan
 from klora.fusion.scores import OnScored
 from klora.hosts.base import Host
 from klora.hosts.webui.text_encoder import TextPart
-from klora.lora.deltas import Delta
-from klora.pair import Pair
+from klora.pair import Pair, by_strength
 from klora.settings import Settings
 from klora.webui.prompt_tag import Tag
 from klora.webui.sides import SideLora
@@ -39,11 +38,9 @@ class RequestedFusion:
             (1, self.style, self.pair.style, settings.style_strength),
         ):
             for (_, lora, _), (file, weight) in zip(listed, side.parts, strict=True):
-                shares: dict[float, dict[str, Delta]] = {}
-                for name, delta in file.text_encoder.items():
-                    if share := strength * (weights[name][index] * weight):
-                        shares.setdefault(share, {})[name] = delta
-                parts += [TextPart(lora, deltas, share, file.sha256) for share, deltas in shares.items()]
+                shares = {name: strength * (weights[name][index] * weight) for name in file.text_encoder}
+                for share, deltas in by_strength(file.text_encoder, shares).items():
+                    parts.append(TextPart(lora, deltas, share, file.sha256))
         return parts
 
     @property
