@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from bench.machine import Clock, add_busy, clock_of, describe_machine, timed, typical
 from bench.model import merged
 from klora.cache import ScoreCache
-from klora.engine.dynamic import Rows
+from klora.engine.dynamic import BatchRows
 from klora.engine.session import Session
 from klora.engine.site import Site
 from klora.lora.names import kind_of
@@ -92,10 +92,10 @@ class RecomputeEverything:
             self.linears[name].weight.data.copy_(weight)
 
 
-def second_half(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+def second_half(args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchRows:
     """Rows of a batch [unconditional, conditional]."""
     batch = len(args[0])
-    return Rows(batch // 2, batch, batch)
+    return BatchRows(batch // 2, batch, batch)
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from bench.machine import describe_machine
 from bench.scoring import QUICK_STEP, sdxl_shapes, write_file
 from klora.fusion.scores import score_deltas, standard_ks
 from klora.lora.file import LoraFile
-from klora.lora.side import Part, Side
+from klora.lora.side import Side, WeightedLora
 
 WEIGHTS = (0.8, 0.5, 0.3)
 
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     shapes = dict(list(sdxl_shapes("attention").items())[::QUICK_STEP])
     with tempfile.TemporaryDirectory() as folder:
         files = [write_file(Path(folder) / f"{i}.safetensors", shapes, args.rank, i) for i in range(len(WEIGHTS))]
-        parts = [Part(LoraFile.open(file), weight) for file, weight in zip(files, WEIGHTS, strict=True)]
+        parts = [WeightedLora(LoraFile.open(file), weight) for file, weight in zip(files, WEIGHTS, strict=True)]
         sides = [Side(tuple(parts[: count + 1])) for count in range(len(parts))]
         rounds = [[seconds(side) for side in sides] for _ in range(args.rounds)]
     found = [min(times) for times in zip(*rounds, strict=True)]

@@ -33,7 +33,7 @@ from klora.settings import Settings
 
 MAX_PLANS = 8
 """How many plans a pair keeps."""
-BLOCKS = ("subject_blocks", "style_blocks")
+BLOCK_SETTINGS = ("subject_blocks", "style_blocks")
 SUBJECT, STYLE = "subject (in memory)", "style (in memory)"
 """How messages call state dicts."""
 Known = tuple[tuple[Path | None, Identity | str, float], ...]
@@ -126,7 +126,7 @@ class Pair:
         names = sorted({*self.subject.modules, *self.style.modules}, key=sort_key)
         blocks = block_weights(settings)
         weights = {name: Active(*(side.of(name) for side in blocks)) for name in names}
-        for weighted, side, setting in zip(blocks, (self.subject, self.style), BLOCKS, strict=True):
+        for weighted, side, setting in zip(blocks, (self.subject, self.style), BLOCK_SETTINGS, strict=True):
             weighted.check([*side.modules, *side.text_encoder], self.architecture, setting)
         self._check_acting(settings, weights)
         wanted = {

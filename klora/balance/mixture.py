@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Kind = Literal["epsilon", "v_prediction", "sample", "flow"]
+Prediction = Literal["epsilon", "v_prediction", "sample", "flow"]
 """What a model predicts: the noise ε, v = signal·ε − noise·x0, the picture x0, or the flow ε − x0."""
 
 
@@ -20,10 +20,10 @@ class Mixture:
 
     signal: float
     noise: float
-    kind: Kind
+    kind: Prediction
 
     @classmethod
-    def at_level(cls, sigma: float, kind: Kind) -> Mixture:
+    def at_level(cls, sigma: float, kind: Prediction) -> Mixture:
         """The one in which noise is `sigma` times as strong as the picture; 0 ≤ σ < ∞."""
         signal = 1 / (1 + sigma) if kind == "flow" else 1 / (1 + sigma**2) ** 0.5
         return cls(signal, sigma * signal, kind)

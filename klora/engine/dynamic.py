@@ -57,7 +57,7 @@ def divergence(distance: Distance, y: Tensor, shift: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchRows:
     """The rows [start, stop) of a batch of `of` that follow the prompt; none of them where start = stop."""
 
     start: int
@@ -92,7 +92,7 @@ class Chooser:
     reuse: int
     tau: float = 0.0
     step: int = 0
-    rows: Rows | None = None
+    rows: BatchRows | None = None
     decisions: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
     sampling: int = 0
     alone: bool = False

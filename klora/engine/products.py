@@ -43,7 +43,7 @@ class Source(Protocol):
         """Let go of what is as large as the weight."""
 
 
-class Factors:
+class Factored:
     """The factors that the file holds."""
 
     def __init__(self, weights: Weights) -> None:
@@ -333,9 +333,9 @@ def product_of(delta: Delta, site: Site, weights: Weights | None = None, room: R
     """
     weights = weights or Weights(delta)
     if weights.kronecker and not is_conv(site.module):
-        return KroneckerProduct(delta, site, Factors(weights))
+        return KroneckerProduct(delta, site, Factored(weights))
     kind = ConvProduct if is_conv(site.module) else LinearProduct
-    return kind(delta, site, Factors(weights) if weights.low_rank else Dense(weights, site, room or Room()))
+    return kind(delta, site, Factored(weights) if weights.low_rank else Dense(weights, site, room or Room()))
 
 
 def kronecker_product(x: Tensor, w1: Tensor, *w2: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import nn
 
 from klora.engine.bypass import Part
 from klora.engine.compiled import Calls
-from klora.engine.dynamic import Chooser, MeasuredPart, Rows
+from klora.engine.dynamic import BatchRows, Chooser, MeasuredPart
 from klora.engine.joined import SharedInput, shared_inputs
 from klora.engine.layers import Layers, Say
 from klora.engine.left_out import left_out
@@ -34,9 +34,9 @@ from klora.pair import Pair
 
 logger = logging.getLogger("klora")
 
-ALONE = " (alone)"
+ALONE_MARK = " (alone)"
 """Ends the name of a part in which a LoRA acts alone, where a policy makes something else of both."""
-ConditionalRows = Callable[[tuple[Any, ...], dict[str, Any]], "Rows | None"]
+ConditionalRows = Callable[[tuple[Any, ...], dict[str, Any]], "BatchRows | None"]
 """From the arguments of a denoiser's forward to the rows of its batch that follow the prompt; None for all."""
 
 
@@ -105,7 +105,7 @@ class Session(SessionState):
             text = self._bind_text(text_sites or {})
             self._parameters = HeldParameters()
             self._hold_parameters(sites, text_sites or {}, denoiser)
-        apart = {f"{name}{ALONE}": part for name, part in self._apart.items()}
+        apart = {f"{name}{ALONE_MARK}": part for name, part in self._apart.items()}
         self._layers = Layers({**self._parts, **apart}, denoiser, self._engine, self._room, say)
         self._text_layers = [*self._of_text_encoders(text, text_encoders, say)]
         self.set_tau(0.0)
@@ -229,7 +229,7 @@ class Session(SessionState):
             if name in self._apart:
                 # What a policy has made of both is neither of them.
                 if self._apart[name].set(self._strengths(active) if alone else NEITHER):
-                    changed.append(f"{name}{ALONE}")
+                    changed.append(f"{name}{ALONE_MARK}")
                 acting = NEITHER if alone else active
             if part.set(acting if name in self._folded else self._strengths(acting)):
                 changed.append(name)

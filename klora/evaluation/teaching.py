@@ -27,7 +27,7 @@ Split = tuple[tuple[Path, ...], tuple[Path, ...]]
 
 
 @dataclass(frozen=True)
-class Side:
+class References:
     """What the subject's references and the style's differ in."""
 
     name: str
@@ -36,7 +36,10 @@ class Side:
     option: str
 
 
-SIDES = (Side("style", "style_refs", "clip_model", "--clip"), Side("subject", "subject_refs", "dino_model", "--dino"))
+SIDES = (
+    References("style", "style_refs", "clip_model", "--clip"),
+    References("subject", "subject_refs", "dino_model", "--dino"),
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def _refuse_the_unteachable(methods: Iterable[Method]) -> None:
             raise KloraError(f"--policies: {method.name}: takes no references; use {able}")
 
 
-def _split(concept: Concept, side: Side, same: bool) -> Split:
+def _split(concept: Concept, side: References, same: bool) -> Split:
     """The pictures that are kept apart teach; else every other one, or all where another encoder scores."""
     if not concept.references:
         raise KloraError(
@@ -110,7 +113,7 @@ def _split(concept: Concept, side: Side, same: bool) -> Split:
     return concept.references[::2], concept.references[1::2]
 
 
-def _scored_by(pair: StudyPair, side: Side, split: Mapping[str, Split]) -> StudyPair:
+def _scored_by(pair: StudyPair, side: References, split: Mapping[str, Split]) -> StudyPair:
     concept: Concept = getattr(pair, side.name)
     scored: dict[str, Any] = {side.name: dataclasses.replace(concept, references=split[concept.name][1])}
     return dataclasses.replace(pair, **scored)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from klora.engine.dynamic import Rows
+from klora.engine.dynamic import BatchRows
 from klora.engine.layers import Say
 from klora.engine.session import Session, logger
 from klora.engine.site import Site
@@ -66,7 +66,7 @@ class Host(ABC):
         return {}
 
     @abstractmethod
-    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
+    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchRows | None:
         """The rows that follow the prompt in a call of the diffusion model with these arguments; None for all."""
 
     def fit(self, pair: Pair) -> Pair:

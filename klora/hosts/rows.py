@@ -7,10 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from klora.engine.dynamic import Rows
+from klora.engine.dynamic import BatchRows
 
 
-def rows_of(value: Any, rows: Rows | None) -> Any:
+def rows_of(value: Any, rows: BatchRows | None) -> Any:
     """The same rows of all tensors of a batch, also those in dictionaries, lists and tuples; all of them for None."""
     if rows is None:
         return value

@@ -22,7 +22,7 @@ _WITHOUT_NAME = "final_layer.adaLN_modulation.1"
 
 
 @dataclass(frozen=True)
-class Weights:
+class NamedSites:
     """The sites of a model by canonical name; other spellings, and which of those names each stands for."""
 
     sites: dict[str, Site] = field(default_factory=dict)
@@ -35,9 +35,9 @@ def is_flux_model(diffusion_model: nn.Module) -> bool:
     return bool(targets) and all(found and is_flux(found[0].name) for found in targets)
 
 
-def weights_by_rule(diffusion_model: nn.Module) -> Weights:
+def weights_by_rule(diffusion_model: nn.Module) -> NamedSites:
     """The weights of SD, SDXL and FLUX under their names in diffusers, fused ones slice by slice."""
-    weights = Weights()
+    weights = NamedSites()
     for path, module, shape in _modules(diffusion_model):
         for target in resolve(path) or ():
             rows = target.rows(*shape[:2]) if target.fused else None
@@ -45,9 +45,9 @@ def weights_by_rule(diffusion_model: nn.Module) -> Weights:
     return weights
 
 
-def weights_by_table(diffusion_model: nn.Module, names: Mapping[str, str]) -> Weights:
+def weights_by_table(diffusion_model: nn.Module, names: Mapping[str, str]) -> NamedSites:
     """The weights of a model whose host has a table of its paths, under the canonical `names` that it gives of them."""
-    weights = Weights()
+    weights = NamedSites()
     for path, module, shape in _modules(diffusion_model):
         name = names.get(path, path)
         weights.sites[name] = Site(module, known_shape=shape)
@@ -55,7 +55,7 @@ def weights_by_table(diffusion_model: nn.Module, names: Mapping[str, str]) -> We
     return weights
 
 
-def weights_by_host(diffusion_model: nn.Module, keys: Mapping[str, Any]) -> Weights:
+def weights_by_host(diffusion_model: nn.Module, keys: Mapping[str, Any]) -> NamedSites:
     """The weights of any model under their own paths, and the host's `keys` for them.
 
     A value of `keys` is a weight's name, or (name, (0, start, length)) for rows of a fused one. A weight is cut along
@@ -66,7 +66,7 @@ def weights_by_host(diffusion_model: nn.Module, keys: Mapping[str, Any]) -> Weig
     for key, value in keys.items():
         if place := _place(value):
             named.setdefault(place[0], {})[key] = place[1]
-    weights = Weights()
+    weights = NamedSites()
     for path, module, shape in _modules(diffusion_model):
         mine = _within(named.get(path, {}), shape[0])
         parts = sorted({rows for rows in mine.values() if rows})

@@ -24,7 +24,7 @@ SideSource = LoraSource | WeightedSource | Sequence[LoraSource | WeightedSource]
 """A side as people have it: a LoRA, a LoRA with its weight, or several of either."""
 
 
-class Part(NamedTuple):
+class WeightedLora(NamedTuple):
     """A LoRA of a side, and its weight in the sum."""
 
     lora: LoraFile
@@ -44,23 +44,23 @@ class Side:
     file's own. A part with the weight 0 is as if it were not there.
     """
 
-    parts: tuple[Part, ...]
-    _views: WeakValueDictionary[tuple[Part, ...], Side] = field(
+    parts: tuple[WeightedLora, ...]
+    _views: WeakValueDictionary[tuple[WeightedLora, ...], Side] = field(
         default_factory=WeakValueDictionary, compare=False, repr=False
     )
 
     @classmethod
     def of(cls, sources: Iterable[tuple[LoraSource | TensorSource, float]], name: str) -> Side:
         """Open the files; LoraFileError for a bad one. `name` is what messages call state dicts in memory."""
-        return cls(tuple(Part(LoraFile.open(source, name), weight) for source, weight in sources))
+        return cls(tuple(WeightedLora(LoraFile.open(source, name), weight) for source, weight in sources))
 
     @classmethod
     def alone(cls, lora: LoraFile) -> Side:
         """The side of one file."""
-        return cls((Part(lora),))
+        return cls((WeightedLora(lora),))
 
     @cached_property
-    def acting(self) -> tuple[Part, ...]:
+    def acting(self) -> tuple[WeightedLora, ...]:
         """The parts that are there, in an order that does not depend on the given one."""
         there = [part for part in self.parts if part.weight]
         return tuple(sorted(there, key=lambda part: (part.lora.where, str(part.lora.identity), part.weight)))

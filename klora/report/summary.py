@@ -13,7 +13,7 @@ from klora.lora.coverage import idle
 from klora.lora.deltas import Delta
 from klora.lora.likeness import alike
 from klora.lora.names import block_of
-from klora.lora.side import Part
+from klora.lora.side import WeightedLora
 from klora.lora.weighted import weighted_name
 from klora.pair import Pair
 from klora.report.overlap import Overlap, in_words
@@ -75,7 +75,7 @@ def ranks(modules: Mapping[str, Delta]) -> list[int]:
     return sorted({delta.rank for delta in modules.values()})
 
 
-def _describe_part(part: Part) -> str:
+def _describe_part(part: WeightedLora) -> str:
     file = part.lora
     found = ranks(file.modules)
     rank = f", rank {'/'.join(map(str, found))}" if len(found) <= 4 else f", ranks {found[0]} to {found[-1]}"

@@ -50,7 +50,13 @@ WHEN = (
 )
 """All that can be said of when the subject acts."""
 
-PLACES = (*dict.fromkeys(word.rstrip(" 12") for word in _PARTS.values()), "layer", "double-stream block", "in", "out")
+PLACE_WORDS = (
+    *dict.fromkeys(word.rstrip(" 12") for word in _PARTS.values()),
+    "layer",
+    "double-stream block",
+    "in",
+    "out",
+)
 """The words that a module's place is told in, without their numbers."""
 
 

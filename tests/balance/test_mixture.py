@@ -9,13 +9,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from klora.balance.mixture import Kind, Mixture
+from klora.balance.mixture import Mixture, Prediction
 
-kinds = st.sampled_from(get_args(Kind))
+kinds = st.sampled_from(get_args(Prediction))
 levels = st.floats(0.01, 50)
 
 
-def truth(kind: Kind, mixture: Mixture, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+def truth(kind: Prediction, mixture: Mixture, clean: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """What a perfect model predicts."""
     return {
         "epsilon": noise,
@@ -26,7 +26,7 @@ def truth(kind: Kind, mixture: Mixture, clean: torch.Tensor, noise: torch.Tensor
 
 
 @given(kinds, levels, st.integers(0, 99))
-def test_a_perfect_prediction_of_any_kind_means_the_picture_itself(kind: Kind, sigma: float, seed: int) -> None:
+def test_a_perfect_prediction_of_any_kind_means_the_picture_itself(kind: Prediction, sigma: float, seed: int) -> None:
     clean, noise = torch.randn((2, 4, 6), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     mixture = Mixture.at_level(sigma, kind)
     found = mixture.clean(mixture.of(clean, noise), truth(kind, mixture, clean, noise))
@@ -34,7 +34,7 @@ def test_a_perfect_prediction_of_any_kind_means_the_picture_itself(kind: Kind, s
 
 
 @given(kinds, levels)
-def test_the_noise_is_as_many_times_as_strong_as_the_level_says(kind: Kind, sigma: float) -> None:
+def test_the_noise_is_as_many_times_as_strong_as_the_level_says(kind: Prediction, sigma: float) -> None:
     mixture = Mixture.at_level(sigma, kind)
     assert mixture.level == pytest.approx(sigma)
     assert mixture.noise / mixture.signal == pytest.approx(sigma)

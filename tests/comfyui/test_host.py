@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from klora.engine.dynamic import Rows
+from klora.engine.dynamic import BatchRows
 from klora.engine.site import Site
 from klora.hosts.comfyui.model import ComfyHost
 from klora.hosts.comfyui.plain_weights import with_plain_weight
@@ -22,18 +22,18 @@ def told(lists: list[int], ids: list[str]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("positive", "options", "rows"),
     [
-        ({"p"}, told([1, 0], ["n", "p"]), Rows(2, 4, 4)),
-        ({"p"}, told([0, 1], ["p", "n"]), Rows(0, 2, 4)),
+        ({"p"}, told([1, 0], ["n", "p"]), BatchRows(2, 4, 4)),
+        ({"p"}, told([0, 1], ["p", "n"]), BatchRows(0, 2, 4)),
         # A guider of three lists begins with the negative one.
-        ({"p"}, told([0, 2], ["n", "p"]), Rows(2, 4, 4)),
-        (set(), told([1, 0], ["n", "p"]), Rows(2, 4, 4)),
-        ({"p"}, told([1], ["n"]), Rows(0, 0, 4)),
+        ({"p"}, told([0, 2], ["n", "p"]), BatchRows(2, 4, 4)),
+        (set(), told([1, 0], ["n", "p"]), BatchRows(2, 4, 4)),
+        ({"p"}, told([1], ["n"]), BatchRows(0, 0, 4)),
         ({"p"}, told([1, 0, 0], ["n", "p", "q"]), None),
         ({"p"}, {}, None),
     ],
 )
 def test_the_rows_of_the_prompt_are_those_of_its_conditionings(
-    model: Patcher, positive: set[str], options: dict[str, Any], rows: Rows | None
+    model: Patcher, positive: set[str], options: dict[str, Any], rows: BatchRows | None
 ) -> None:
     host = ComfyHost(model, frozenset(positive))
     assert host.conditional_rows((torch.ones(4, 6, 16),), options) == rows

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from klora.engine.bypass import HookedLayer, Part
-from klora.engine.products import Factors, Product, product_of
+from klora.engine.products import Factored, Product, product_of
 from klora.engine.site import Site, module_shape
 from klora.engine.weights import Room, Weights
 from klora.errors import MismatchError
@@ -72,7 +72,7 @@ def switch(layer: HookedLayer, strengths: tuple[float, float]) -> None:
 
 def places(product: Product) -> set[tuple[torch.device, torch.dtype]]:
     """Where weights are kept of it."""
-    kept = product.source.weights if isinstance(product.source, Factors) else product.source
+    kept = product.source.weights if isinstance(product.source, Factored) else product.source
     return set(kept._chains)
 
 

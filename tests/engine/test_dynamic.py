@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from klora.engine.bypass import HookedLayer, Part
-from klora.engine.dynamic import DISTANCES, Chooser, MeasuredPart, Rows, divergence, kl, subsample
+from klora.engine.dynamic import DISTANCES, BatchRows, Chooser, MeasuredPart, divergence, kl, subsample
 from klora.engine.products import LinearProduct, product_of
 from klora.engine.site import Site
 from klora.engine.state import selection_of
@@ -121,7 +121,7 @@ def test_only_conditional_rows_decide(seed: int) -> None:
     module, x = module_of("linear"), input_of("linear", seed)
     pair = delta_of("linear", seed), delta_of("linear", seed + 1)
     alone = [letter(module, x[i : i + 1], measured(module, *pair)) for i in (0, 1)]
-    for i, rows in ((0, Rows(0, 1, 2)), (1, Rows(1, 2, 2))):
+    for i, rows in ((0, BatchRows(0, 1, 2)), (1, BatchRows(1, 2, 2))):
         layer = measured(module, *pair)
         layer[1].chooser.rows = rows
         assert letter(module, x, layer) == alone[i]
@@ -133,7 +133,7 @@ def test_batched_and_split_guidance_agree_whichever_half_comes_first(seed: int) 
     module, x = module_of("linear"), input_of("linear", seed)
     pair = delta_of("linear", seed), delta_of("linear", seed + 1)
     batched = measured(module, *pair)
-    batched[1].chooser.rows = Rows(1, 2, 2)
+    batched[1].chooser.rows = BatchRows(1, 2, 2)
     expected = letter(module, x, batched)
     for order in ((1, 0), (0, 1)):
         layer, part = measured(module, *pair)
@@ -141,7 +141,7 @@ def test_batched_and_split_guidance_agree_whichever_half_comes_first(seed: int) 
         for step in range(3):
             part.chooser.at(step / 3, step)
             for half in order:
-                part.chooser.rows = Rows(0, half, 1)
+                part.chooser.rows = BatchRows(0, half, 1)
                 module(x[half : half + 1])
         layer.detach()
         assert part.chooser.decisions["m"] == [(step / 3, expected) for step in range(3)]
@@ -154,11 +154,11 @@ def test_an_unconditional_call_takes_what_was_decided_before(seed: int) -> None:
     pair = delta_of("linear", seed), delta_of("linear", seed + 1)
     layer, part = measured(module, *pair)
     layer.attach()
-    part.chooser.rows = Rows(0, 1, 1)
+    part.chooser.rows = BatchRows(0, 1, 1)
     module(x[1:])
     before = part._choice
     part.chooser.at(0.5, 1)
-    part.chooser.rows = Rows(0, 0, 1)
+    part.chooser.rows = BatchRows(0, 0, 1)
     module(x[:1])
     assert part._choice is before
     layer.detach()
@@ -257,7 +257,7 @@ def test_kl_is_never_negative_and_zero_for_the_same(tokens: int, seed: int) -> N
 @given(st.integers(0, 8), st.integers(0, 8), st.integers(1, 4), st.integers(1, 3))
 def test_rows_are_found_in_multiples_of_the_batch(before: int, inside: int, after: int, factor: int) -> None:
     whole = before + inside + after
-    rows = Rows(before, before + inside, whole)
+    rows = BatchRows(before, before + inside, whole)
     found = rows.within(whole * factor)
     if inside:
         assert (found.start, found.stop) == (before * factor, (before + inside) * factor)

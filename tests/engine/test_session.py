@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from klora.cache import ScoreCache
-from klora.engine.dynamic import Rows
+from klora.engine.dynamic import BatchRows
 from klora.engine.progress import SamplingPass
 from klora.engine.session import Session
 from klora.engine.site import Site
@@ -216,9 +216,9 @@ def test_what_is_decided_while_sampling_is_kept_for_the_reports(pair: Pair) -> N
     plan = pair.plan(Settings(policy="dynamic", steps=4))
     seen: list[Tensor] = []
 
-    def rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows:
+    def rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchRows:
         seen.append(args[0])
-        return Rows(1, 2, 2)
+        return BatchRows(1, 2, 2)
 
     sites = {name: Site(layer) for name, layer in layers.items()}
     session = Session(pair, plan, sites, None, "the test model", denoiser, rows)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import klora
-from klora.engine.dynamic import Rows
+from klora.engine.dynamic import BatchRows
 from klora.engine.ensemble import weighted_mean
 from klora.errors import SettingsError
 from klora.fusion.policies import POLICIES
@@ -207,7 +207,7 @@ def test_diffusers_batches_the_conditional_rows_last(made: dict) -> None:
         run(pipe, num_inference_steps=1, num_images_per_prompt=3)
     finally:
         handle.remove()
-    assert seen == [Rows(1, 2, 2), None, Rows(3, 6, 6)]
+    assert seen == [BatchRows(1, 2, 2), None, BatchRows(3, 6, 6)]
 
 
 class Evaluation:
@@ -218,13 +218,15 @@ class Evaluation:
 @pytest.mark.parametrize(
     ("whole", "uncond", "batch", "expected"),
     [
-        (2, torch.zeros(1, 77, 8), 2, Rows(0, 1, 2)),
-        (4, {"crossattn": torch.zeros(1, 77, 8), "vector": torch.zeros(1, 8)}, 4, Rows(0, 3, 4)),
+        (2, torch.zeros(1, 77, 8), 2, BatchRows(0, 1, 2)),
+        (4, {"crossattn": torch.zeros(1, 77, 8), "vector": torch.zeros(1, 8)}, 4, BatchRows(0, 3, 4)),
         (4, torch.zeros(2, 77, 8), 2, None),
         (2, torch.zeros(2, 77, 8), 2, None),
     ],
 )
-def test_a1111_batches_the_conditional_rows_first(whole: int, uncond: Any, batch: int, expected: Rows | None) -> None:
+def test_a1111_batches_the_conditional_rows_first(
+    whole: int, uncond: Any, batch: int, expected: BatchRows | None
+) -> None:
     host = A1111Host(None)
     host.evaluation = Evaluation(whole, uncond)
     assert host.conditional_rows((torch.zeros(batch, 4, 2, 2),), {}) == expected
@@ -233,15 +235,15 @@ def test_a1111_batches_the_conditional_rows_first(whole: int, uncond: Any, batch
 @pytest.mark.parametrize(
     ("parts", "batch", "expected"),
     [
-        ([1, 0], 2, Rows(1, 2, 2)),
-        ([0, 1], 4, Rows(0, 2, 4)),
-        ([1, 0, 0], 3, Rows(1, 3, 3)),
-        ([1], 2, Rows(0, 0, 2)),
-        ([0], 2, Rows(0, 2, 2)),
+        ([1, 0], 2, BatchRows(1, 2, 2)),
+        ([0, 1], 4, BatchRows(0, 2, 4)),
+        ([1, 0, 0], 3, BatchRows(1, 3, 3)),
+        ([1], 2, BatchRows(0, 0, 2)),
+        ([0], 2, BatchRows(0, 2, 2)),
         ([], 2, None),
     ],
 )
-def test_forge_says_which_rows_are_conditional(parts: list[int], batch: int, expected: Rows | None) -> None:
+def test_forge_says_which_rows_are_conditional(parts: list[int], batch: int, expected: BatchRows | None) -> None:
     host = ForgeHost(None)
     kwargs = {"transformer_options": {"cond_or_uncond": parts}}
     assert host.conditional_rows((torch.zeros(batch, 4, 2, 2),), kwargs) == expected

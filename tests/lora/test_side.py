@@ -19,7 +19,7 @@ from klora.fusion.scores import score_delta
 from klora.lora.deltas import Delta
 from klora.lora.deltas.computed import SumDelta, low_rank
 from klora.lora.file import LoraFile
-from klora.lora.side import Part, Side, read_side
+from klora.lora.side import Side, WeightedLora, read_side
 from klora.pair import Pair, Pairs
 from klora.settings import Settings
 from tests.support.lora_files import FAMILIES, write_lora
@@ -51,7 +51,7 @@ def cache(tmp_path: Path) -> ScoreCache:
 
 
 def side_of(*parts: tuple[LoraFile, float]) -> Side:
-    return Side(tuple(Part(*part) for part in parts))
+    return Side(tuple(WeightedLora(*part) for part in parts))
 
 
 def test_a_side_of_one_is_the_file_itself(files: list[LoraFile], cache: ScoreCache) -> None:

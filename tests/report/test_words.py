@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from klora.report.picture import describe_share
-from klora.report.words import PLACES, WHEN, _thirds, _when, module_in_words, share_in_words
+from klora.report.words import PLACE_WORDS, WHEN, _thirds, _when, module_in_words, share_in_words
 from tests.support.models import real_shapes
 from tests.support.pairs import ATTENTION, plan_of
 
@@ -43,7 +43,7 @@ def test_a_module_is_told_in_words_from_the_block_inwards(name: str, words: list
 def test_the_attention_of_real_models_is_told_in_known_words_alone(model: str) -> None:
     attention = [name for name in real_shapes(model) if "attn" in name]
     told = {re.sub(r" \d+$", "", word) for name in attention for word in module_in_words(name)}
-    assert told <= {*PLACES}
+    assert told <= {*PLACE_WORDS}
 
 
 def test_the_share_is_told_with_the_time_when_the_subject_acts() -> None:

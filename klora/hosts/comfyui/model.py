@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from klora.engine.dynamic import Rows
+from klora.engine.dynamic import BatchRows
 from klora.engine.site import Site
 from klora.hosts.base import Host
 from klora.hosts.comfyui.plain_weights import with_plain_weight
-from klora.hosts.sites import Weights, is_flux_model, weights_by_host, weights_by_rule, weights_by_table
+from klora.hosts.sites import NamedSites, is_flux_model, weights_by_host, weights_by_rule, weights_by_table
 from klora.lora.model_index import ModelIndex
 from klora.lora.tables import ARCHITECTURE_OF_WIDTH
 
@@ -68,7 +68,7 @@ class ComfyHost(Host):
         parameters = {path: tuple(one.shape) for path, one in self.diffusion_model.named_parameters()}
         return ModelIndex(shapes, self._weights.aliases, self.architecture, parameters=parameters)
 
-    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
+    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchRows | None:
         """The rows of a call's batch that follow the prompt; None for all of them.
 
         ComfyUI says of each equal part of the batch which conditioning it is for, by its id, and which of the guider's
@@ -82,7 +82,7 @@ class ComfyHost(Host):
         by_id = bool(self._positive) and len(ids) == count
         found = [i for i in range(count) if (ids[i] in self._positive if by_id else lists[i] == 0)]
         size = batch // count
-        return Rows(found[0] * size, (found[-1] + 1) * size, batch) if found else Rows(0, 0, batch)
+        return BatchRows(found[0] * size, (found[-1] + 1) * size, batch) if found else BatchRows(0, 0, batch)
 
     @property
     def _unet_config(self) -> Mapping[str, Any]:
@@ -100,7 +100,7 @@ class ComfyHost(Host):
         }
 
     @cached_property
-    def _weights(self) -> Weights:
+    def _weights(self) -> NamedSites:
         if self._unet_names:
             return weights_by_table(self.diffusion_model, self._unet_names)
         if self.architecture is not None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from klora.engine.compiled import as_written, written_path
-from klora.engine.dynamic import Rows
+from klora.engine.dynamic import BatchRows
 from klora.engine.site import Site, module_shape
 from klora.errors import KloraError
 from klora.hosts.base import Host
@@ -126,7 +126,7 @@ class DiffusersHost(Host):
             for name, site in _sites(as_written(encoder))
         }
 
-    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
+    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchRows | None:
         """The rows that follow the prompt in a call of the denoiser.
 
         Where guidance takes one call, its batch is the latents twice: tensors [unconditional, conditional], lists
@@ -140,8 +140,8 @@ class DiffusersHost(Host):
             return None
         if isinstance(latents, list):
             twice = all(torch.equal(*both) for both in zip(latents[:half], latents[half:], strict=True))
-            return Rows(0, half, batch) if twice else None
-        return Rows(half, batch, batch) if torch.equal(latents[:half], latents[half:]) else None
+            return BatchRows(0, half, batch) if twice else None
+        return BatchRows(half, batch, batch) if torch.equal(latents[:half], latents[half:]) else None
 
     def condition(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         """What calls of the denoiser with one conditioning have in common; a new object where that is unknown."""

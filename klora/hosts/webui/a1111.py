@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from klora.balance.mixture import Kind, Mixture
-from klora.engine.dynamic import Rows
+from klora.balance.mixture import Mixture, Prediction
+from klora.engine.dynamic import BatchRows
 from klora.hosts.sites import third_of, weight_shape
 from klora.hosts.text_tensors import host_tensors, kohya_text_key
 from klora.hosts.webui.host import WebuiHost
@@ -63,7 +63,7 @@ class A1111Host(WebuiHost):
         finally:
             networks.loaded_networks[:] = [net for net in networks.loaded_networks if net not in added]
 
-    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
+    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchRows | None:
         """The host batches [conditional …, unconditional]; where it makes several calls, a conditional one comes first.
 
         None where the call is not the whole evaluation: then the first call decides.
@@ -73,7 +73,7 @@ class A1111Host(WebuiHost):
         if isinstance(unconditional, Mapping):
             unconditional = unconditional["crossattn"]
         conditional = whole - len(unconditional)
-        return Rows(0, conditional, whole) if batch == whole and conditional > 0 else None
+        return BatchRows(0, conditional, whole) if batch == whole and conditional > 0 else None
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode with the host's VAE; its own way to decode lets no gradient pass."""
@@ -86,7 +86,7 @@ class A1111Host(WebuiHost):
         """Samplers of k-diffusion are told σ, those of CompVis (DDIM and its kin) a timestep; SD3 is a flow."""
         if getattr(self.sd_model, "is_sd3", False):
             return Mixture(1 - level, level, "flow")
-        kind: Kind = "v_prediction" if getattr(self.sd_model, "parameterization", "eps") == "v" else "epsilon"
+        kind: Prediction = "v_prediction" if getattr(self.sd_model, "parameterization", "eps") == "v" else "epsilon"
         if not hasattr(denoiser, "alphas"):
             return Mixture.at_level(level, kind)
         alpha = float(denoiser.alphas[round(level)])

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from klora.balance.mixture import Kind, Mixture
-from klora.engine.dynamic import Rows
+from klora.balance.mixture import Mixture, Prediction
+from klora.engine.dynamic import BatchRows
 from klora.engine.site import Site
 from klora.errors import KloraError, MismatchError
 from klora.hosts.text_tensors import host_tensors, text_keys
@@ -21,7 +21,7 @@ from klora.hosts.webui.forge_weights import with_plain_weight
 from klora.hosts.webui.host import WebuiHost, trainable_copy
 from klora.hosts.webui.text_encoder import TextPart
 
-_KINDS: Mapping[str, Kind] = {
+_PREDICTIONS: Mapping[str, Prediction] = {
     "epsilon": "epsilon",
     "v_prediction": "v_prediction",
     "const": "flow",
@@ -97,7 +97,7 @@ class ForgeHost(WebuiHost):
             if objects.clip is clip:
                 objects.clip = before
 
-    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Rows | None:
+    def conditional_rows(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> BatchRows | None:
         """The host says of each equal part of the batch whether it is conditional (0) or not (1), in its own order.
 
         A call that is unconditional alone may come first.
@@ -107,8 +107,8 @@ class ForgeHost(WebuiHost):
             return None
         size, conditional = len(args[0]) // len(parts), [i for i, part in enumerate(parts) if part == 0]
         if not conditional:
-            return Rows(0, 0, len(args[0]))
-        return Rows(conditional[0] * size, (conditional[-1] + 1) * size, len(args[0]))
+            return BatchRows(0, 0, len(args[0]))
+        return BatchRows(conditional[0] * size, (conditional[-1] + 1) * size, len(args[0]))
 
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Decode with a copy of the host's VAE, whose weights are made in inference mode, where they lie."""
@@ -124,7 +124,7 @@ class ForgeHost(WebuiHost):
             named = {predictor.prediction_type}
         else:
             named = {kind.__name__ for kind in type(model.model_sampling).__mro__}
-        kind = next((ours for theirs, ours in _KINDS.items() if theirs in named), None)
+        kind = next((ours for theirs, ours in _PREDICTIONS.items() if theirs in named), None)
         if kind is None:
             raise KloraError(f"{self.model_name} predicts {', '.join(named)}, which is not known here")
         return Mixture(1 - level, level, kind) if kind == "flow" else Mixture.at_level(level, kind)

@@ -22,7 +22,7 @@ from klora.balance.mixture import Mixture
 from klora.engine.site import Site
 from klora.errors import MismatchError
 from klora.hosts.base import Host
-from klora.hosts.sites import Weights, is_flux_model, weights_by_host, weights_by_rule
+from klora.hosts.sites import NamedSites, is_flux_model, weights_by_host, weights_by_rule
 from klora.hosts.webui.checkpoints import made_for, two_models
 from klora.hosts.webui.text_encoder import TextPart
 from klora.lora.model_index import ModelIndex
@@ -84,7 +84,7 @@ class WebuiHost(Host):
             raise
 
     @cached_property
-    def _weights(self) -> Weights:
+    def _weights(self) -> NamedSites:
         if self.architecture is not None:
             return weights_by_rule(self.diffusion_model)
         return weights_by_host(self.diffusion_model, self.lora_keys())

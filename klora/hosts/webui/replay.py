@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from klora.balance.judge import ALONE, Denoise, Who
 from klora.balance.mixture import Mixture
-from klora.engine.dynamic import Rows
+from klora.engine.dynamic import BatchRows
 from klora.engine.session import Session
 from klora.errors import KloraError
 from klora.hosts.rows import rows_of
@@ -80,10 +80,10 @@ class Recording:
     def _call(self, tau: float, level: float, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call | None:
         rows = self._host.conditional_rows(args, kwargs)
         if rows is None:
-            rows = Rows(0, len(args[0]), len(args[0]))
+            rows = BatchRows(0, len(args[0]), len(args[0]))
         if not rows:
             return None
-        first = Rows(rows.start, rows.start + 1, rows.of)
+        first = BatchRows(rows.start, rows.start + 1, rows.of)
         options = kwargs.get("transformer_options")
         if isinstance(options, Mapping) and "cond_or_uncond" in options:
             kwargs = {**kwargs, "transformer_options": {**options, "cond_or_uncond": [0]}}

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import klora
-from klora.engine.dynamic import Rows
+from klora.engine.dynamic import BatchRows
 from klora.errors import KloraError
 from klora.hosts.diffusers.pipeline import TEXT_ENCODERS, DiffusersHost
 from klora.lora.file import LoraFile
@@ -241,9 +241,9 @@ def test_policies_that_look_at_calls_take_lists_two_calls_and_one_batch(name: st
 
 
 @pytest.mark.parametrize(
-    ("name", "rows"), [("z_image", Rows(0, 1, 2)), ("sana", Rows(1, 2, 2)), ("chroma", None), ("flux2", None)]
+    ("name", "rows"), [("z_image", BatchRows(0, 1, 2)), ("sana", BatchRows(1, 2, 2)), ("chroma", None), ("flux2", None)]
 )
-def test_the_rows_that_follow_the_prompt_are_found(name: str, rows: Rows | None) -> None:
+def test_the_rows_that_follow_the_prompt_are_found(name: str, rows: BatchRows | None) -> None:
     pipe, options = make(name)
     host, seen = DiffusersHost(pipe), []
     handle = pipe.transformer.register_forward_pre_hook(
