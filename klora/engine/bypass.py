@@ -22,22 +22,39 @@ def unchanged(x: Tensor, y: Tensor) -> Tensor:
     return y
 
 
+Both = tuple[float, float]
+"""A number for subject and style each."""
+Biases = tuple[Tensor | None, Tensor | None]
+"""What subject and style add to a bias."""
+
+
 @dataclass
 class Part:
-    """What may act at one site: `operands` in the order subject, style; `strengths` is what of each acts now."""
+    """What may act at one site: `operands` in the order subject, style; `strengths` is what of each acts now.
+
+    `biases` are what each LoRA adds to the module's bias, fp32 (out,) of the site, None where either has none;
+    `bias_strengths` is what of these acts, which differs where a policy has made other operands of both.
+    """
 
     operands: tuple[Product | None, Product | None]
-    strengths: tuple[float, float] = (0.0, 0.0)
+    strengths: Both = (0.0, 0.0)
+    biases: Biases = (None, None)
+    bias_strengths: Both = (0.0, 0.0)
     measured: ClassVar[bool] = False
     """Whether what acts is decided in the forward itself."""
 
     @property
+    def any_operand(self) -> Product:
+        """One of the operands, all of which lie at the same site."""
+        return next(operand for operand in self.operands if operand is not None)
+
+    @property
     def module(self) -> nn.Module:
         """The module that it lies in."""
-        module: nn.Module = next(operand for operand in self.operands if operand is not None).site.module
+        module: nn.Module = self.any_operand.site.module
         return module
 
-    def set(self, strengths: tuple[float, float]) -> bool:
+    def set(self, strengths: Both) -> bool:
         """Make each operand act with its strength; 0 switches it off. False where nothing changes by it."""
         if strengths == self.strengths:
             return False
@@ -46,6 +63,16 @@ class Part:
                 operand.set_acting(bool(strength))
         self.strengths = strengths
         return True
+
+    def set_biases(self, strengths: Both) -> bool:
+        """Make each LoRA's change of the bias act with its strength. False where nothing changes by it."""
+        before, self.bias_strengths = self.bias_strengths, strengths
+        return before != strengths and any(bias is not None for bias in self.biases)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """What is added to the bias now, fp32 (out,); None where nothing is."""
+        return summed(self.biases, self.bias_strengths)
 
     @property
     def acting(self) -> list[tuple[Product, float]]:
@@ -61,7 +88,16 @@ class Part:
 
     def adders(self, device: torch.device, dtype: torch.dtype) -> list[Add]:
         """What adds all that acts to an output there."""
-        return [operand.adder(device, dtype, strength) for operand, strength in self.acting]
+        adders = [operand.adder(device, dtype, strength) for operand, strength in self.acting]
+        bias = self.bias
+        return adders if bias is None else [*adders, self.any_operand.bias_adder(bias, device, dtype)]
+
+
+def summed(biases: Biases, strengths: Both) -> Tensor | None:
+    """Σ s·Δb of what acts, fp32; None where nothing does."""
+    pairs = zip(biases, strengths, strict=True)
+    terms = [bias * strength for bias, strength in pairs if bias is not None and strength]
+    return torch.stack(terms).sum(0) if terms else None
 
 
 class Uncopied:
@@ -131,7 +167,7 @@ class HookedLayer:
             for part in self.parts:
                 part.ready(device, dtype)
             self._ready = (device, dtype)
-        self.hook.add = _in_turn([add for part in self.parts for add in part.adders(device, dtype)])
+        self.hook.add = in_turn([add for part in self.parts for add in part.adders(device, dtype)])
         self.hook.device, self.hook.dtype = device, dtype
 
 
@@ -146,7 +182,8 @@ def drop(module: nn.Module, hook: object) -> None:
             module._forward_hooks_always_called.pop(place, None)
 
 
-def _in_turn(adders: Sequence[Add]) -> Add:
+def in_turn(adders: Sequence[Add]) -> Add:
+    """One function of several."""
     if len(adders) < 2:
         return adders[0] if adders else unchanged
 

@@ -1,8 +1,8 @@
 """Selection by what the LoRAs do to a layer's output, after Dynamic Training-Free Fusion (arXiv 2602.15539).
 
 The normalisation behind the published divergence is not known; this is an interpretation of it:
-y = W0·x + b; y_c = y + s_c·ΔW_c·x; y_s likewise; D = distance(y, y_lora), the mean over tokens; the subject is active
-iff D_c ≥ D_s. For KL, p = softmax over the output channels of each token, in fp32.
+y = W0·x + b; y_c = y + s_c·(ΔW_c·x + Δb_c); y_s likewise; D = distance(y, y_lora), the mean over tokens; the subject
+is active iff D_c ≥ D_s. For KL, p = softmax over the output channels of each token, in fp32.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from klora.engine.bypass import Part, unchanged
+from klora.engine.bypass import Part, in_turn, summed, unchanged
 from klora.engine.products import Add, Product
 from klora.settings import Settings
 
@@ -116,20 +116,9 @@ class Chooser:
         """Whether the call under way has rows that follow the prompt."""
         return self.rows is None or bool(self.rows)
 
-    @torch.no_grad()
-    def subject_diverges_more(
-        self, x: Tensor, y: Tensor, operands: tuple[Product, Product], strengths: tuple[float, float]
-    ) -> bool:
-        """Compare D_c ≥ D_s for a layer's input x and base output y."""
-        if self.rows:
-            x, y = x[self.rows.within(len(x))], y[self.rows.within(len(y))]
-        take = subsample(operands[0].count(y), self.tokens, y.device)
-        base = operands[0].base_tokens(y, take)
-        D_c, D_s = (
-            divergence(self.distance, base, operand.at_tokens(x, y, take, strength))
-            for operand, strength in zip(operands, strengths, strict=True)
-        )
-        return bool(D_c >= D_s)
+    def conditional(self, tensor: Tensor) -> Tensor:
+        """The rows of a tensor that decide."""
+        return tensor[self.rows.within(len(tensor))] if self.rows else tensor
 
 
 @dataclass(frozen=True)
@@ -179,6 +168,9 @@ class MeasuredPart(Part):
                 (winner, loser), strength = sides[not choice.subject], self.strengths[not choice.subject]
                 loser.set_acting(False)
                 chosen = winner.adder(device, dtype, strength) if strength else unchanged
+                bias = summed(self.biases, (strength, 0.0) if choice.subject else (0.0, strength))
+                if bias is not None:
+                    chosen = in_turn([chosen, winner.bias_adder(bias, device, dtype)])
             self._note(choice)
             return chosen(x, y)
 
@@ -189,9 +181,22 @@ class MeasuredPart(Part):
         both = not chooser.alone
         if self._choice is None or self._choice.both is not both or self._is_over(self._choice):
             # Where only one may act at all, there is nothing to measure.
-            subject = chooser.subject_diverges_more(x, y, operands, self.strengths) if both else not self.strengths[1]
+            subject = self._subject_diverges_more(x, y, operands) if both else not self.strengths[1]
             self._choice = Choice(chooser.sampling, chooser.step, chooser.sees_condition, subject, both)
         return self._choice
+
+    @torch.no_grad()
+    def _subject_diverges_more(self, x: Tensor, y: Tensor, operands: tuple[Product, Product]) -> bool:
+        """Compare D_c ≥ D_s for a layer's input x and base output y."""
+        chooser = self.chooser
+        x, y = chooser.conditional(x), chooser.conditional(y)
+        take = subsample(operands[0].count(y), chooser.tokens, y.device)
+        base = operands[0].base_tokens(y, take)
+        D_c, D_s = (
+            divergence(chooser.distance, base, _shift(operand.at_tokens(x, y, take, strength), bias, strength))
+            for operand, bias, strength in zip(operands, self.biases, self.strengths, strict=True)
+        )
+        return bool(D_c >= D_s)
 
     def _is_over(self, choice: Choice) -> bool:
         chooser = self.chooser
@@ -210,3 +215,8 @@ class MeasuredPart(Part):
                 noted[-1] = entry
         else:
             noted.append(entry)
+
+
+def _shift(change: Tensor, bias: Tensor | None, strength: float) -> Tensor:
+    """What a LoRA does at tokens (T, out), its bias included."""
+    return change if bias is None else change + strength * bias.to(change.device)

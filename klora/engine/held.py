@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 
 from klora.engine.bypass import HookedLayer, Part, Uncopied, drop
+from klora.engine.parameters import HeldParameter
 from klora.engine.weights import preparing
 from klora.errors import KloraError
 
@@ -42,8 +43,9 @@ class PlainState(Uncopied):
 
     def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
         """Give W0 in the place of W′."""
-        if self.layer.base is not None and f"{prefix}weight" in state:
-            state[f"{prefix}weight"] = self.layer.base
+        for leaf, base in (("weight", self.layer.base), ("bias", self.layer.bias and self.layer.bias.base)):
+            if base is not None and f"{prefix}{leaf}" in state:
+                state[f"{prefix}{leaf}"] = base
 
 
 class HeldLayer:
@@ -56,6 +58,8 @@ class HeldLayer:
         """Whether the module has been called since `expect`."""
         self.base: Tensor | None = None
         """W0, while W′ stands in its place."""
+        changes_bias = any(bias is not None for part in parts for bias in part.biases)
+        self.bias = HeldParameter(module, "bias") if changes_bias else None
         self._parameter = weight_of(module)
         self._formed: Tensor | None = None
         self._version = 0
@@ -101,9 +105,20 @@ class HeldLayer:
             acts = any(part.acting for part in self.parts)
             self._formed = merged(self.base, self.parts) if acts else self.base
             self._swap(self._formed)
+        if self.bias:
+            self.bias.point(self._bias_change)
+
+    def _bias_change(self, base: Tensor) -> Tensor:
+        change = torch.zeros(base.shape, dtype=torch.float32, device="cpu")
+        for part in self.parts:
+            if (bias := part.bias) is not None:
+                change[slice(*(part.any_operand.site.rows or (0, len(base))))] += bias
+        return change
 
     def _point_back(self) -> None:
         base, formed, self.base, self._formed = self.base, self._formed, None, None
+        if self.bias:
+            self.bias.point_back()
         if base is None or formed is None:
             return
         if self.module._parameters.get("weight") is not self._parameter:

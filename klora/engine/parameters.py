@@ -1,4 +1,4 @@
-"""Parameters that a LoRA changes beside the weights of its modules: biases, norms, modulations, tables.
+"""Parameters that a LoRA changes beside the weights of its modules: norms, modulations, tables; biases in `held`.
 
 They are small. W′ = W0 + Σ s·ΔW is formed in fp32 and rounded once; the parameter's data points at it and is pointed
 back at W0, whose storage is never written.
@@ -6,148 +6,103 @@ back at W0, whose storage is never written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from klora.engine.site import Site
 from klora.engine.weights import preparing
-from klora.errors import MismatchError
-from klora.lora.deltas import Delta
 from klora.lora.parameters import ParameterDelta
 
 Change = Callable[[Tensor], Tensor]
-"""From W0 to the difference ΔW of a LoRA, fp32 in its shape."""
-
-
+"""From W0 to its difference, fp32 in its shape."""
 Sum = Sequence[tuple[ParameterDelta, float]]
-"""What a side makes of a parameter: its LoRAs' differences, each with a weight."""
+"""What acts on a parameter: differences of LoRAs, each with what it is multiplied by."""
+
+_MOVING = ("group_offloading", "layerwise_casting")
+"""diffusers' hooks that exchange the data of parameters at each forward."""
 
 
 class HeldParameter:
-    """One parameter of a module, which points at W′ while a session is attached."""
+    """One parameter of a module, which points at W′ while that is wanted."""
 
-    def __init__(self, module: Any, leaf: str, changes: Sequence[tuple[Change | None, Change | None]]) -> None:
-        """Take the parameter `leaf` of `module`, and for each of what is to change it that of subject and style.
+    def __init__(self, module: Any, leaf: str) -> None:
+        self._module, self._leaf = module, leaf
+        self.base: Tensor | None = None
+        """W0, while W′ stands in its place."""
+        self._version = 0
 
-        Raises MismatchError where it is not a plain tensor.
-        """
-        self._module, self._leaf, self._changes = module, leaf, changes
-        self._strengths = [(0.0, 0.0)] * len(changes)
-        self._base: Tensor | None = None
-        parameter = getattr(module, leaf)
-        if not isinstance(parameter, nn.Parameter) or not parameter.is_floating_point() or parameter.is_meta:
-            raise MismatchError(
-                f"a LoRA changes the {leaf} of a {type(module).__name__}, which does not show it (quantised or"
-                " offloaded); use an unquantised model without sequential offload"
-            )
+    @property
+    def _parameter(self) -> nn.Parameter:
+        parameter: nn.Parameter = getattr(self._module, self._leaf)
+        return parameter
 
-    def set(self, place: int, strengths: tuple[float, float]) -> None:
-        """Let the change number `place` act with these strengths of subject and style."""
-        if self._strengths[place] != strengths:
-            self._strengths[place] = strengths
-            if self._base is not None:
-                self._point(self._base)
-
-    def attach(self) -> None:
-        """Point at W′; does nothing where that is done."""
-        if self._base is None:
-            self._base = getattr(self._module, self._leaf).data
-            self._point(self._base)
-
-    def detach(self) -> None:
-        """Point back at W0, wherever the model has gone meanwhile; does nothing where that is done."""
-        base, self._base = self._base, None
-        if base is not None:
-            parameter = getattr(self._module, self._leaf)
-            parameter.data = base.to(parameter.device)
-
-    def _point(self, base: Tensor) -> None:
-        parameter = getattr(self._module, self._leaf)
+    def point(self, change: Change) -> None:
+        """Point at W0 + change(W0)."""
+        parameter = self._parameter
+        if self.base is None or parameter._version != self._version:
+            # Whatever is loaded into the model meanwhile is its own from then on.
+            self.base, self._version = parameter.data, parameter._version
         with preparing():
-            total = base.float()
-            for pair, strengths in zip(self._changes, self._strengths, strict=True):
-                for change, strength in zip(pair, strengths, strict=True):
-                    if change is not None and strength:
-                        total = total + strength * change(base).to(total.device)
-            parameter.data = total.to(parameter.device, base.dtype)
+            total = self.base.float() + change(self.base).to(self.base.device)
+            # In fp8, which layers cast at each forward, a small difference would be rounded away.
+            dtype = self.base.dtype if self.base.dtype.itemsize > 1 else torch.float32
+            parameter.data = total.to(parameter.device, dtype)
+
+    def point_back(self) -> None:
+        """Point at W0, wherever the model has gone meanwhile; does nothing where that is done."""
+        base, self.base = self.base, None
+        parameter = self._parameter
+        if base is not None and parameter._version == self._version:
+            parameter.data = base.to(parameter.device)
 
 
 class HeldParameters:
-    """All of a session's."""
+    """All of a session's that are no biases: they act all the time."""
 
     def __init__(self) -> None:
-        self._held: list[HeldParameter] = []
-        self._biases: dict[str, tuple[HeldParameter, int]] = {}
+        self._held: list[tuple[HeldParameter, Change]] = []
 
-    def add_biases(self, sites: Mapping[str, Site], pairs: Mapping[str, tuple[Delta | None, Delta | None]]) -> None:
-        """Take the biases of modules that have one, of which several may lie in one, by the deltas of both sides."""
-        modules: dict[int, list[str]] = {}
-        for name, pair in pairs.items():
-            if name in sites and sites[name].has_bias and any(delta and delta.bias for delta in pair):
-                modules.setdefault(id(sites[name].module), []).append(name)
-        for names in modules.values():
-            changes = []
-            for name in names:
-                subject, style = (_bias(delta, sites[name].rows) for delta in pairs[name])
-                changes.append((subject, style))
-            held = HeldParameter(sites[names[0]].module, "bias", changes)
-            self._held.append(held)
-            self._biases |= {name: (held, place) for place, name in enumerate(names)}
-
-    def add(
-        self,
-        model: nn.Module,
-        pairs: Mapping[str, tuple[Sum, Sum]],
-        strengths: Callable[[Sum, Sum], tuple[float, float]],
-    ) -> None:
-        """Take parameters of a model by their path, to act all the time with the `strengths` of subject and style."""
-        for path, (subject, style) in pairs.items():
+    def add(self, model: nn.Module, sums: Mapping[str, Sum]) -> None:
+        """Take parameters of a model by their path, and what acts on each."""
+        for path, terms in sums.items():
             owner, _, leaf = path.rpartition(".")
-            held = HeldParameter(model.get_submodule(owner), leaf, [(_sum(subject), _sum(style))])
-            held.set(0, strengths(subject, style))
-            self._held.append(held)
-
-    def set(self, name: str, strengths: tuple[float, float]) -> None:
-        """Let what a module's deltas do to its bias act with these strengths."""
-        if name in self._biases:
-            held, place = self._biases[name]
-            held.set(place, strengths)
+            self._held.append((HeldParameter(model.get_submodule(owner), leaf), _sum(terms)))
 
     def attach(self) -> None:
-        """Point all at W′."""
-        for held in self._held:
-            held.attach()
+        """Point all at W′; does nothing where that is done."""
+        for held, change in self._held:
+            if held.base is None:
+                held.point(change)
 
     def detach(self) -> None:
         """Point all back at W0."""
-        for held in self._held:
-            held.detach()
+        for held, _ in self._held:
+            held.point_back()
 
 
-def _sum(terms: Sum) -> Change | None:
-    if not terms:
-        return None
+def unheld(model: nn.Module, paths: Iterable[str]) -> frozenset[str]:
+    """Which of these of a model's parameters cannot point at something else: stored packed, moved at each forward."""
+    return frozenset(path for path in paths if _is_out_of_reach(model, path))
 
+
+def _is_out_of_reach(model: nn.Module, path: str) -> bool:
+    found: Any = model
+    for name in path.split("."):
+        hooks = getattr(getattr(found, "_diffusers_hook", None), "hooks", {})
+        if any(kind in hooks for kind in _MOVING):
+            return True
+        found = getattr(found, name, None)
+    if found is None:
+        # What the model does not have is said elsewhere.
+        return False
+    plain = isinstance(found, nn.Parameter) and type(found.data) is Tensor
+    return not plain or not found.is_floating_point() or found.is_meta
+
+
+def _sum(terms: Sum) -> Change:
     def change(base: Tensor) -> Tensor:
         return torch.stack([delta.change(base) * weight for delta, weight in terms]).sum(0)
-
-    return change
-
-
-def _bias(delta: Delta | None, rows: tuple[int, int] | None) -> Change | None:
-    bias = delta.bias if delta else None
-    if bias is None:
-        return None
-    # Small, and wanted at each switch.
-    own = bias.change()
-
-    def change(base: Tensor) -> Tensor:
-        start, stop = rows or (0, len(base))
-        whole = torch.zeros(base.shape, dtype=torch.float32, device="cpu")
-        whole[start:stop] = own
-        return whole
 
     return change

@@ -143,6 +143,15 @@ class Product(ABC):
         if not acts:
             self.source.release()
 
+    def bias_adder(self, bias: Tensor, device: torch.device, dtype: torch.dtype) -> Add:
+        """What adds a `bias` (out of this site,) to an output there."""
+        change = self._beside_rows(bias.to(device, dtype))
+        return lambda x, y: self._add_rows(change, y, 1.0)
+
+    def _beside_rows(self, bias: Tensor) -> Tensor:
+        """A bias in a shape that can be added to the site's rows of y."""
+        return bias
+
     def _with(self, make: Callable[[Chain], Add], device: torch.device, dtype: torch.dtype) -> Add:
         """The adder that `make` makes of a chain: once, or where no chain is kept for each forward."""
         chain = self.source.kept(device, dtype)
@@ -265,19 +274,26 @@ class ConvProduct(Product):
 
     def _flat(self, chain: Chain, dtype: torch.dtype, strength: float) -> Add:
         steps, alpha = self._steps(chain), strength * chain.factor
-        start, stop = self.site.rows or (0, self.site.shape[0])
 
         def add(x: Tensor, y: Tensor) -> Tensor:
             change = as_dtype(x, dtype)
             for step in steps:
                 change = step(change)
-            if watched(change, y):
-                around = (*(2 * self._dims * (0,)), start, y.shape[-1 - self._dims] - stop)
-                return y + F.pad(change * alpha, around)
-            y.narrow(-1 - self._dims, start, stop - start).add_(change, alpha=alpha)
-            return y
+            return self._add_rows(change, y, alpha)
 
         return add
+
+    def _beside_rows(self, bias: Tensor) -> Tensor:
+        return bias.reshape(-1, *self._dims * (1,))
+
+    def _add_rows(self, change: Tensor, y: Tensor, strength: float) -> Tensor:
+        """Add strength·change to the site's channels of y."""
+        start, stop = self.site.rows or (0, self.site.shape[0])
+        if watched(change, y):
+            around = (*(2 * self._dims * (0,)), start, y.shape[-1 - self._dims] - stop)
+            return y + F.pad(change * strength, around)
+        y.narrow(-1 - self._dims, start, stop - start).add_(change, alpha=strength)
+        return y
 
     def at_tokens(self, x: Tensor, y: Tensor, take: Tensor, strength: float) -> Tensor:
         """The same at some tokens."""

@@ -9,15 +9,15 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from klora.engine.bypass import Part
+from klora.engine.bypass import Biases, Part
 from klora.engine.compiled import Calls
 from klora.engine.dynamic import BatchRows, Chooser, MeasuredPart
 from klora.engine.joined import SharedInput, shared_inputs
 from klora.engine.layers import Layers, Say
 from klora.engine.left_out import left_out
-from klora.engine.parameters import HeldParameters
+from klora.engine.parameters import HeldParameters, Sum, unheld
 from klora.engine.products import LinearProduct, Product, product_of
 from klora.engine.progress import SamplingPass
 from klora.engine.site import Site
@@ -87,7 +87,7 @@ class Session(SessionState):
         self._conditional = conditional
         looks = denoiser is not None and self._chooser and conditional
         self._watch = Calls(denoiser, self._look_at) if denoiser is not None and looks else None
-        self.left_out = left_out(pair, sites, text_sites or {})
+        self.left_out = left_out(pair, sites, text_sites or {}, denoiser)
         shapes = {name: site.shape for name, site in sites.items()}
         for lora in pair.loras:
             check_model(lora, shapes, model)
@@ -96,7 +96,7 @@ class Session(SessionState):
         self._weights = KEPT.of(pair)
         self._combined = self._weights.combined(plan.settings)
         with preparing():
-            self._parts = self._bind(sites, self._deltas)
+            self._parts = self._bind(sites, self._deltas, self._own_deltas)
             plan.policy.check_model(self._parts)
             if not plan.windows.always:
                 made = {name: site for name, site in sites.items() if name in self._mixed}
@@ -104,7 +104,8 @@ class Session(SessionState):
             self._join()
             text = self._bind_text(text_sites or {})
             self._parameters = HeldParameters()
-            self._hold_parameters(sites, text_sites or {}, denoiser)
+            if denoiser is not None:
+                self._parameters.add(denoiser, self._other_changes(denoiser))
         apart = {f"{name}{ALONE_MARK}": part for name, part in self._apart.items()}
         self._layers = Layers({**self._parts, **apart}, denoiser, self._engine, self._room, say)
         self._text_layers = [*self._of_text_encoders(text, text_encoders, say)]
@@ -231,11 +232,10 @@ class Session(SessionState):
                 if self._apart[name].set(self._strengths(active) if alone else NEITHER):
                     changed.append(f"{name}{ALONE_MARK}")
                 acting = NEITHER if alone else active
-            if part.set(acting if name in self._folded else self._strengths(acting)):
-                changed.append(name)
             # What a policy makes of two weights has no biases: then both act.
-            both = name in self._mixed and not alone
-            self._parameters.set(name, self._strengths(among if both else active))
+            biases = part.set_biases(self._strengths(among if name in self._mixed and not alone else active))
+            if part.set(acting if name in self._folded else self._strengths(acting)) or biases:
+                changed.append(name)
         self._layers.changed(changed)
 
     def _strengths(self, active: Active) -> tuple[float, float]:
@@ -262,24 +262,30 @@ class Session(SessionState):
     def _own_deltas(self, name: str) -> tuple[Delta | None, Delta | None]:
         return self.pair.subject.modules.get(name), self.pair.style.modules.get(name)
 
-    def _part(self, name: str, operands: tuple[Product | None, Product | None]) -> Part:
+    def _part(self, name: str, operands: tuple[Product | None, Product | None], biases: Biases) -> Part:
         subject, style = operands
         module = self.plan.by_name.get(name)
         if self._chooser and subject and style and module and module.rho is not None:
-            return MeasuredPart(operands, chooser=self._chooser, name=name)
-        return Part(operands)
+            return MeasuredPart(operands, biases=biases, chooser=self._chooser, name=name)
+        return Part(operands, biases=biases)
 
     def _operand(self, delta: Delta | None, site: Site) -> Product | None:
         return None if delta is None else product_of(delta, site, self._weights.of(delta), self._room)
 
     def _bind(
-        self, sites: Mapping[str, Site], deltas: Callable[[str], tuple[Delta | None, Delta | None]]
+        self,
+        sites: Mapping[str, Site],
+        deltas: Callable[[str], tuple[Delta | None, Delta | None]],
+        biased: Callable[[str], tuple[Delta | None, Delta | None]] = lambda name: (None, None),
     ) -> dict[str, Part]:
+        """The parts of sites in which the `deltas` act, with the biases of the `biased`."""
         parts = {}
         for name, site in sites.items():
             subject, style = deltas(name)
             if subject is not None or style is not None:
-                parts[name] = self._part(name, (self._operand(subject, site), self._operand(style, site)))
+                ours, theirs = (_bias(delta) if site.has_bias else None for delta in biased(name))
+                operands = self._operand(subject, site), self._operand(style, site)
+                parts[name] = self._part(name, operands, (ours, theirs))
         return parts
 
     def _join(self) -> None:
@@ -296,28 +302,24 @@ class Session(SessionState):
                         product.share(shared, place)
                     self._shared.append(shared)
 
-    def _hold_parameters(
-        self, sites: Mapping[str, Site], text_sites: Mapping[str, Site], model: nn.Module | None
-    ) -> None:
-        """Take what the files change beside weights; what they change there of both files is a sum all the time."""
-        subject, style = self.pair.subject, self.pair.style
-        names = {**subject.modules, **style.modules, **subject.text_encoder, **style.text_encoder}
-        deltas = {
-            name: (
-                subject.modules.get(name) or subject.text_encoder.get(name),
-                style.modules.get(name) or style.text_encoder.get(name),
-            )
-            for name in names
-        }
-        self._parameters.add_biases({**text_sites, **sites}, deltas)
-        for name, active in self.pair.text_encoder_active(self.plan.settings).items():
-            self._parameters.set(name, self._strengths(active))
+    def _other_changes(self, model: nn.Module) -> dict[str, Sum]:
+        """What the files change beside modules, by path; of both files it is a sum, as other layers are."""
+        subject, style = self.pair.subject.parameters, self.pair.style.parameters
         known = self.pair.model.parameters if self.pair.model else {}
-        paths = [path for path in {**subject.parameters, **style.parameters} if path in known]
-        if model is not None and paths:
-            pairs = {path: (subject.parameters.get(path, ()), style.parameters.get(path, ())) for path in paths}
-            role = ROLES[self.plan.settings.other_layers]
-            self._parameters.add(model, pairs, lambda *both: self._strengths(role if all(both) else BOTH))
+        paths = [path for path in {**subject, **style} if path in known]
+        sums: dict[str, Sum] = {}
+        for path in sorted({*paths} - unheld(model, paths)):
+            both = subject.get(path, ()), style.get(path, ())
+            strengths = self._strengths(ROLES[self.plan.settings.other_layers] if all(both) else BOTH)
+            terms = [
+                (delta, weight * strength)
+                for side, strength in zip(both, strengths, strict=True)
+                for delta, weight in side
+                if strength
+            ]
+            if terms:
+                sums[path] = terms
+        return sums
 
     def _bind_text(self, sites: Mapping[str, Site]) -> dict[str, Part]:
         subject, style = self.pair.subject.text_encoder, self.pair.style.text_encoder
@@ -325,9 +327,14 @@ class Session(SessionState):
         for lora in self.pair.loras:
             _check_text_encoder(lora, sites)
         used = {name: site for name, site in sites.items() if any(active.get(name, ()))}
-        parts = self._bind(used, lambda name: (subject.get(name), style.get(name)))
+
+        def deltas(name: str) -> tuple[Delta | None, Delta | None]:
+            return subject.get(name), style.get(name)
+
+        parts = self._bind(used, deltas, deltas)
         for name, part in parts.items():
             part.set(self._strengths(active[name]))
+            part.set_biases(self._strengths(active[name]))
         return parts
 
     def _of_text_encoders(self, parts: Mapping[str, Part], encoders: Sequence[nn.Module], say: Say) -> Iterator[Layers]:
@@ -341,6 +348,11 @@ class Session(SessionState):
                 yield Layers(found, encoder, self._engine, self._room, say, watched=True)
         if rest:
             yield Layers(rest, None, self._engine, self._room, say)
+
+
+def _bias(delta: Delta | None) -> Tensor | None:
+    """What a delta adds to its module's bias, fp32."""
+    return delta.bias.change() if delta and delta.bias else None
 
 
 def _device_of(model: nn.Module | None) -> torch.device:

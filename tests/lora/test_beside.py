@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -218,6 +219,112 @@ def test_biases_follow_their_modules_choice_and_are_put_back(tmp_path: Path) -> 
             found.append(round((linear(torch.zeros(8)) - before)[0].item(), 4))
         assert sorted(found) == [2.0, 4.0]
     assert torch.equal(linear.bias, before)
+
+
+@pytest.mark.parametrize("distance", ["kl", "l2"])
+def test_a_bias_acts_with_the_lora_that_a_measuring_policy_chooses(tmp_path: Path, distance: str) -> None:
+    for larger in (0, 1):
+        pair = [lora(diff_b=torch.full((8,), value)) for value in (2.0, 4.0)]
+        pair[larger][f"{X}.lora_up.weight"] *= 100
+        model, fused = session(*pair, tmp_path, policy="dynamic", distance=distance)
+        linear, x = model.blocks[0]["x"], draw(5, 8)
+        with torch.no_grad():
+            before = linear(x)
+            with fused:
+                fused.start_pass([1.0, 0.0])
+                fused.at_level(1.0)
+                change = linear(x) - before
+        wanted = x @ product(pair[larger]).t() + pair[larger][f"{X}.diff_b"]
+        torch.testing.assert_close(change, wanted, rtol=1e-4, atol=1e-3)
+
+
+def test_a_measuring_policy_counts_biases_as_part_of_what_a_lora_does(tmp_path: Path) -> None:
+    quiet = {key: tensor * 1e-3 for key, tensor in lora().items()}
+    pair = ({**quiet, f"{X}.diff_b": torch.full((8,), 1.0)}, {**quiet, f"{X}.diff_b": torch.arange(8.0)})
+    model, fused = session(*pair, tmp_path, policy="dynamic")
+    linear, x = model.blocks[0]["x"], draw(5, 8)
+    with torch.no_grad(), fused:
+        fused.start_pass([1.0, 0.0])
+        fused.at_level(1.0)
+        linear(x)
+    assert fused._chooser
+    assert fused._chooser.decisions["blocks.0.x"] == [(0.0, "s")]
+
+
+@pytest.mark.parametrize("engine", ["bypass", "held"])
+@pytest.mark.parametrize("room", [2**30, 0])
+def test_biases_act_the_same_way_whichever_way_weights_do(
+    tmp_path: Path, engine: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("klora.engine.weights.ROOM_BYTES", room)
+    pair = lora(diff_b=draw(8)), lora(diff_b=draw(8))
+    model, fused = session(*pair, tmp_path, policy="direct", engine=engine, style_strength=0.5)
+    linear, x = model.blocks[0]["x"], draw(5, 8)
+    bias = linear.bias.detach().clone()
+    wanted = linear(x) + sum(
+        strength * (x @ product(one).t() + one[f"{X}.diff_b"]) for strength, one in zip((1, 0.5), pair, strict=True)
+    )
+    with fused:
+        fused.set_tau(0.5)
+        torch.testing.assert_close(linear(x), wanted)
+        with torch.no_grad():
+            torch.testing.assert_close(linear(x), wanted)
+            assert torch.equal(model.state_dict()["blocks.0.x.bias"], bias)
+    assert torch.equal(linear.bias, bias)
+
+
+def test_a_bias_acts_beside_one_that_shows_no_values(tmp_path: Path) -> None:
+    change = torch.full((8,), 0.03125)
+    pair = lora(diff_b=change), lora(diff_b=torch.zeros(8))
+    model, fused = session(*pair, tmp_path, policy="direct", subject_strength=1.0)
+    linear = model.blocks[0]["x"]
+    linear.weight.data = linear.weight.data.to(torch.float8_e5m2)
+    linear.bias.data = torch.full((8,), 100.0).to(torch.float8_e5m2)
+    # As hosts that store in fp8 cast at each forward.
+    linear.forward = lambda x: nn.functional.linear(x, linear.weight.float(), linear.bias.float())
+    again = Session(fused.pair, fused.plan, {"blocks.0.x": Site(linear)}, denoiser=model)
+    before = linear(torch.zeros(8))
+    with again, torch.no_grad():
+        again.set_tau(0.5)
+        torch.testing.assert_close(linear(torch.zeros(8)) - before, change)
+
+
+def norms(**more: Tensor) -> dict[str, Tensor]:
+    return {**lora(), **{f"diffusion_model.blocks.0.norm.{key}": tensor for key, tensor in more.items()}}
+
+
+def test_a_norm_that_is_stored_in_fp8_is_changed_without_being_rounded_to_it(tmp_path: Path) -> None:
+    model, fused = session(norms(w_norm=torch.full((8,), 0.01)), lora(), tmp_path)
+    norm = model.blocks[0]["norm"]
+    norm.weight.data = norm.weight.data.to(torch.float8_e4m3fn)
+    again = Session(fused.pair, fused.plan, {"blocks.0.x": Site(model.blocks[0]["x"])}, denoiser=model)
+    with again:
+        torch.testing.assert_close(norm.weight.float(), torch.full((8,), 1.01))
+    assert norm.weight.dtype == torch.float8_e4m3fn
+
+
+def packed(norm: nn.LayerNorm) -> None:
+    norm.weight = nn.Parameter(torch.ones(8, dtype=torch.uint8), requires_grad=False)
+
+
+def offloaded(norm: nn.LayerNorm) -> None:
+    norm.weight = nn.Parameter(torch.ones(8, device="meta"))
+
+
+def moved(norm: nn.LayerNorm) -> None:
+    norm._diffusers_hook = type("Registry", (), {"hooks": {"layerwise_casting": None}})()  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("store", [packed, offloaded, moved])
+def test_a_norm_that_shows_no_values_is_named_and_left_out(tmp_path: Path, store: Callable[[nn.Module], None]) -> None:
+    model, fused = session(norms(w_norm=torch.ones(8)), lora(), tmp_path)
+    store(model.blocks[0]["norm"])
+    before = model.blocks[0]["norm"].weight
+    again = Session(fused.pair, fused.plan, {"blocks.0.x": Site(model.blocks[0]["x"])}, denoiser=model)
+    with again:
+        assert model.blocks[0]["norm"].weight is before
+    assert "1 changes of other parameters (such as diffusion_model.blocks.0.norm.w_norm)" in again.left_out[0]
+    assert "quantised" in again.left_out[0]
 
 
 def test_peft_scales_its_bias_as_the_factors(tmp_path: Path) -> None:
