@@ -10,9 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from klora.entry_folder import EntryFolder
 from klora.fusion.device_scores import is_low_rank, score_low_rank, scores_on
@@ -29,6 +27,9 @@ from klora.fusion.scores import (
 from klora.lora import disk
 from klora.lora.file import LoraFile
 from klora.lora.side import Side
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_SPECIAL_KS = 32
 SCORES, DIGEST, OVERLAP = "scores-", "digest-", "overlap-"

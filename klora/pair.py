@@ -7,9 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from klora.cache import ScoreCache
 from klora.errors import SettingsError
@@ -30,6 +28,9 @@ from klora.lora.names import kind_of, slice_of, sort_key
 from klora.lora.side import Side, SideSource, read_side
 from klora.lora.source import TensorSource
 from klora.settings import Settings
+
+if TYPE_CHECKING:
+    import torch
 
 MAX_PLANS = 8
 """How many plans a pair keeps."""

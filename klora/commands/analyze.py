@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from klora.commands.console import need, scoring_bar, warn, without_collection
+from klora.commands.console import need, scoring_bar, warn
 from klora.commands.options import add_pair, add_settings, check_loras, read_pair, read_settings, side_paths
 from klora.errors import KloraError
 from klora.report.files import OutputFile, png_bytes
@@ -47,11 +47,10 @@ def run(args: argparse.Namespace) -> None:
         raise KloraError(f"{twice.path}: is named for two of the results; name two files")
 
     check_loras(args)
-    with without_collection():
-        from klora.pair import Pair
-        from klora.report.document import document
-        from klora.report.overlap import overlap_of
-        from klora.report.summary import notices, summarise
+    from klora.pair import Pair
+    from klora.report.document import document
+    from klora.report.overlap import overlap_of
+    from klora.report.summary import notices, summarise
 
     pair = Pair.open(args.subject, args.style)
     plan = pair.plan(settings, on_scored=scoring_bar())

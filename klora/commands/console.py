@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import importlib.util
 import io
 import os
 import sys
-from collections.abc import Callable, Iterator
-from typing import TextIO
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
 
 from klora.errors import KloraError
 from klora.text import one_line
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 BAD, INTERRUPTED = 2, 130
 
@@ -35,23 +37,13 @@ def need(what: str, *modules: str) -> None:
             raise KloraError(f'{what} needs {module}; pip install "klora[demo]"')
 
 
-@contextlib.contextmanager
-def without_collection() -> Iterator[None]:
-    """Import what is large inside: looking for garbage meanwhile, of which there is none, takes a sixth of torch's."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def scoring_bar() -> Callable[[int, int], None]:
     """Bars on the terminal for the modules of pairs that are being scored; each appears with its first module."""
-    from tqdm import tqdm
-
     bars: list[tqdm] = []
 
     def advance(done: int, total: int) -> None:
+        from tqdm import tqdm
+
         if not bars:
             bars.append(tqdm(total=total, desc="scoring new files", unit="module", leave=False, disable=None))
         bars[0].update(done - bars[0].n)

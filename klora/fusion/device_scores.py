@@ -6,13 +6,14 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from klora.fusion.scores import FileScores, ModuleScore, OnScored, Wanted, overflow
+from klora.late import torch
 from klora.lora.deltas import Delta
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK_ENTRIES = 2**24
 """Of ΔW at once: with what is made of it in between, less than 256 MB."""

@@ -8,14 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
 
 from klora.fusion.threads import single_threaded_pool
+from klora.late import torch
 from klora.lora.deltas import Delta
 from klora.lora.deltas.computed import low_rank
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INTERFERENCE_VERSION = 1
 EPSILON = 1e-5

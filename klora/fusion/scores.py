@@ -8,18 +8,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
-from torch import Tensor
-
 from klora.errors import LoraValueError
 from klora.fusion.threads import single_threaded_pool
+from klora.late import np, torch
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
     from klora.lora.deltas import Delta
 
-Floats = NDArray[np.float32]
+    Floats = NDArray[np.float32]
+
 Wanted = Mapping[str, "tuple[Delta, Collection[int]]"]
 """Modules to be scored: their deltas and K's by name."""
 OnScored = Callable[[int, int], None]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
-import torch
+from klora.late import torch
 
 MAX_WORKERS = 4
 """Threads; one that scores holds some 10 MB."""

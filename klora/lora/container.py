@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, BinaryIO
 
 from klora.errors import LoraFileError, UnsupportedFormatError
+from klora.late import torch
 from klora.lora import disk
-from klora.lora.header import DAMAGED, MAX_HEADER, NOT_LORA, NUMBERS, Entry, parse
+from klora.lora.header import DAMAGED, MAX_HEADER, NOT_LORA, Entry, parse
 from klora.lora.source import TensorSource
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PICKLE_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle")
 
@@ -35,7 +36,7 @@ class TensorFile(TensorSource):
     def numbers(self, keys: Iterable[str]) -> dict[str, float]:
         """The values of tensors of one number each, read at once. Raises LoraFileError where one holds none or more."""
         with disk.reading(self.path, self.identity) as (stream, _):
-            return {key: float(self._read(stream, self._number(key)).item()) for key in keys}
+            return {key: (entry := self._number(key)).number(self._bytes(stream, entry)) for key in keys}
 
     def read(self, entry: Entry) -> Tensor:
         """A tensor of this file, in memory of its own. Raises LoraFileError where the file is not what it was."""
@@ -50,10 +51,15 @@ class TensorFile(TensorSource):
         """The same of what follows the header."""
         return disk.sha256(self.path, self.identity, self._start)
 
+    def _bytes(self, stream: BinaryIO, entry: Entry) -> bytes:
+        data = bytearray(entry.end - entry.begin)
+        disk.read_into(stream, self._start + entry.begin, memoryview(data))
+        return bytes(data)
+
     def _read(self, stream: BinaryIO, entry: Entry) -> Tensor:
         data = torch.empty(entry.end - entry.begin, dtype=torch.uint8, device="cpu")
         disk.read_into(stream, self._start + entry.begin, data.numpy().data)
-        return data.view(NUMBERS[entry.dtype]).view(entry.shape)
+        return data.view(entry.torch_dtype).view(entry.shape)
 
 
 def _pickle(file: str) -> UnsupportedFormatError:

@@ -8,9 +8,8 @@ import re
 from collections.abc import Callable, Container, Mapping
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 from weakref import WeakValueDictionary
-
-from torch import Tensor
 
 from klora.errors import LoraFileError, MismatchError
 from klora.lora.container import TensorFile
@@ -26,9 +25,12 @@ from klora.lora.source import TensorSource
 from klora.lora.tables import architecture_of
 from klora.text import printable
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 _DIGEST = re.compile("[0-9a-f]{12,64}")
 
-LoraSource = str | os.PathLike[str] | Mapping[str, Tensor]
+LoraSource = str | os.PathLike[str] | Mapping[str, "Tensor"]
 """A LoRA as people have it: the path of a .safetensors file, or a state dict in memory."""
 
 

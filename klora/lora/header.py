@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import math
+import struct
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-
 from klora.errors import LoraFileError
+from klora.late import torch
 from klora.text import printable
 
 # A LoRA's header is some hundred kB; kohya's tag statistics can make it a few MB.
@@ -29,14 +29,18 @@ NOT_LORA = "choose a LoRA saved as .safetensors"
 _SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2}
 _SIZES |= {"BF16": 2, "I32": 4, "U32": 4, "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8}
 WEIGHTS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
 }
-NUMBERS = {**WEIGHTS, "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64}
+NUMBERS = {**WEIGHTS, "I8": "int8", "U8": "uint8", "I16": "int16", "I32": "int32", "I64": "int64"}
+"""What torch calls each dtype that is read."""
+# What the struct package calls them: bf16 is the upper half of an fp32 number, E5M2 of an fp16 one.
+_CODES = {"F64": "<d", "F32": "<f", "F16": "<e", "BF16": "<f", "F8_E5M2": "<e", "I8": "<b", "U8": "<B", "I16": "<h"}
+_CODES |= {"I32": "<i", "I64": "<q"}
 
 
 @dataclass(frozen=True)
@@ -53,9 +57,29 @@ class Entry:
         row = (self.end - self.begin) // self.shape[0]
         return Entry(self.dtype, (stop - start, *self.shape[1:]), self.begin + start * row, self.begin + stop * row)
 
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """What torch makes of it; for those that are in NUMBERS."""
+        dtype: torch.dtype = getattr(torch, NUMBERS[self.dtype])
+        return dtype
+
+    def number(self, data: bytes) -> float:
+        """The value of a tensor of one number, which is in NUMBERS, from its bytes."""
+        if self.dtype == "F8_E4M3":
+            return _from_e4m3(data[0])
+        code = _CODES[self.dtype]
+        return float(struct.unpack(code, data.rjust(struct.calcsize(code), b"\0"))[0])
+
     def view(self, *shape: int) -> Entry:
         """The same bytes in another shape of as many numbers."""
         return replace(self, shape=shape)
+
+
+def _from_e4m3(bits: int) -> float:
+    """A sign, four bits of exponent, three of the number: the middle of an fp16 number, but for 8 in the exponent."""
+    if bits & 0x7F == 0x7F:
+        return math.nan
+    return 256 * float(struct.unpack("<e", struct.pack("<H", (bits & 0x80) << 8 | (bits & 0x7F) << 7))[0])
 
 
 def parse(header: bytes | bytearray, room: int, file: str) -> tuple[dict[str, str], dict[str, Entry]]:

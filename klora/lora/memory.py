@@ -7,15 +7,17 @@ import json
 from bisect import bisect_right
 from collections.abc import Mapping
 from functools import cached_property
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from klora.errors import LoraFileError
+from klora.late import torch
 from klora.lora.header import NUMBERS, Entry
 from klora.lora.source import TensorSource
 
-_NAMES = {dtype: name for name, dtype in NUMBERS.items()} | {torch.bool: "BOOL", torch.complex64: "C64"}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NAMES = {f"torch.{dtype}": name for name, dtype in NUMBERS.items()} | {"torch.bool": "BOOL", "torch.complex64": "C64"}
 
 
 class TensorsInMemory(TensorSource):
@@ -35,12 +37,12 @@ class TensorsInMemory(TensorSource):
         self._bytes: list[Tensor] = []
         end = 0
         for key, value in tensors.items():
-            if not isinstance(key, str) or not isinstance(value, Tensor) or value.dtype not in _NAMES:
-                what = str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+            if not isinstance(key, str) or not isinstance(value, torch.Tensor) or str(value.dtype) not in _NAMES:
+                what = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
                 raise LoraFileError(name, f"is a {what}, not a tensor of numbers", "give a LoRA's state dict", str(key))
             own = value.detach().to("cpu", copy=True).contiguous()
             start, end = end, end + own.nbytes
-            self.entries[key] = Entry(_NAMES[own.dtype], tuple(own.shape), start, end)
+            self.entries[key] = Entry(_NAMES[str(own.dtype)], tuple(own.shape), start, end)
             if own.nbytes:
                 self._starts.append(start)
                 self._bytes.append(own.flatten().view(torch.uint8))
@@ -49,10 +51,10 @@ class TensorsInMemory(TensorSource):
     def read(self, entry: Entry) -> Tensor:
         """A copy of a tensor, or of some rows of one."""
         if entry.begin == entry.end:
-            return torch.empty(entry.shape, dtype=NUMBERS[entry.dtype], device="cpu")
+            return torch.empty(entry.shape, dtype=entry.torch_dtype, device="cpu")
         place = bisect_right(self._starts, entry.begin) - 1
         data = self._bytes[place][entry.begin - self._starts[place] : entry.end - self._starts[place]]
-        return data.clone().view(NUMBERS[entry.dtype]).view(entry.shape)
+        return data.clone().view(entry.torch_dtype).view(entry.shape)
 
     def sha256(self) -> str:
         """Hex digest of keys, dtypes, shapes and values."""

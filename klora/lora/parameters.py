@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from klora.errors import LoraValueError
 from klora.lora.deltas import FullDelta
 from klora.lora.deltas.base import all_finite
 from klora.lora.source import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # What each slot means beside a prefix: the parameter's own name behind it, or none where the prefix may name it.
 _LEAVES = {

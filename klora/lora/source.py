@@ -7,13 +7,15 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from klora.errors import LoraFileError
 from klora.lora.disk import Identity
 from klora.lora.header import DAMAGED, NUMBERS, WEIGHTS, Entry
 from klora.text import printable
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _DIMENSIONS = 5
 

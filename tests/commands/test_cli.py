@@ -91,6 +91,16 @@ class TestEveryCommand:
         assert (done.returncode, done.stdout) == (0, "2\n")
         assert "nowhere.safetensors: does not exist" in done.stderr
 
+    def test_a_pair_that_was_analysed_before_needs_no_torch(
+        self, files: Files, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        command = ["analyze", *map(str, files), "--json", "-"]
+        _, before, _ = run(*command)
+        code = f"import sys; from klora import cli; cli.main({command}); sys.exit('torch' in sys.modules)"
+        again = python("-c", code, capture_output=True)
+        assert (again.returncode, again.stdout) == (0, before)
+
     def test_help_needs_no_torch(self) -> None:
         code = "import sys; from klora import cli; cli.main(['analyze', '--help']); sys.exit('torch' in sys.modules)"
         assert python("-c", code, stdout=subprocess.DEVNULL).returncode == 0

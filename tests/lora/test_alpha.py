@@ -1,4 +1,4 @@
-"""An alpha that only the header's metadata say: read where it is unambiguous, refused where two readings disagree."""
+"""Alphas: a number of any dtype, or in the header's metadata, refused there where two readings disagree."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from klora.errors import LoraFileError
+from klora.lora.container import TensorFile
 from klora.lora.file import LoraFile
+from klora.lora.header import NUMBERS
 from tests.support.lora_files import write_lora
 
 NAME = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -114,3 +117,17 @@ def test_fp8_is_multiplied_by_its_factor(path: Path) -> None:
     file = LoraFile.open(tensors)
     assert file.unmatched == []
     torch.testing.assert_close(file.modules["x"].matrix(), up @ down, rtol=0.2, atol=0.2)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_a_number_is_what_torch_reads_of_its_bytes(tmp_path: Path, name: str) -> None:
+    """All of the 8-bit ones; of the wider ones any, the odd ones among them."""
+    dtype = getattr(torch, NUMBERS[name])
+    rows = torch.arange(256, dtype=torch.uint8).view(256, 1)
+    torch.manual_seed(0)
+    rest = torch.randint(0, 256, (256, dtype.itemsize - 1), dtype=torch.uint8)
+    values = {str(i): row.view(dtype) for i, row in enumerate(torch.cat([rest, rows], 1))}
+    save_file(values, tmp_path / "x.safetensors")
+    read = TensorFile(tmp_path / "x.safetensors").numbers(values)
+    wanted = {key: float(value.item()) for key, value in values.items()}
+    assert {key: repr(value) for key, value in read.items()} == {key: repr(value) for key, value in wanted.items()}

@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
-from typing import ClassVar, NamedTuple, TypeVar
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, TypeVar
 
 from klora.errors import LoraFileError, LoraValueError
+from klora.late import torch
 from klora.lora.source import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHT, KERNEL = (2, 3, 4, 5), (3, 4, 5)
 """How many dimensions a weight of a linear layer or a convolution has, and one with a kernel."""
@@ -22,7 +23,7 @@ F = TypeVar("F", bound="FileDelta")
 L = TypeVar("L", bound="FamilyDelta")
 
 FULL_RANK = 64
-_SMALLEST = torch.finfo(torch.float32).tiny
+_SMALLEST = 2.0**-126  # of normal fp32 numbers
 # Far beyond any that a trainer writes, so that the file is damaged.
 MAX_SCALE = 2.0**40
 
@@ -35,23 +36,22 @@ class Factors(NamedTuple):
     mid: Tensor | None = None
 
 
-# Of each dtype: integers of its width, and the bits that are all set in a NaN or infinity and in nothing else.
+# Of each dtype: the bits that are all set in a NaN or infinity and in nothing else.
 _NOT_FINITE = {
-    torch.float64: (torch.int64, 0x7FF0_0000_0000_0000),
-    torch.float32: (torch.int32, 0x7F80_0000),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float8_e5m2: (torch.int8, 0x7C),
-    torch.float8_e4m3fn: (torch.int8, 0x7F),
+    "torch.float64": 0x7FF0_0000_0000_0000,
+    "torch.float32": 0x7F80_0000,
+    "torch.float16": 0x7C00,
+    "torch.bfloat16": 0x7F80,
+    "torch.float8_e5m2": 0x7C,
+    "torch.float8_e4m3fn": 0x7F,
 }
 
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether a tensor in CPU memory holds neither NaN nor infinity."""
-    integers, bits = _NOT_FINITE[tensor.dtype]
     # numpy has no threads: torch's, waiting for each other, take a thousand times as long on a busy machine.
-    pattern = tensor.contiguous().view(integers).numpy()
-    mask = pattern.dtype.type(bits)
+    pattern = tensor.flatten().view(torch.uint8).numpy().view(f"i{tensor.element_size()}")
+    mask = pattern.dtype.type(_NOT_FINITE[str(tensor.dtype)])
     return not bool(((pattern & mask) == mask).any())
 
 

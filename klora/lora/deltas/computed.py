@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from klora.late import torch
 from klora.lora.deltas.base import Bias, Delta, Factors, FileDelta
 from klora.lora.deltas.lora import LoraDelta
 from klora.lora.deltas.wide import WideDelta
 from klora.lora.deltas.zero import ZeroDelta
 from klora.lora.source import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def low_rank(delta: Delta) -> tuple[Tensor, Tensor] | None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from klora.errors import MismatchError, UnsupportedFormatError
+from klora.late import torch
 from klora.lora.deltas.base import WEIGHT, FamilyDelta, FileDelta, Group, size
 from klora.lora.deltas.loha import LohaDelta
 from klora.lora.deltas.lokr import LokrDelta
 from klora.lora.deltas.lora import LoraDelta
 from klora.lora.source import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _DIRECTIONS: tuple[type[FamilyDelta], ...] = (LoraDelta, LohaDelta, LokrDelta)
 

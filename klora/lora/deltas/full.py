@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from klora.lora.deltas.base import FULL_RANK, WEIGHT, FamilyDelta, Group, squeeze
 from klora.lora.source import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(eq=False)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from klora.late import torch
 from klora.lora.deltas.base import (
     FULL_RANK,
     KERNEL,
@@ -19,6 +18,9 @@ from klora.lora.deltas.base import (
     with_kernel,
 )
 from klora.lora.source import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(eq=False)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from klora.late import torch
 from klora.lora.deltas.base import KERNEL, WEIGHT, Factors, FamilyDelta, Group, cp_down, size, squeeze
 from klora.lora.source import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(eq=False)

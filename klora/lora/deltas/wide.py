@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch.nn.functional as F
-from torch import Tensor
-
+from klora.late import torch
 from klora.lora.deltas.base import Factors, FileDelta
 from klora.lora.source import Stored
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(eq=False)
@@ -67,4 +69,4 @@ class WideDelta(FileDelta):
 def _widen(tensor: Tensor, width: int) -> Tensor:
     """Zeros behind the channels (axis 1) of a tensor up to `width`."""
     behind = (0, 0) * (tensor.ndim - 2) + (0, width - tensor.shape[1])
-    return F.pad(tensor, behind)
+    return torch.nn.functional.pad(tensor, behind)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
+from klora.late import torch
 from klora.lora.deltas.base import Factors, FamilyDelta, Group, squeeze
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _PAIRS = (("up", "down"), ("hada_w1_a", "hada_w1_b"))
 
