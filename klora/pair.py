@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -170,14 +170,17 @@ class Pair:
 
     def text_encoder_active(self, settings: Settings) -> dict[str, Active]:
         """What is active in each text-encoder module of either file, during the whole generation."""
-        role, blocks = ROLES[resolve(settings, self.architecture).text_encoder], block_weights(settings)
+        subject, style = self.subject.text_encoder, self.style.text_encoder
+        role = self.text_role(settings)
         return {
-            name: Active(
-                role.subject * blocks[0].of(name) if name in self.subject.text_encoder else 0.0,
-                role.style * blocks[1].of(name) if name in self.style.text_encoder else 0.0,
-            )
-            for name in sorted({*self.subject.text_encoder, *self.style.text_encoder})
+            name: role(name).times(Active(float(name in subject), float(name in style)))
+            for name in sorted({*subject, *style})
         }
+
+    def text_role(self, settings: Settings) -> Callable[[str], Active]:
+        """From the name of a module or parameter of a text encoder to how much acts of each file that has it."""
+        role, (ours, theirs) = ROLES[resolve(settings, self.architecture).text_encoder], block_weights(settings)
+        return lambda name: role.times(Active(ours.of(name), theirs.of(name)))
 
 
 def by_strength(deltas: Mapping[str, Delta], strengths: Mapping[str, float]) -> dict[float, dict[str, Delta]]:

@@ -4,31 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
-
-from klora.engine.parameters import unheld
+from klora.engine.parameters import Models, unheld
 from klora.engine.site import Site
 from klora.lora.file import LoraFile
 from klora.pair import Pair
 
 
-def left_out(
-    pair: Pair, sites: Mapping[str, Site], text_sites: Mapping[str, Site], model: nn.Module | None
-) -> list[str]:
+def left_out(pair: Pair, sites: Mapping[str, Site], text_sites: Mapping[str, Site], models: Models) -> list[str]:
     """What of each file of a pair, under the names of a model with these sites, does nothing: a line for each cause.
 
     Without `text_sites` nothing is said of text encoders: the host's own LoRA code applies them, or there are none.
+    `models` are those whose parameters the pair's model knows.
     """
     parameters = pair.model.parameters if pair.model else {}
     found = (
-        text for lora in pair.loras for text in (_of_file(lora, sites, text_sites, parameters), _packed(lora, model))
+        text
+        for lora in pair.loras
+        for text in (_of_file(lora, sites, text_sites, parameters), _packed(lora, parameters, models))
     )
     return [text for text in found if text]
 
 
-def _packed(lora: LoraFile, model: nn.Module | None) -> str:
+def _packed(lora: LoraFile, parameters: Mapping[str, object], models: Models) -> str:
     """What of a file's other parameters the model has in a form that shows no values."""
-    paths = unheld(model, lora.parameters) if model is not None else ()
+    paths = unheld(models, parameters.keys() & lora.parameters.keys()) if models else ()
     keys = [delta.key for path, delta in lora.parameters.items() if path in paths]
     told = f"{lora.label}: {len(keys)} changes of other parameters (such as {keys[0]}) are left out" if keys else ""
     return told and f"{told}: the model stores these quantised, or offloads them"

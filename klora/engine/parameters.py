@@ -7,6 +7,7 @@ back at W0, whose storage is never written.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -17,10 +18,12 @@ from klora.lora.parameters import ParameterDelta
 
 Change = Callable[[Tensor], Tensor]
 """From W0 to its difference, fp32 in its shape."""
+Models = Mapping[str, nn.Module]
+"""The denoiser under an empty name, and text encoders under the names that paths in them begin with."""
 Sum = Sequence[tuple[ParameterDelta, float]]
 """What acts on a parameter: differences of LoRAs, each with what it is multiplied by."""
 
-_MOVING = ("group_offloading", "layerwise_casting")
+_MOVING = {"group_offloading", "layerwise_casting"}
 """diffusers' hooks that exchange the data of parameters at each forward."""
 
 
@@ -64,11 +67,11 @@ class HeldParameters:
     def __init__(self) -> None:
         self._held: list[tuple[HeldParameter, Change]] = []
 
-    def add(self, model: nn.Module, sums: Mapping[str, Sum]) -> None:
-        """Take parameters of a model by their path, and what acts on each."""
+    def add(self, models: Models, sums: Mapping[str, Sum]) -> None:
+        """Take parameters by their path, and what acts on each."""
         for path, terms in sums.items():
-            owner, _, leaf = path.rpartition(".")
-            self._held.append((HeldParameter(model.get_submodule(owner), leaf), _sum(terms)))
+            *_, owner, _ = _on_the_way(models, path)
+            self._held.append((HeldParameter(owner, path.rpartition(".")[2]), _sum(terms)))
 
     def attach(self) -> None:
         """Point all at W′; does nothing where that is done."""
@@ -82,23 +85,25 @@ class HeldParameters:
             held.point_back()
 
 
-def unheld(model: nn.Module, paths: Iterable[str]) -> frozenset[str]:
-    """Which of these of a model's parameters cannot point at something else: stored packed, moved at each forward."""
-    return frozenset(path for path in paths if _is_out_of_reach(model, path))
+def unheld(models: Models, paths: Iterable[str]) -> frozenset[str]:
+    """Which of these parameters cannot point at something else: stored packed, or moved at each forward."""
+    return frozenset(path for path in paths if _is_out_of_reach(models, path))
 
 
-def _is_out_of_reach(model: nn.Module, path: str) -> bool:
-    found: Any = model
-    for name in path.split("."):
-        hooks = getattr(getattr(found, "_diffusers_hook", None), "hooks", {})
-        if any(kind in hooks for kind in _MOVING):
-            return True
-        found = getattr(found, name, None)
-    if found is None:
-        # What the model does not have is said elsewhere.
-        return False
-    plain = isinstance(found, nn.Parameter) and type(found.data) is Tensor
-    return not plain or not found.is_floating_point() or found.is_meta
+def _is_out_of_reach(models: Models, path: str) -> bool:
+    *owners, parameter = _on_the_way(models, path)
+    hooks = {kind for owner in owners for kind in getattr(getattr(owner, "_diffusers_hook", None), "hooks", ())}
+    plain = isinstance(parameter, nn.Parameter) and type(parameter.data) is Tensor
+    return not plain or not parameter.is_floating_point() or parameter.is_meta or bool(hooks & _MOVING)
+
+
+def _on_the_way(models: Models, path: str) -> list[Any]:
+    """The modules that a parameter is in, from its model on, and last itself."""
+    component, *rest = path.split(".")
+    found, names = (models[component], rest) if component in models else (models[""], path.split("."))
+    if names[0] == "text_model" and not hasattr(found, "text_model"):
+        names = names[1:]
+    return list(accumulate(names, getattr, initial=found))
 
 
 def _sum(terms: Sum) -> Change:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
@@ -17,7 +17,7 @@ from klora.engine.dynamic import BatchRows, Chooser, MeasuredPart
 from klora.engine.joined import SharedInput, shared_inputs
 from klora.engine.layers import Layers, Say
 from klora.engine.left_out import left_out
-from klora.engine.parameters import HeldParameters, Sum, unheld
+from klora.engine.parameters import HeldParameters, Models, Sum, unheld
 from klora.engine.products import LinearProduct, Product, product_of
 from klora.engine.progress import SamplingPass
 from klora.engine.site import Site
@@ -57,16 +57,16 @@ class Session(SessionState):
         model: str = "the model",
         denoiser: nn.Module | None = None,
         conditional: ConditionalRows | None = None,
-        text_encoders: Sequence[nn.Module] = (),
+        text_encoders: Mapping[str, nn.Module] | None = None,
         say: Say = logger.warning,
     ) -> None:
         """Bind the pair's modules to `sites` and `text_sites` (by canonical name).
 
-        The modules are those of `denoiser` and `text_encoders`: where these are given, weights may be held and parts of
-        them be compiled. A policy that measures looks at the rows that `conditional` gives of the batch of `denoiser`,
-        at all of them where these are left out. `say` hears what a user should know. Raises MismatchError where a file
-        does not fit the model, LoraValueError for NaN or infinity, SettingsError where the policy can do nothing with
-        this model.
+        The modules are those of `denoiser` and `text_encoders`, by the names that those of their sites begin with:
+        where these are given, weights may be held and parts of them be compiled. A policy that measures looks at the
+        rows that `conditional` gives of the batch of `denoiser`, at all of them where these are left out. `say` hears
+        what a user should know. Raises MismatchError where a file does not fit the model, LoraValueError for NaN or
+        infinity, SettingsError where the policy can do nothing with this model.
         """
         self.pair = pair
         self.plan = plan
@@ -87,7 +87,8 @@ class Session(SessionState):
         self._conditional = conditional
         looks = denoiser is not None and self._chooser and conditional
         self._watch = Calls(denoiser, self._look_at) if denoiser is not None and looks else None
-        self.left_out = left_out(pair, sites, text_sites or {}, denoiser)
+        models = {} if denoiser is None else {"": denoiser, **(text_encoders or {})}
+        self.left_out = left_out(pair, sites, text_sites or {}, models)
         shapes = {name: site.shape for name, site in sites.items()}
         for lora in pair.loras:
             check_model(lora, shapes, model)
@@ -104,11 +105,11 @@ class Session(SessionState):
             self._join()
             text = self._bind_text(text_sites or {})
             self._parameters = HeldParameters()
-            if denoiser is not None:
-                self._parameters.add(denoiser, self._other_changes(denoiser))
+            if models:
+                self._parameters.add(models, self._other_changes(models))
         apart = {f"{name}{ALONE_MARK}": part for name, part in self._apart.items()}
         self._layers = Layers({**self._parts, **apart}, denoiser, self._engine, self._room, say)
-        self._text_layers = [*self._of_text_encoders(text, text_encoders, say)]
+        self._text_layers = [*self._of_text_encoders(text, (text_encoders or {}).values(), say)]
         self.set_tau(0.0)
 
     @property
@@ -302,15 +303,19 @@ class Session(SessionState):
                         product.share(shared, place)
                     self._shared.append(shared)
 
-    def _other_changes(self, model: nn.Module) -> dict[str, Sum]:
+    def _other_changes(self, models: Models) -> dict[str, Sum]:
         """What the files change beside modules, by path; of both files it is a sum, as other layers are."""
         subject, style = self.pair.subject.parameters, self.pair.style.parameters
         known = self.pair.model.parameters if self.pair.model else {}
         paths = [path for path in {**subject, **style} if path in known]
+        in_text = self.pair.text_role(self.plan.settings)
         sums: dict[str, Sum] = {}
-        for path in sorted({*paths} - unheld(model, paths)):
+        for path in sorted({*paths} - unheld(models, paths)):
             both = subject.get(path, ()), style.get(path, ())
-            strengths = self._strengths(ROLES[self.plan.settings.other_layers] if all(both) else BOTH)
+            if path.partition(".")[0] in models:
+                strengths = self._strengths(in_text(path))
+            else:
+                strengths = self._strengths(ROLES[self.plan.settings.other_layers] if all(both) else BOTH)
             terms = [
                 (delta, weight * strength)
                 for side, strength in zip(both, strengths, strict=True)
@@ -337,7 +342,7 @@ class Session(SessionState):
             part.set_biases(self._strengths(active[name]))
         return parts
 
-    def _of_text_encoders(self, parts: Mapping[str, Part], encoders: Sequence[nn.Module], say: Say) -> Iterator[Layers]:
+    def _of_text_encoders(self, parts: Mapping[str, Part], encoders: Iterable[nn.Module], say: Say) -> Iterator[Layers]:
         """The layers of each text encoder, and of modules of which it is not known whose they are."""
         rest = dict(parts)
         for encoder in encoders:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,9 +43,9 @@ class Host(ABC):
         return self.diffusion_model
 
     @property
-    def text_encoders(self) -> Sequence[nn.Module]:
-        """The text encoders that the text sites lie in."""
-        return ()
+    def text_encoders(self) -> Mapping[str, nn.Module]:
+        """The text encoders that the text sites lie in, by the names that these begin with."""
+        return {}
 
     @property
     @abstractmethod

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
+
 import torch
 from torch import Tensor
 
@@ -18,26 +20,37 @@ def kohya_text_key(name: str, several: bool) -> str:
     return f"lora_te{number}_{path.replace('.', '_')}"
 
 
-def text_keys(name: str) -> list[str]:
-    """The keys of a module in Forge's and ComfyUI's maps; they number the T5 by its place among the encoders."""
+def text_keys(name: str, known: Container[str]) -> list[str]:
+    """Those keys of a module that Forge's or ComfyUI's map has, which is `known`.
+
+    They number the T5 by its place among the encoders, and a lone CLIP not at all.
+    """
     path = t5_path(name).replace(".", "_")
-    return [f"lora_te{number}_{path}" for number in (1, 2, 3)] if path else [kohya_text_key(name, several=True)]
+    if path:
+        return [key for number in (1, 2, 3) if (key := f"lora_te{number}_{path}") in known]
+    own = kohya_text_key(name, several=True)
+    if own in known:
+        return [own]
+    # Without the first CLIP the second, SDXL's refiner's, is the only one.
+    first, lone = (kohya_text_key(f"text_encoder.{name.partition('.')[2]}", several) for several in (True, False))
+    return [lone] if lone in known and first not in known else []
 
 
 def host_tensors(delta: Delta) -> dict[str, Tensor]:
-    """A delta under the key endings that every WebUI reads: as factors where it has them, else as a whole.
+    """A delta under the key endings that every WebUI reads: as factors where it has them; else, or with a bias, whole.
 
     Raises MismatchError for a DoRA of another family than LoRA.
     """
     direction = delta.direction if isinstance(delta, DoraDelta) else delta
     factors = direction.factors()
-    if factors is None:
+    bias = {"diff_b": delta.bias.change()} if delta.bias else {}
+    if factors is None or (bias and not delta.needs_base):
         if delta.needs_base:
             raise MismatchError(
                 f"{delta.file}: {delta.key}: this kind of DoRA cannot be applied to a text encoder here;"
                 " set the text encoder to none, or use another file"
             )
-        return {"diff": delta.matrix()}
+        return {"diff": delta.matrix(), **bias}
     tensors = {
         "lora_up.weight": factors.up.float(),
         "lora_down.weight": factors.down.float(),
@@ -46,4 +59,4 @@ def host_tensors(delta: Delta) -> dict[str, Tensor]:
     if isinstance(delta, DoraDelta):
         shape = (1, -1) if delta.by_column else (-1, 1)
         tensors["dora_scale"] = delta.magnitude.fp32().reshape(shape)
-    return tensors
+    return {**tensors, **bias}

@@ -197,7 +197,8 @@ class LoraFile:
         def place(file: ParsedFile, prefix: str) -> tuple[Place, ...]:
             return found[prefix] if prefix in found else by_rule(file, prefix)
 
-        places = _places(parsed, place, index.text_name)
+        text = {name: delta.shape for name, delta in self._first.text_encoder.items()}
+        places = _places(parsed, place, index.text_names(text))
         full = {prefix: both for prefix in shapes if prefix not in found and (both := parsed.as_parameters(prefix))}
         others = [*parsed.parameters, *(one for both in full.values() for one in both)]
         named = {name: one for one in others if (name := index.parameter(one.paths, one.shape))}
@@ -234,11 +235,11 @@ class LoraFile:
 def _places(
     parsed: ParsedFile,
     place: Callable[[ParsedFile, str], tuple[Place, ...]],
-    text_name: Callable[[str], str] = str,
+    text_names: Mapping[str, str] | None = None,
 ) -> dict[str, tuple[Place, ...]]:
-    """Where each delta acts: as `place` says, and in text encoders by rule, as `text_name` counts these."""
+    """Where each delta acts: as `place` says, and in text encoders by rule, or as `text_names` has it."""
     return {
-        prefix: tuple(one._replace(name=text_name(one.name)) for one in _by_rule(parsed, prefix))
+        prefix: tuple(one._replace(name=(text_names or {}).get(one.name, one.name)) for one in _by_rule(parsed, prefix))
         if parsed.is_text(prefix)
         else place(parsed, prefix)
         for prefix in parsed.deltas

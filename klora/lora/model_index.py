@@ -35,7 +35,7 @@ class ModelIndex:
 
     `aliases` are other spellings of the host's own, each of one or several of those names, in the order of the rows.
     `architecture` is SD1, SD2, SDXL, FLUX, or None for any other. `translate` says where the weights of a whole file
-    act that is written in names of others still. `text_encoder` are the names of the text encoders' modules,
+    act that is written in names of others still. `text_encoder` are the shapes of the text encoders' modules,
     `parameters` the shapes of the model's other parameters by their path.
     """
 
@@ -45,13 +45,14 @@ class ModelIndex:
         aliases: Mapping[str, Sequence[str]] | None = None,
         architecture: str | None = None,
         translate: Callable[[Mapping[str, Shape]], Mapping[str, tuple[Place, ...]]] | None = None,
-        text_encoder: Iterable[str] = (),
+        text_encoder: Mapping[str, Shape] | None = None,
         parameters: Mapping[str, Shape] | None = None,
     ) -> None:
         self.shapes = shapes
         self.architecture = architecture
         self._translate = translate
-        self._t5 = {path: name for name in text_encoder if (path := t5_path(name))}
+        self._text = text_encoder or {}
+        self._t5 = {path: name for name in self._text if (path := t5_path(name))}
         # A host may have a name under one prefix alone, such as "transformer.", and a file under another.
         known = {bare(alias): tuple(names) for alias, names in (aliases or {}).items()}
         known |= {name: (name,) for name in shapes}
@@ -138,9 +139,20 @@ class ModelIndex:
         parts = next((self._fused[spelling] for spelling in spellings(prefix) if spelling in self._fused), None)
         return tuple(self._split(parts)) if parts else None
 
-    def text_name(self, name: str) -> str:
-        """A text encoder's module by the model's own count: the T5 is the first, second or third of its encoders."""
-        return self._t5.get(t5_path(name), name)
+    def text_names(self, file: Mapping[str, Shape]) -> dict[str, str]:
+        """What the modules of text encoders that a file changes, with these shapes, are called in the model.
+
+        The T5 is the first, second or third of its encoders. A CLIP that is the only one of both is that, whichever
+        number the file gives it.
+        """
+        found = {name: self._t5.get(t5_path(name), name) for name in file}
+        clip, ours = ({_root(name) for name in names if not t5_path(name)} for names in (file, self._text))
+        if len(clip) == 1 == len(ours):
+            root = next(iter(ours))
+            moved = {name: root + name.removeprefix(_root(name)) for name in file if not t5_path(name)}
+            if all(self._text.get(name) == file[old] for old, name in moved.items()):
+                found |= moved
+        return found
 
     def kind_of(self, name: str, shape: Shape) -> Kind:
         """What a module is by any of its names: rows of `linear1` are attention where the host calls them `to_q`."""
@@ -155,6 +167,11 @@ class ModelIndex:
             stop = start + self.shapes[name][0]
             yield Place(name, (start, stop))
             start = stop
+
+
+def _root(name: str) -> str:
+    """The text encoder that a module is in."""
+    return name.partition(".")[0]
 
 
 def flat(name: str) -> str:

@@ -66,7 +66,7 @@ class ParsedFile:
                 alphas[said] += not isinstance(delta, (FullDelta, ZeroDelta))
                 if any(len(stored.shape) > 2 for stored in group.tensors.values()):
                     kernels.add(delta.key)
-            elif not is_text(prefix):
+            else:
                 others = of_slots(source.file, prefix, slots, group.tensors)
                 parameters.extend(others)
                 group.used.update(slot for slot, key in slots.items() if any(key == other.key for other in others))

@@ -6,10 +6,12 @@ import re
 
 from klora.lora.unet_names import NUMBER, flat_table
 
-_CLIP = flat_table([*(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2"])
+_NORMS = ["layer_norm1", "layer_norm2"]
+_CLIP = flat_table([*(f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")), "mlp.fc1", "mlp.fc2", *_NORMS])
 _CLIP |= {f"self_attn_to_{p}_lora": f"self_attn.{p}_proj" for p in ("q", "k", "v", "out")}
 _T5_FF = [f"DenseReluDense.{leaf}" for leaf in ("wi", "wi_0", "wi_1", "wo")]
-_T5 = flat_table([*(f"SelfAttention.{leaf}" for leaf in "qkvo"), *_T5_FF])
+_T5 = flat_table([*(f"SelfAttention.{leaf}" for leaf in "qkvo"), *_T5_FF, "layer_norm"])
+_CLIP_TOP = {"text_projection": "text_projection", "final_layer_norm": "text_model.final_layer_norm"}
 
 _PREFIX = re.compile(
     r"(?:lora_te([123]?)|text_encoder(?:_([23]))?|(?:text_encoders_)?(clip_l|clip_h|clip_g|t5xxl)(?:_transformer)?)_(?:text_model_)?(.+)"
@@ -35,7 +37,7 @@ def find(flat: str) -> str | None:
         leaf, second = _T5.get(layer[3]), True
         path = leaf and f"encoder.block.{layer[1]}.layer.{layer[2]}.{leaf}"
     else:
-        path = "text_projection" if rest == "text_projection" and encoder not in ("3", "t5xxl") else None
+        path = _CLIP_TOP.get(rest) if encoder not in ("3", "t5xxl") else None
     root = "text_encoder_2" if second else "text_encoder"
     return f"{root}.{path}" if path else None
 

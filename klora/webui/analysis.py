@@ -63,7 +63,7 @@ def _in_loaded_model(pair: Pair) -> tuple[Pair, list[str]]:
             pair = host.fit(pair)
     except KloraError as error:
         return pair, [str(error)]
-    return pair, without_effect(pair, left_out(pair, host.sites(), host.text_sites(), host.diffusion_model))
+    return pair, without_effect(pair, left_out(pair, host.sites(), host.text_sites(), {"": host.diffusion_model}))
 
 
 def analyse(request: FusionRequest, view: View, hear: OnScored | None = None) -> tuple[str, str]:

@@ -288,7 +288,9 @@ def test_a_text_encoder_may_be_compiled_before_and_while_it_is_fused(tmp_path: P
     def fusing(encoder: Block) -> Session:
         plan = pair.plan(Settings(policy="direct"))
         sites = {text: Site(encoder.layer)}
-        return Session(pair, plan, model.sites(), sites, denoiser=model, text_encoders=[encoder], say=said.append)
+        return Session(
+            pair, plan, model.sites(), sites, denoiser=model, text_encoders={"text_encoder": encoder}, say=said.append
+        )
 
     for before in (True, False):
         torch._dynamo.reset()

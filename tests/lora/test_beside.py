@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import klora
 from klora.cache import ScoreCache
 from klora.engine.session import Session
 from klora.engine.site import Site
@@ -17,6 +18,7 @@ from klora.lora.file import LoraFile
 from klora.lora.model_index import ModelIndex
 from klora.pair import Pair
 from klora.settings import Settings
+from tests.support.pipelines import PIPELINES
 
 X = "diffusion_model.blocks.0.x"
 CONV = "down_blocks.0.resnets.0.conv1"
@@ -373,3 +375,28 @@ def test_bfls_norms_stand_in_the_place_of_the_models(tmp_path: Path) -> None:
     assert not file.unmatched
     index = ModelIndex({"blocks.0.x": (8, 8)}, parameters={"transformer_blocks.0.attn.norm_q.weight": (8,)})
     assert file.for_model(index).parameters["transformer_blocks.0.attn.norm_q.weight"].key == norm
+
+
+def test_norms_of_text_encoders_act_in_a_pipeline(tmp_path: Path) -> None:
+    pipe = PIPELINES["sdxl"](tmp_path / "tokenizer")
+    encoders = dict(pipe.text_encoder.named_parameters()), dict(pipe.text_encoder_2.named_parameters())
+    layer = "encoder.layers.0.layer_norm1"
+    weight, bias = (encoders[0][f"{layer}.{leaf}"] for leaf in ("weight", "bias"))
+    last = encoders[1]["text_model.final_layer_norm.weight"]
+    before = [one.detach().clone() for one in (weight, bias, last)]
+    tensors = {
+        **lora("lora_te1_text_model_encoder_layers_0_self_attn_q_proj", len(weight), len(weight)),
+        "lora_te1_text_model_encoder_layers_0_layer_norm1.w_norm": draw(len(weight)),
+        "lora_te1_text_model_encoder_layers_0_layer_norm1.b_norm": draw(len(bias)),
+        "lora_te2_text_model_final_layer_norm.w_norm": draw(len(last)),
+    }
+    assert not only(tensors).unmatched
+    context = pipe.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k").weight.shape
+    unet = lora("lora_unet_mid_block_attentions_0_transformer_blocks_0_attn2_to_k", *context)
+    with klora.fuse(pipe, {**unet, **tensors}, unet, subject_strength=0.5) as fused:
+        assert not fused.left_out
+        for one, old, key in zip((weight, bias, last), before, list(tensors)[2:], strict=True):
+            torch.testing.assert_close(one, old + 0.5 * tensors[key])
+    assert all(torch.equal(one, old) for one, old in zip((weight, bias, last), before, strict=True))
+    with klora.fuse(pipe, {**unet, **tensors}, unet, text_encoder="none"):
+        assert torch.equal(weight, before[0])

@@ -293,17 +293,46 @@ def test_a_t5_goes_by_the_models_own_count_of_its_text_encoders(tmp_path: Path) 
     names = square("lora_unet_x", f"lora_te3_{t5.replace('.', '_')}", f"lora_te1_{clip.replace('.', '_')}")
     file = LoraFile.open(write(tmp_path / "x.safetensors", names))
     assert list(file.text_encoder) == [f"text_encoder.{clip}", f"text_encoder_2.{t5}"]
-    encoders = [f"text_encoder.{clip}", f"text_encoder_2.{clip}", f"text_encoder_3.{t5}"]
+    encoders = square(f"text_encoder.{clip}", f"text_encoder_2.{clip}", f"text_encoder_3.{t5}")
     bound = file.for_model(ModelIndex(square("x"), text_encoder=encoders))
     assert list(bound.text_encoder) == [f"text_encoder.{clip}", f"text_encoder_3.{t5}"]
     assert bound.modules.keys() == file.modules.keys()
     assert list(file.text_encoder) == [f"text_encoder.{clip}", f"text_encoder_2.{t5}"]
 
 
+@pytest.mark.parametrize(
+    ("prefix", "model"),
+    [
+        ("text_encoders.clip_g.transformer.", "text_encoder"),
+        ("lora_te2_", "text_encoder"),
+        ("lora_te_", "text_encoder_2"),
+        ("text_encoders.clip_h.transformer.", "text_encoder_2"),
+    ],
+)
+def test_the_only_clip_of_a_file_is_the_only_one_of_the_model(tmp_path: Path, prefix: str, model: str) -> None:
+    clip = "text_model.encoder.layers.0.mlp.fc1"
+    key = prefix + (clip.replace(".", "_") if prefix.endswith("_") else clip)
+    file = LoraFile.open(write(tmp_path / "x.safetensors", square("lora_unet_x", key)))
+    for encoders, found in (
+        (square(f"{model}.{clip}"), [f"{model}.{clip}"]),
+        ({f"{model}.{clip}": (9, 9)}, list(file.text_encoder)),
+        (square(f"text_encoder.{clip}", f"text_encoder_2.{clip}"), list(file.text_encoder)),
+    ):
+        assert list(file.for_model(ModelIndex(square("x"), text_encoder=encoders)).text_encoder) == found
+
+
+def test_of_two_clips_in_a_file_each_keeps_its_number(tmp_path: Path) -> None:
+    clip = "text_model.encoder.layers.0.mlp.fc1"
+    keys = (f"lora_te{number}_{clip.replace('.', '_')}" for number in (1, 2))
+    file = LoraFile.open(write(tmp_path / "x.safetensors", square("lora_unet_x", *keys)))
+    bound = file.for_model(ModelIndex(square("x"), text_encoder=square(f"text_encoder_2.{clip}")))
+    assert list(bound.text_encoder) == [f"text_encoder.{clip}", f"text_encoder_2.{clip}"]
+
+
 def test_a_module_of_the_diffusion_model_keeps_its_name_though_a_t5_has_one_of_that_path(tmp_path: Path) -> None:
     t5 = "encoder.block.0.layer.0.SelfAttention.q"
     file = LoraFile.open(write(tmp_path / "x.safetensors", square(f"lora_unet_x_{t5.replace('.', '_')}")))
-    bound = file.for_model(ModelIndex(square(f"x.{t5}"), text_encoder=[f"text_encoder_3.{t5}"]))
+    bound = file.for_model(ModelIndex(square(f"x.{t5}"), text_encoder=square(f"text_encoder_3.{t5}")))
     assert (list(bound.modules), list(bound.text_encoder)) == ([f"x.{t5}"], [])
 
 

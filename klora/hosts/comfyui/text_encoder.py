@@ -17,7 +17,7 @@ def clip_with(clip: Any, deltas: Mapping[str, Delta], strength: float) -> tuple[
     known = lora.model_lora_keys_clip(clip.cond_stage_model, {})
     tensors, missing = {}, []
     for name, delta in deltas.items():
-        keys = [key for key in text_keys(name) if key in known]
+        keys = text_keys(name, known)
         if not keys:
             missing.append(name)
         tensors.update({f"{key}.{ending}": one for key in keys for ending, one in host_tensors(delta).items()})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property, partial
 from typing import Any
 
@@ -79,10 +79,10 @@ class DiffusersHost(Host):
         return self.pipe
 
     @property
-    def text_encoders(self) -> Sequence[nn.Module]:
+    def text_encoders(self) -> Mapping[str, nn.Module]:
         """The pipeline's text encoders."""
-        found = (getattr(self.pipe, part, None) for part in TEXT_ENCODERS)
-        return [encoder for encoder in found if isinstance(encoder, nn.Module)]
+        found = ((part, getattr(self.pipe, part, None)) for part in TEXT_ENCODERS)
+        return {part: encoder for part, encoder in found if isinstance(encoder, nn.Module)}
 
     @property
     def model_name(self) -> str:
@@ -104,13 +104,20 @@ class DiffusersHost(Host):
         shapes = {name: site.shape for name, site in self.sites().items()}
         by_table = self.architecture is not None or hasattr(self.pipe, "unet")
         translate = None if by_table else translator(self.pipe, shapes)
-        others = self.diffusion_model.named_parameters()
+        named = [
+            *self.diffusion_model.named_parameters(),
+            *(
+                (f"{component}.{_with_text_model(path)}", parameter)
+                for component, encoder in self.text_encoders.items()
+                for path, parameter in encoder.named_parameters()
+            ),
+        ]
         return ModelIndex(
             shapes,
             architecture=self.architecture,
             translate=translate,
-            text_encoder=self.text_sites(),
-            parameters={path: tuple(parameter.shape) for path, parameter in others if ".lora_" not in path},
+            text_encoder={name: site.shape for name, site in self.text_sites().items()},
+            parameters={path: tuple(parameter.shape) for path, parameter in named if ".lora_" not in path},
         )
 
     def sites(self) -> Mapping[str, Site]:
@@ -121,8 +128,7 @@ class DiffusersHost(Host):
         """The text encoders' Linear modules by canonical name."""
         return {
             f"{component}.{_with_text_model(name)}": site
-            for component in TEXT_ENCODERS
-            if isinstance(encoder := getattr(self.pipe, component, None), nn.Module)
+            for component, encoder in self.text_encoders.items()
             for name, site in _sites(as_written(encoder))
         }
 
@@ -251,4 +257,4 @@ def _weight(module: Any) -> Tensor | None:
 
 def _with_text_model(path: str) -> str:
     # Recent transformers drop this level from CLIPTextModel; LoRA files keep it.
-    return path if path.startswith("text_model.") or not path.startswith("encoder.layers.") else f"text_model.{path}"
+    return f"text_model.{path}" if path.startswith(("encoder.layers.", "final_layer_norm.")) else path

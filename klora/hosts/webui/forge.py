@@ -142,8 +142,7 @@ def _patched(clip: Any, part: TextPart) -> Any:
     tensors = {
         f"{key}.{ending}": tensor
         for name, delta in part.deltas.items()
-        for key in text_keys(name)
-        if key in known
+        for key in text_keys(name, known)
         for ending, tensor in host_tensors(delta).items()
     }
     found = lora.load_lora(tensors, known)
