@@ -45,10 +45,13 @@ class DoraDelta(FamilyDelta):
         magnitude = group.take(slot, 1, *WEIGHT)
         count = math.prod(magnitude.shape)
         out, columns = direction.shape[:2]
+        # A kernel that is stored flat leaves its area in the columns.
+        flat = len(magnitude.shape) > 2 and len(direction.shape) == 2
+        fits_inputs = columns % count == 0 if flat else columns == count
         # LyCORIS writes (out, 1…) or (1, in, 1…); PEFT always one per output, (out,) or (1, out, 1, 1), which others
         # take over as (1, out): where a layer is square, (1, n) is LyCORIS'.
-        per_row = count == out and (slot == "magnitude" or magnitude.shape[0] == out or count != columns)
-        if not per_row and (slot == "magnitude" or count != columns):
+        per_row = count == out and (slot == "magnitude" or magnitude.shape[0] == out or not fits_inputs)
+        if not per_row and (slot == "magnitude" or not fits_inputs):
             raise group.error(magnitude, f"is {size(magnitude.shape)}, for a direction of {size(direction.shape)}")
         common = (group.file, group.key, direction.rank, direction.alpha, direction.scale, direction.shape)
         return cls(*common, direction, magnitude.view(count), by_column=not per_row)
@@ -67,6 +70,7 @@ class DoraDelta(FamilyDelta):
                 f"{self.file}: {self.key}: is {size(self.shape)} and the model's weight is"
                 f" {size(tuple(base_weight.shape))}; use a LoRA made for this model"
             )
+        self._check_inputs(self.shape)
         base = base_weight.detach().float().reshape(self.shape)
         changed = base + self.direction.matrix().to(base.device)
         dims = [dim for dim in range(len(self.shape)) if dim != int(self.by_column)]
@@ -98,8 +102,17 @@ class DoraDelta(FamilyDelta):
             yield from self.bias.stored()
 
     def shaped(self, shape: tuple[int, ...]) -> DoraDelta:
-        """The same in another shape of as many columns."""
+        """The same in another shape of as many columns; MismatchError where its magnitudes are of other inputs."""
+        self._check_inputs(shape)
         return replace(self, shape=shape, direction=self.direction.shaped(shape))
+
+    def _check_inputs(self, shape: tuple[int, ...]) -> None:
+        count = self.magnitude.shape[0]
+        if self.by_column and count != shape[1]:
+            raise MismatchError(
+                f"{self.file}: {self.magnitude.key}: has magnitudes of {count} inputs, the layer has {shape[1]}; use a"
+                " LoRA made for this model"
+            )
 
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         self.direction.rows(start, stop, out=block)
