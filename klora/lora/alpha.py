@@ -20,6 +20,7 @@ _COMPONENT = r"(?:(?P<component>unet|transformer|diffusion_model|text_encoder(?:
 _ALPHA = re.compile(_COMPONENT + r"(?:ss_)?(?:lora_|network_)?alpha")
 _RANK = re.compile(_COMPONENT + r"(?:r|lora_r|(?:ss_)?(?:lora_|network_)?(?:rank|dim))")
 _RSLORA = re.compile(_COMPONENT + r"use_rslora")
+_WRITTEN = re.compile(r"""(?:b?["']|tensor\()?([^"'(),]*)["')]?""")
 _KOHYA, _ARGS = "ss_", "ss_network_args"
 # `klora merge` once wrote kohya's keys into files whose modules have ranks of their own, each of which is its alpha.
 _OWN = "klora"
@@ -95,7 +96,7 @@ class MetadataAlpha:
                 ranks = (
                     rank
                     for other, (its, rank) in self._ranks.items()
-                    if its in mine and other.startswith(_KOHYA) == kohya
+                    if its in mine and other.startswith(_KOHYA) == kohya and rank > 0
                 )
                 rslora = any(name.removesuffix("use_rslora").rstrip(".") in mine for name in self._rslora)
                 yield Reading(key, alpha, frozenset(ranks), rslora)
@@ -121,8 +122,10 @@ def _numbers(metadata: Mapping[str, str], pattern: re.Pattern[str]) -> dict[str,
 
 
 def _number(text: object) -> float | None:
+    """The finite number that a text is, also as JSON or Python would write a text or a tensor of it."""
+    written = _WRITTEN.fullmatch(str(text).strip())
     try:
-        number = float(str(text))
+        number = float(written[1] if written else "")
     except ValueError:
         return None
     return number if math.isfinite(number) else None

@@ -32,6 +32,14 @@ FLUX |= {f"single_transformer_blocks.1.attn.to_{part}": (12, 12) for part in "qk
 FLUX_ALL = {**FLUX, "single_transformer_blocks.1.proj_mlp": (48, 12)}
 SHAPES = {**UNET, **TEXT, **FLUX_ALL}
 
+PARAMETERS = {
+    f"{BLOCK}.norm1.weight": (16,),
+    f"{BLOCK}.norm1.bias": (16,),
+    "transformer_blocks.0.scale_shift_table": (1, 6, 12),
+    "text_encoder.text_model.encoder.layers.0.layer_norm1.weight": (16,),
+}
+"""Parameters beside the modules, by the path in a model."""
+
 SIZES = {"BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
 SIZES |= {"F32": 4, "I32": 4, "U32": 4, "F64": 8, "I64": 8, "U64": 8}
 FLOATS = {

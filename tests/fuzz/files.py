@@ -21,6 +21,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from random import Random
 from types import FrameType
@@ -36,9 +37,10 @@ from klora.errors import KloraError
 from klora.fusion.policies import POLICIES
 from klora.lora import disk
 from klora.lora.file import LoraFile
+from klora.lora.model_index import ModelIndex
 from klora.pair import Pair
 from klora.settings import Settings
-from tests.fuzz.drafts import SHAPES, good
+from tests.fuzz.drafts import PARAMETERS, SHAPES, good
 from tests.fuzz.mutations import MUTATIONS
 
 LIMIT_S = 1.0
@@ -100,6 +102,15 @@ def model() -> dict[str, nn.Module]:
     }
 
 
+@cache
+def index() -> ModelIndex:
+    """The names of that model."""
+    shapes = {name: Site(module).shape for name, module in model().items()}
+    text = {name: shape for name, shape in shapes.items() if name.startswith("text_encoder")}
+    own = {name: shape for name, shape in shapes.items() if name not in text}
+    return ModelIndex(own, text_encoder=text, parameters=PARAMETERS)
+
+
 def write_case(draw: Random, folder: Path) -> tuple[Path, Path, list[str]]:
     """A mutated file and its partner, in this order, and the names of the mutations.
 
@@ -149,6 +160,10 @@ def _use(case: Case, draw: Random, mutated: Path, other: Path, cache: ScoreCache
     with measured(case, "plan"):
         pair = Pair.open(*((other, mutated) if swap else (mutated, other)), cache)
         plan = pair.plan(settings)
+    if draw.random() < 0.5:
+        with measured(case, "name"):
+            pair = pair.for_model(index())
+            plan = pair.plan(settings)
     with measured(case, "apply"):
         _apply(pair, plan, draw)
 
@@ -168,11 +183,29 @@ def _compare_with_the_package(file: LoraFile, path: Path) -> None:
                 raise FuzzError(f"{stored.key} is not what the safetensors package reads")
 
 
+class Model(nn.Module):
+    """Something with parameters at those paths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for path, shape in PARAMETERS.items():
+            owner: nn.Module = self
+            *names, leaf = path.split(".")
+            for name in names:
+                if not hasattr(owner, name):
+                    owner.add_module(name, nn.Module())
+                owner = owner.get_submodule(name)
+            owner.register_parameter(leaf, nn.Parameter(torch.ones(shape)))
+
+
 def _apply(pair: Pair, plan: object, draw: Random) -> None:
     layers = model()
     sites = {name: Site(layer) for name, layer in layers.items()}
     text = {name: site for name, site in sites.items() if name.startswith("text_encoder")}
-    session = Session(pair, plan, {name: sites[name] for name in sites.keys() - text.keys()}, text)  # type: ignore[arg-type]
+    own = {name: sites[name] for name in sites.keys() - text.keys()}
+    whole = Model()
+    encoders = {"text_encoder": whole.get_submodule("text_encoder")}
+    session = Session(pair, plan, own, text, denoiser=whole, text_encoders=encoders)  # type: ignore[arg-type]
     with session, torch.no_grad():
         for tau in (0.0, draw.random(), 1.0):
             session.set_tau(tau)

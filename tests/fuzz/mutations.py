@@ -9,6 +9,7 @@ from random import Random
 from typing import Any
 
 from tests.fuzz.drafts import FLOATS, SIZES, Draft, Entry, good
+from tests.fuzz.families import SLOTS, beside, flat, norms, numbered, prefix_of, volume
 
 ODD_NUMBERS = (0, 1, -1, 2, 3, 7, 8, 63, 255, 2**16, 2**31, 2**32 - 1, 2**53, 2**63, 2**64, 10**30, 1.5, 1e308)
 ODD_TEXTS = (
@@ -28,31 +29,6 @@ ODD_TEXTS = (
     "\ud800",
 )
 ODD_VALUES: tuple[Any, ...] = (None, True, [], {}, "F32", [[]], {"a": 1}, *ODD_NUMBERS, *ODD_TEXTS)
-SLOTS = ("lora_down.weight", "lora_up.weight", "lora_mid.weight", "alpha", "dora_scale", "diff", "lora_A.weight")
-SLOTS += ("lora_B.weight", "lora_magnitude_vector", "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1")
-SLOTS += (
-    "hada_t2",
-    "lokr_w1",
-    "lokr_w1_a",
-    "lokr_w1_b",
-    "lokr_w2",
-    "lokr_w2_a",
-    "lokr_w2_b",
-    "lokr_t2",
-    "diff_b",
-    "diff_m",
-    "w_norm",
-    "b_norm",
-    "magnitude",
-    "scale",
-    "scalar",
-    "set_weight",
-    "reshape_weight",
-    "lora_B.bias",
-    "lora_down.scale_weight",
-    "lora_up.scale_weight",
-    "oft_blocks",
-)
 PREFIXES = (
     "lora_unet_",
     "unet.",
@@ -274,65 +250,13 @@ def values(draw: Random, draft: Draft) -> None:
             entry.data = (filler + entry.data)[: len(entry.data)]
 
 
-def _prefix(key: str) -> str:
-    return key.partition(".lora")[0] if ".lora" in key else key.rpartition(".")[0]
-
-
 def alpha(draw: Random, draft: Draft) -> None:
     key = draft.some_key(draw)
-    prefix = _prefix(key)
+    prefix = prefix_of(key)
     kind = draw.choice(("F32", "F64", "F16", "BF16", "I64", "U8", "BOOL", "U64"))
     entry = Entry(kind, [], draw.randbytes(8) if draw.random() < 0.5 else struct.pack("<f", 1e30) * 2)
     entry.resize(draw.choice(([], [1], [1, 1], [2], [0])))
     draft.entries[f"{prefix}.alpha"] = entry
-
-
-def beside(draw: Random, draft: Draft) -> None:
-    """Tensors that stand beside factors, of a shape that fits, often, or of any."""
-    for _ in range(draw.randint(1, 3)):
-        key = draft.some_key(draw)
-        shape = [*(draft.entries[key].shape if key in draft.entries else [16]), 1, 1][:2]
-        slot = draw.choice(SLOTS)
-        fits = [[], [1], shape[:1], [shape[0], 1], [1, shape[0]], shape, [*shape, 1, 1], [*shape, 1, 2, 2], [2]]
-        kind = draw.choice(list(FLOATS) if draw.random() < 0.9 else list(SIZES))
-        entry = Entry(kind, [], draw.randbytes(8))
-        entry.resize(draw.choice(fits))
-        draft.entries[f"{_prefix(key)}.{slot}"] = entry
-
-
-def volume(draw: Random, draft: Draft) -> None:
-    """Factors of three or five dimensions, and a full difference of a parameter that is no layer."""
-    prefix = _prefix(draft.some_key(draw))
-    out, width, rank = draw.choice((1, 4, 16)), draw.choice((1, 4, 16)), draw.choice((0, 1, 2))
-    kernel = draw.choice(([3], [1, 2, 2], [3, 3, 3], [1, 1, 1], [1, 1, 1, 1]))
-    shapes = draw.choice(
-        (
-            {"lora_down.weight": [rank, width, *kernel], "lora_up.weight": [out, rank, *[1] * len(kernel)]},
-            {"lora_A.weight": [rank, width, *kernel], "lora_B.weight": [out, rank]},
-            {"diff": [1, 6, width]},
-            {"diff": [out, width, *kernel], "diff_b": [out]},
-            {"set_weight": [out, width, *kernel]},
-        )
-    )
-    for slot, shape in shapes.items():
-        entry = Entry("F16", [], draw.randbytes(2))
-        entry.resize(shape)
-        draft.entries[f"{prefix}{draw.choice(('', '', '.modulation'))}.{slot}"] = entry
-
-
-def numbered(draw: Random, draft: Draft) -> None:
-    """Keys by number, as the first trainer of SD 1 wrote them: all of a file's, in its order, or some."""
-    whole, root = draw.random() < 0.7, draw.choice(("unet", "unet", "text_encoder"))
-    numbers: dict[str, int] = {}
-    renamed: dict[str, Entry] = {}
-    for key, entry in draft.entries.items():
-        side = next((side for side in ("up", "down") if f"lora_{side}" in key), None)
-        if side is None or not (whole or draw.random() < 0.5):
-            renamed[key] = entry
-            continue
-        number = numbers.setdefault(_prefix(key), len(numbers) if draw.random() < 0.9 else draw.choice((0, 31, 9999)))
-        renamed[f"{root}:{number}:{side}"] = entry
-    draft.entries = renamed
 
 
 def plain_alpha(draw: Random, draft: Draft) -> None:
@@ -432,6 +356,8 @@ MUTATIONS: tuple[Mutation, ...] = (
     alpha,
     beside,
     volume,
+    flat,
+    norms,
     numbered,
     plain_alpha,
     metadata,
