@@ -8,7 +8,7 @@ from typing import Any
 
 from klora.fusion.interference import Interference, total
 from klora.fusion.plan import FusionPlan
-from klora.lora.names import block_of
+from klora.lora.names import block_label, block_of
 from klora.pair import Pair
 
 FIGHT, SHARED = 0.1, 0.25
@@ -44,13 +44,18 @@ def overlap_of(pair: Pair, plan: FusionPlan) -> Overlap:
 
 
 def in_words(overlap: Overlap) -> str:
-    """One sentence: mostly apart, or where the two fight, reinforce each other or share their directions."""
-    whole = overlap.whole
-    if whole is None:
+    """One sentence, with its numbers: where the two meet, and how much."""
+    numbers = in_numbers(overlap)
+    return meeting(overlap) + (f" ({numbers})" if numbers else "")
+
+
+def meeting(overlap: Overlap) -> str:
+    """Mostly apart, or where the two fight, reinforce each other or share their directions."""
+    if overlap.whole is None:
         return "not compared: no module of both files has factors"
     kinds: dict[str, list[str]] = {}
     for block, part in overlap.blocks.items():
-        kinds.setdefault(_kind(part), []).append(block)
+        kinds.setdefault(_kind(part), []).append(block_label(block))
     clauses = [
         f"{verb} in {_listed(kinds[kind])}"
         for kind, verb in (
@@ -64,10 +69,17 @@ def in_words(overlap: Overlap) -> str:
         clauses = ["mostly apart"]
     elif "apart" in kinds:
         clauses.append("elsewhere apart")
+    return ", ".join(clauses)
+
+
+def in_numbers(overlap: Overlap) -> str:
+    """The numbers of the whole; nothing where nothing was compared."""
+    whole = overlap.whole
+    if whole is None:
+        return ""
     subject, style = whole.inside
     left = f"; {overlap.left_out} modules without factors left out" if overlap.left_out else ""
-    numbers = f"cosine {whole.cosine:+.2f}, {subject:.0%} of the subject inside the style, {style:.0%} the other way"
-    return f"{', '.join(clauses)} ({numbers}{left})"
+    return f"cosine {whole.cosine:+.2f}, {subject:.0%} of the subject inside the style, {style:.0%} the other way{left}"
 
 
 def _kind(part: Interference) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from klora.lora.names import block_label
-from klora.report.overlap import Overlap, in_words
+from klora.report.overlap import Overlap, in_numbers, in_words
 from klora.report.picture import DPI, FONT, LIGHT, WIDTH, Theme, dress, image_of, literal
 
 if TYPE_CHECKING:
@@ -18,21 +18,25 @@ HEIGHT = 900
 _MARKS = (("output spaces shared", "^"), ("input spaces shared", "v"))
 
 
-def overlap_picture(overlap: Overlap, title: str, theme: Theme = LIGHT, width: int = WIDTH) -> Images.Image:
-    """Draw, for each block, the cosine above and what is shared below. Needs matplotlib."""
+def overlap_picture(overlap: Overlap, title: str | None, theme: Theme = LIGHT, width: int = WIDTH) -> Images.Image:
+    """Draw, for each block, the cosine above and what is shared below. Needs matplotlib.
+
+    `title` names what is compared; None where that, and how they meet, is said beside the picture.
+    """
     from matplotlib.figure import Figure
 
     size = width / DPI, HEIGHT / DPI
     figure = Figure(figsize=size, dpi=DPI, facecolor=theme.background, layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
-    figure.suptitle(literal(f"{title}: {in_words(overlap)}"), color=theme.ink, wrap=True, **FONT)
+    heading = in_numbers(overlap) if title is None else f"{title}: {in_words(overlap)}"
+    figure.suptitle(literal(heading), color=theme.ink, wrap=True, **FONT)
     _cosines(above, overlap, theme)
     _shares(below, overlap, theme)
     for axes in (above, below):
         dress(axes, theme, theme.ink)
     figure.legend(
         *below.get_legend_handles_labels(),
-        ncols=2,
+        ncols=2 if width >= WIDTH else 1,
         frameon=False,
         labelcolor=theme.ink,
         loc="outside lower center",

@@ -74,7 +74,7 @@ def analyse(request: FusionRequest, view: View, hear: OnScored | None = None) ->
     pair, plan = plan_of(dataclasses.replace(request, settings=settings), hear)
     title = f"{request.subject} × {request.style}"
     overlap = overlap_of(pair, plan)
-    drawn = _cells(plan, view), overlap, _bars(overlap, title, view)
+    drawn = _cells(plan, view), overlap, _bars(overlap, view)
     return page(title, pair, plan, *drawn, _found(pair)), rule_line(plan)
 
 
@@ -88,12 +88,12 @@ def _found(pair: Pair) -> float | None:
     return found_shares().get(host.found_for(pair)) if isinstance(host, WebuiHost) else None
 
 
-def _bars(overlap: Overlap, title: str, view: View) -> Images.Image | None:
+def _bars(overlap: Overlap, view: View) -> Images.Image | None:
     if not _can_draw() or overlap.whole is None:
         return None
     from klora.report.overlap_picture import overlap_picture
 
-    return overlap_picture(overlap, title, _theme(view), _width(view))
+    return overlap_picture(overlap, None, _theme(view), _width(view))
 
 
 def _cells(plan: FusionPlan, view: View) -> Images.Image | None:

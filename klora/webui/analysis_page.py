@@ -101,13 +101,13 @@ def _counts(pair: Pair, plan: FusionPlan) -> str:
 
 
 def _overlap(overlap: Overlap, bars: Images.Image | None) -> str:
-    from klora.report.overlap import in_words
+    from klora.report.overlap import meeting
 
     drawing = ""
     if bars is not None:
         image = f'<img src="{_source(bars)}" alt="Overlap by block">'
         drawing = f'<details class="klora-bars"><summary>{_say(BARS)}</summary>{image}</details>'
-    return f'<p class="klora-overlap">{_say(OVERLAP)} {_data(in_words(overlap))}</p>{drawing}'
+    return f'<p class="klora-overlap">{_say(OVERLAP)} {_data(meeting(overlap))}</p>{drawing}'
 
 
 def _source(picture: Images.Image) -> str:

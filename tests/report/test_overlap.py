@@ -28,15 +28,15 @@ def part(cosine: float, inside: float = 0.0, style_inside: float | None = None) 
     ("blocks", "sentence"),
     [
         ({"mid_block": part(0.05, 0.1)}, "mostly apart (cosine +0.05, 10% of the subject inside the style, 10% the"),
-        ({"mid_block": part(0.0), "up_blocks.1": part(-0.4)}, "fight in up_blocks.1, elsewhere apart (cosine -0.20"),
-        ({"mid_block": part(0.5)}, "reinforce each other in mid_block (cosine +0.50"),
-        ({"mid_block": part(0.0, 0.5)}, "use the same directions in mid_block (cosine +0.00, 50%"),
+        ({"mid_block": part(0.0), "up_blocks.1": part(-0.4)}, "fight in up 1, elsewhere apart (cosine -0.20"),
+        ({"mid_block": part(0.5)}, "reinforce each other in mid (cosine +0.50"),
+        ({"mid_block": part(0.0, 0.5)}, "use the same directions in mid (cosine +0.00, 50%"),
         # One file inside the other is enough, whichever it is.
-        ({"mid_block": part(0.0, 0.5, 0.1)}, "use the same directions in mid_block (cosine +0.00, 50%"),
-        ({"mid_block": part(0.0, 0.1, 0.5)}, "use the same directions in mid_block (cosine +0.00, 10%"),
+        ({"mid_block": part(0.0, 0.5, 0.1)}, "use the same directions in mid (cosine +0.00, 50%"),
+        ({"mid_block": part(0.0, 0.1, 0.5)}, "use the same directions in mid (cosine +0.00, 10%"),
         (
             {f"up_blocks.{i}": part(-0.2) for i in range(5)},
-            "fight in up_blocks.0, up_blocks.1, up_blocks.2 and 2 more blocks (cosine -0.20",
+            "fight in up 0, up 1, up 2 and 2 more blocks (cosine -0.20",
         ),
         ({}, "not compared: no module of both files has factors"),
     ],
