@@ -136,10 +136,17 @@
 
     // ---- the analysis
 
-    window.kloraStale = function (tab) {
+    function markStale(tab) {
         root().querySelectorAll(`#${tab}_klora .klora-wanted`).forEach((old) => old.remove());
         root().querySelectorAll(`#${tab}_klora_result .klora-result, #${tab}_klora_result .klora-error`)
             .forEach((found) => found.classList.add("klora-stale"));
+    }
+
+    // Gradio tells of every control that has changed, by whomever.
+    window.kloraChanged = function (tab) {
+        markStale(tab);
+        setTimeout(updateHeaders, 50);
+        document.dispatchEvent(new CustomEvent("klora:changed"));
     };
 
     const told = new WeakMap();
@@ -267,7 +274,7 @@
         document.addEventListener("click", pickBalance, true);
         setInterval(askAboutCheckpoint, 1000);
         document.addEventListener("input", (event) => {
-            TABS.filter((tab) => event.target.closest(`#${tab}_steps`)).forEach(window.kloraStale);
+            TABS.filter((tab) => event.target.closest(`#${tab}_steps`)).forEach(markStale);
         }, true);
     }
 

@@ -6,7 +6,8 @@ import json
 from typing import Any
 
 from klora.balance.search import SHARES
-from klora.webui.ui import Accordion, in_page
+from klora.webui.controls import in_page
+from klora.webui.ui import Accordion
 from klora.webui.xyz_axes import JUDGED
 
 _SCRIPT, _PLOT = "script_list", "X/Y/Z plot"

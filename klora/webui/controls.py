@@ -1,4 +1,4 @@
-"""The control of a setting, made from its description, on Gradio 3.41 as on 4.40."""
+"""The control of a setting, made from its description, and its events, on Gradio 3.41 as on 4.40."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ _HINTS = {
     "refine_step": "how far latents move per step",
     "refine_from": "0: first step, 1: last step",
     "refine_to": "0: first step, 1: last step",
-    "subject_from": "before, the style alone; 0: first step",
-    "subject_to": "then the style alone; 1: last step",
-    "style_from": "before, the subject alone; 0: first step",
-    "style_to": "then the subject alone; 1: last step",
+    "subject_from": "before, the style alone",
+    "subject_to": "after, the style alone",
+    "style_from": "before, the subject alone",
+    "style_to": "after, the subject alone",
     "subject_blocks": "as on the map: up 1: 0.5, mid: 0",
     "style_blocks": "as on the map: up 1: 0.5, mid: 0",
 }
@@ -129,3 +129,15 @@ def changed_defaults(read: Callable[[str], Any], names: Sequence[str]) -> dict[s
                 if value in (choices_of(name, option) or (value,)):
                     found[name] = value
     return found
+
+
+def in_page(
+    event: Callable[..., Any], code: str, inputs: Sequence[Any], outputs: Sequence[Any], then: Any = None
+) -> None:
+    """Have the browser answer an event by a JavaScript function, whose values go to the outputs or to `then`."""
+    wiring = {"fn": then, "inputs": list(inputs), "outputs": list(outputs)}
+    try:
+        event(**wiring, js=code)
+    except TypeError:
+        # Gradio 3's name for it.
+        event(**wiring, _js=code)

@@ -23,6 +23,13 @@ def split_side(text: str, side: str) -> list[tuple[str, float]]:
     return [_part(part.strip(), text, side) for part in text.split("+")]
 
 
+def parts_of(text: str, side: str, knows: Callable[[str], bool]) -> list[tuple[str, float]]:
+    """The same where a text that `knows` takes for a name means that one."""
+    # In a tag, a colon of a name is written as in URLs, also where the name is all there is.
+    whole = next((name for name in (text, unquote(text)) if knows(name)), None)
+    return split_side(text, side) if whole is None else [(whole, 1.0)]
+
+
 def join_side(parts: Iterable[tuple[str, float]]) -> str:
     """Write names with their weights."""
     return " + ".join(weighted_name(quoted(name), weight) for name, weight in parts)

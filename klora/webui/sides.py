@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
-from urllib.parse import unquote
 
 from klora.hosts.webui.lora_library import Library, ListedLora
 from klora.pair import PAIRS, Pair
 from klora.webui.options import score_cache
-from klora.webui.side_text import split_side
+from klora.webui.side_text import parts_of
 
 
 class SideLora(NamedTuple):
@@ -22,9 +21,7 @@ class SideLora(NamedTuple):
 
 def find_side(text: str, side: str, names: Library) -> tuple[SideLora, ...]:
     """The LoRAs that a text means; KloraError for a name that is none's, SettingsError for a bad weight."""
-    # In a tag, a colon of a name is written as in URLs, also where the name is all there is.
-    whole = next((name for name in (text, unquote(text)) if names.knows(name)), None)
-    parts = split_side(text, side) if whole is None else [(whole, 1.0)]
+    parts = parts_of(text, side, names.knows)
     return tuple(SideLora(name, names.find(name), weight) for name, weight in parts)
 
 

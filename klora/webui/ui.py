@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from klora.errors import KloraError
 from klora.fusion.policies import OF_SCALES, POLICIES, is_heeded, policies_with
@@ -17,26 +17,18 @@ from klora.settings import AUTO, Settings
 from klora.webui.analysis_page import View, failure, told
 from klora.webui.analysis_run import AnalysisRun, Result
 from klora.webui.args import ARG_ORDER, NONE, FusionRequest, read_values, setting_options
-from klora.webui.controls import ControlMaker, hint_of, slider_reach
-from klora.webui.several import add_more
+from klora.webui.controls import ControlMaker, hint_of, in_page, slider_reach
+from klora.webui.several import Libraries, add_more, menu
 
 TITLE = "K-LoRA"
 BASIC = ("balance", "share", "subject_strength", "style_strength")
 """Settings in sight; all others are folded away."""
 
 _BEFORE_THE_POLICYS_OWN = 3
-_OWN_ROWS = (("subject_from", "subject_to"), ("style_from", "style_to"), ("subject_blocks", "style_blocks"))
-"""Settings of one kind, in a row each, so that labels and inputs of a row lie on one line."""
+_WINDOWS = (("subject_from", "subject_to"), ("style_from", "style_to"))
+"""Two sliders each, which the page lays over each other as one with two handles."""
 
-
-class Names(Protocol):
-    """What the menus need of a list of LoRAs."""
-
-    def names(self) -> list[str]:
-        """List the names."""
-
-    def refresh(self) -> None:
-        """Look for new files."""
+_BLOCKS = ("subject_blocks", "style_blocks")
 
 
 Analyse = Callable[[FusionRequest, View, Callable[[int, int], None]], Result]
@@ -67,7 +59,7 @@ class Accordion:
 
 def build(
     tab: str,
-    library: Callable[[], Names],
+    library: Libraries,
     analyse: Analyse,
     defaults: Mapping[str, Any] | None = None,
     misfit: Misfit | None = None,
@@ -93,14 +85,14 @@ def build(
         buttons, result = _add_actions(gr, tab, found)
         with gr.Accordion("Advanced", open=False, elem_id=f"{tab}_klora_advanced"):
             _add_advanced(gr, maker, found)
-            rule = gr.HTML("", elem_id=f"{tab}_klora_rule")
+            rule = gr.HTML("", elem_id=f"{tab}_klora_rule", elem_classes=["klora-said"])
             button = _add_saving(gr, tab, found, save) if save is not None else None
         _follow_policy(gr, found, switch, button)
         _connect_analysis(gr, tab, found, analyse, buttons, [result, rule])
     return found
 
 
-def _add_pair(gr: Any, tab: str, found: Accordion, library: Callable[[], Names]) -> None:
+def _add_pair(gr: Any, tab: str, found: Accordion, library: Libraries) -> None:
     with gr.Row(elem_id=f"{tab}_klora_pair", elem_classes=["klora-pair"]):
         for side in ("subject", "style"):
             found.args[side] = gr.Dropdown(
@@ -113,7 +105,7 @@ def _add_pair(gr: Any, tab: str, found: Accordion, library: Callable[[], Names])
         button = gr.Button("\u21bb", elem_id=f"{tab}_klora_refresh_names", elem_classes=["tool"], scale=0, min_width=42)
 
     sides = [found.args["subject"], found.args["style"]]
-    menus = [*sides, *add_more(gr, tab, found.args, lambda: menu(library))]
+    menus = [*sides, *add_more(gr, tab, found.args, library)]
 
     def refresh() -> list[Any]:
         with _shown(gr):
@@ -125,7 +117,7 @@ def _add_pair(gr: Any, tab: str, found: Accordion, library: Callable[[], Names])
 
 def _add_misfit(gr: Any, tab: str, found: Accordion, misfit: Misfit) -> None:
     """Say where a pair is for another model than the chosen checkpoint; the page's script asks when that changes."""
-    said = gr.HTML("", elem_id=f"{tab}_klora_misfit")
+    said = gr.HTML("", elem_id=f"{tab}_klora_misfit", elem_classes=["klora-said"])
     checkpoint = gr.Textbox("", visible=False)
     ask = gr.Button("", visible=False, elem_id=f"{tab}_klora_ask_misfit")
 
@@ -137,11 +129,6 @@ def _add_misfit(gr: Any, tab: str, found: Accordion, misfit: Misfit) -> None:
     inputs = [found.args["subject"], found.args["style"], checkpoint]
     for event in (ask.click, found.args["subject"].change, found.args["style"].change):
         in_page(event, code, inputs, [said], then=answer_misfit)
-
-
-def menu(library: Callable[[], Names]) -> list[str]:
-    """List what a menu of LoRAs offers."""
-    return [NONE, *library().names()]
 
 
 def _add_knob(gr: Any, tab: str, maker: ControlMaker, found: Accordion) -> Any:
@@ -176,30 +163,20 @@ def _add_knob(gr: Any, tab: str, maker: ControlMaker, found: Accordion) -> Any:
     return switch
 
 
-def in_page(
-    event: Callable[..., Any], code: str, inputs: Sequence[Any], outputs: Sequence[Any], then: Any = None
-) -> None:
-    """Have the browser answer an event by a JavaScript function, whose values go to the outputs or to `then`."""
-    wiring = {"fn": then, "inputs": list(inputs), "outputs": list(outputs)}
-    try:
-        event(**wiring, js=code)
-    except TypeError:
-        # Gradio 3's name for it.
-        event(**wiring, _js=code)
-
-
 def _add_advanced(gr: Any, maker: ControlMaker, found: Accordion) -> None:
     names = [name for name in setting_options() if name not in BASIC]
-    apart = {name for row in _OWN_ROWS for name in row}
+    apart = {*_BLOCKS, *(name for window in _WINDOWS for name in window)}
     shared = [name for name in names if not policies_with(name) and name not in apart]
     _add_row(gr, maker, found, shared[:_BEFORE_THE_POLICYS_OWN])
     _add_row(gr, maker, found, [name for name in names if policies_with(name)])
-    for row in (shared[_BEFORE_THE_POLICYS_OWN:], *_OWN_ROWS):
-        _add_row(gr, maker, found, row)
+    _add_row(gr, maker, found, shared[_BEFORE_THE_POLICYS_OWN:])
+    for window in _WINDOWS:
+        _add_row(gr, maker, found, window, "klora-window")
+    _add_row(gr, maker, found, _BLOCKS)
 
 
-def _add_row(gr: Any, maker: ControlMaker, found: Accordion, names: Sequence[str]) -> None:
-    with gr.Row(elem_classes=["klora-row"]):
+def _add_row(gr: Any, maker: ControlMaker, found: Accordion, names: Sequence[str], *kind: str) -> None:
+    with gr.Row(elem_classes=["klora-row", *kind]):
         for name in names:
             found.args[name] = maker.control(name)
 
@@ -211,10 +188,12 @@ def _follow_policy(gr: Any, found: Accordion, switch: Any, save: Any) -> None:
 
     def show(policy: str, by_share: bool) -> list[Any]:
         heeded = is_heeded("balance", policy)
-        seen = [heeded, heeded and not by_share, heeded and by_share, *(is_heeded(name, policy) for name in own)]
+        seen = [heeded and not by_share, heeded and by_share, *(is_heeded(name, policy) for name in own)]
+        # A share that cannot be seen is none.
+        shown = gr.update(visible=heeded) if heeded else gr.update(visible=False, value=False)
         static = POLICIES[policy].static
         button = gr.update(value=SAVE if static else NOT_ONE_FILE, interactive=static)
-        return [*(gr.update(visible=visible) for visible in seen), *([button] if save is not None else ())]
+        return [shown, *(gr.update(visible=visible) for visible in seen), *([button] if save is not None else ())]
 
     outputs = [switch, found.args["balance"], found.share_slider, *(found.args[name] for name in own)]
     outputs += [save] if save is not None else []
@@ -230,7 +209,7 @@ def _add_actions(gr: Any, tab: str, found: Accordion) -> tuple[Sequence[Any], An
         # Seen where a host can make a grid.
         found.compare = gr.Button("Compare five balances", elem_id=f"{tab}_klora_compare", visible=False)
         found.args["show_map"] = gr.Checkbox(label="Map in gallery", value=False, elem_id=f"{tab}_klora_show_map")
-    return (button, cancel), gr.HTML("", elem_id=f"{tab}_klora_result")
+    return (button, cancel), gr.HTML("", elem_id=f"{tab}_klora_result", elem_classes=["klora-said"])
 
 
 def _of_the_fusion(found: Accordion) -> dict[str, Any]:
@@ -245,7 +224,7 @@ def _add_saving(gr: Any, tab: str, found: Accordion, save: Save) -> Any:
         name = gr.Textbox(label="Name of the LoRA", value="", max_lines=1, elem_id=f"{tab}_klora_save_name")
         button = gr.Button(SAVE if static else NOT_ONE_FILE, interactive=static, elem_id=f"{tab}_klora_save")
     name.do_not_save_to_config = True
-    said = gr.HTML("", elem_id=f"{tab}_klora_saved")
+    said = gr.HTML("", elem_id=f"{tab}_klora_saved", elem_classes=["klora-said"])
     controls = _of_the_fusion(found)
 
     def run(*values: Any) -> str:
@@ -291,7 +270,7 @@ def _connect_analysis(
     in_page(button.click, code, inputs, [*outputs, cancel], then=run)
     cancel.click(stop, inputs=[], outputs=[], queue=False)
     for control in controls.values():
-        in_page(control.change, f"() => {{ window.kloraStale?.('{tab}'); return []; }}", [], [])
+        in_page(control.change, f"() => {{ window.kloraChanged?.('{tab}'); return []; }}", [], [])
 
 
 def answer(

@@ -11,6 +11,7 @@ from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
+SCRIPTS = ("klora.js", "klora_sides.js", "klora_windows.js")
 WAIT = 60_000
 
 
@@ -37,12 +38,94 @@ def use(page: Page) -> dict[str, Any]:
     fill_number(page, "balance", "-0.5")
     fill_number(page, "style_strength", "0.83")
     seen["seed at first"] = page.locator("#txt2img_klora_seed").is_visible()
+    seen["windows"] = move_the_windows(page)
+    page.check("#txt2img_klora_share_switch input")
     choose(page, "policy", "random")
     page.wait_for_selector("#txt2img_klora_seed", state="visible", timeout=WAIT)
     page.wait_for_selector("#txt2img_klora_balance", state="hidden", timeout=WAIT)
     seen["rows"] = page.evaluate(ROWS)
     seen["after"] = echo(page)
+    seen["several"] = edit_several(page)
+    seen["layouts"] = layouts(page)
     return seen
+
+
+def move_the_windows(page: Page) -> list[Any]:
+    """Drag both handles of one window, the first beyond the second: what the script gets, and where they are."""
+    found = []
+    handles = [f"#txt2img_klora_style_{end} input[type=range]" for end in ("from", "to")]
+    boxes = [page.locator(handle).bounding_box() for handle in handles]
+    found.append([round(box[at]) for box in boxes if box for at in ("x", "y")])
+    page.locator(handles[0]).scroll_into_view_if_needed()
+    for start, end in ((1.0, 0.5), (0.0, 0.8)):
+        box = page.locator(handles[0]).bounding_box()
+        assert box is not None
+        y = box["y"] + box["height"] / 2
+        page.mouse.move(box["x"] + 8 + start * (box["width"] - 16), y)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 8 + end * (box["width"] - 16), y, steps=8)
+        page.mouse.up()
+        page.wait_for_timeout(300)
+        values = echo(page)
+        found.append([values["style_from"], values["style_to"]])
+    row = "document.querySelector('#txt2img_klora_style_from').closest('.klora-window').style"
+    found.append([page.evaluate(f"{row}.getPropertyValue('--klora-{end}')") for end in ("from", "to")])
+    return found
+
+
+def edit_several(page: Page) -> list[Any]:
+    """Add a LoRA to the subject, give it a weight, and remove the first: what the script gets after each."""
+    found = [page.locator(".klora-part").count()]
+    page.click("#txt2img_klora_several > .label-wrap")
+    choose(page, "more_subject", "ink")
+    page.wait_for_selector(".klora-part", state="visible", timeout=WAIT)
+    found.append(echo(page)["subject"])
+    page.locator(".klora-part input").nth(1).fill("0.5")
+    page.keyboard.press("Enter")
+    page.wait_for_selector('.klora-part input[value="0.5"]', state="visible", timeout=WAIT)
+    page.wait_for_timeout(300)
+    found.append(echo(page)["subject"])
+    page.locator(".klora-part button").nth(0).click()
+    page.wait_for_function("() => document.querySelectorAll('.klora-part').length === 1", timeout=WAIT)
+    found.append(echo(page)["subject"])
+    page.locator(".klora-part input").fill("1")
+    page.keyboard.press("Enter")
+    page.wait_for_function("() => document.querySelectorAll('.klora-part').length === 0", timeout=WAIT)
+    found.append([echo(page)["subject"], page.input_value("#txt2img_klora_more_subject input")])
+    return found
+
+
+def layouts(page: Page) -> list[dict[str, Any]]:
+    """What stands out of the accordion, and where some things lie, on a wide page and on a narrow one."""
+    choose(page, "policy", "k-lora")
+    page.uncheck("#txt2img_klora_share_switch input")
+    page.wait_for_selector("#txt2img_klora_balance", state="visible", timeout=WAIT)
+    found = []
+    for width in (1400, 420):
+        page.set_viewport_size({"width": width, "height": 1000})
+        page.wait_for_timeout(500)
+        found.append(page.evaluate(LAYOUT))
+    page.set_viewport_size({"width": 1000, "height": 1200})
+    return found
+
+
+LAYOUT = """() => {
+    const box = (selector) => document.querySelector(`#txt2img_klora${selector}`).getBoundingClientRect();
+    const whole = box('');
+    const shown = [...document.querySelectorAll('#txt2img_klora *')].filter((found) => found.offsetParent);
+    const rows = [...document.querySelectorAll('#txt2img_klora_advanced .klora-row')].filter((row) => row.offsetHeight);
+    const boxes = rows.map((row) => row.getBoundingClientRect());
+    const [balance, refresh, style] = ['_balance', '_refresh_names', '_style input'].map(box);
+    const right = (found) => found.getBoundingClientRect().right;
+    return {
+        out: shown.filter((found) => right(found) > whole.right + 1).map((found) => found.outerHTML),
+        balance: [balance.left - box('_subject_strength').left, balance.right - box('_style_strength').right],
+        refresh: [refresh.top, (style.top + style.bottom) / 2, refresh.bottom],
+        gaps: boxes.slice(1).map((row, i) => Math.round(row.top - boxes[i].bottom)),
+        switch: box('_share_switch').height,
+        titles: [...document.querySelectorAll('#txt2img_klora .block span[title]')].map((found) => found.title),
+    };
+}"""
 
 
 # The tops of labels and the bottoms of controls in every row of the advanced settings, each relative to the first.
@@ -151,7 +234,8 @@ def main() -> None:
         page.goto(url, wait_until="domcontentloaded")
         page.wait_for_selector("#txt2img_klora", timeout=WAIT)
         page.wait_for_timeout(1000)
-        page.add_script_tag(content=(ROOT / "javascript" / "klora.js").read_text(encoding="utf-8"))
+        for name in SCRIPTS:
+            page.add_script_tag(content=(ROOT / "javascript" / name).read_text(encoding="utf-8"))
         page.add_style_tag(content=(ROOT / "style.css").read_text(encoding="utf-8"))
         seen = use(page)
         browser.close()

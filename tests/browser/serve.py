@@ -26,6 +26,9 @@ class FakeLibrary:
     def names(self) -> list[str]:
         return list(NAMES)
 
+    def knows(self, name: str) -> bool:
+        return name in NAMES
+
     def refresh(self) -> None:
         if "new" not in NAMES:
             NAMES.append("new")

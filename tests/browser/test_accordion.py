@@ -122,7 +122,40 @@ def test_what_is_set_reaches_the_script_and_refreshed_names_can_be_chosen(seen: 
     assert request is not None
     assert (request.subject, request.style) == ("dog", "new")
     changed = {"balance": -0.5, "beta": 0.6, "policy": "random", "style_strength": 0.83}
+    changed |= dict.fromkeys(("style_from", "style_to"), seen["windows"][1][1])
     assert request.settings.changed() == changed
+
+
+def test_a_window_is_one_track_with_two_handles_that_do_not_pass_each_other(seen: dict[str, Any]) -> None:
+    places, first, second, drawn = seen["windows"]
+    assert places[:2] == places[2:]
+    assert first == [0, pytest.approx(0.5, abs=0.051)]
+    assert second[0] == second[1] == first[1]
+    assert [float(end) for end in drawn] == second
+
+
+def test_a_share_is_none_where_the_policy_takes_none(seen: dict[str, Any]) -> None:
+    assert seen["after"]["share"] == "auto"
+
+
+def test_each_lora_of_a_side_of_several_has_a_row_with_its_weight(seen: dict[str, Any]) -> None:
+    assert seen["several"] == [0, "dog + ink", "dog + ink*0.5", "ink*0.5", ["ink", "None"]]
+
+
+def test_nothing_stands_out_of_the_accordion_and_rows_are_even_on_a_wide_page_and_a_narrow_one(
+    seen: dict[str, Any],
+) -> None:
+    for layout in seen["layouts"]:
+        assert layout["out"] == []
+        assert layout["balance"] == pytest.approx([0, 0], abs=2)
+        assert layout["refresh"] == sorted(layout["refresh"])
+        assert max(layout["gaps"]) - min(layout["gaps"]) <= 1
+        assert layout["switch"] < 50
+
+
+def test_tooltips_are_our_own(seen: dict[str, Any]) -> None:
+    for layout in seen["layouts"]:
+        assert {"Balance", "Set the share instead", "Subject strength"} <= set(layout["titles"])
 
 
 def test_the_seed_shows_only_with_the_random_policy(seen: dict[str, Any]) -> None:

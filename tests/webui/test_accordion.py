@@ -23,6 +23,9 @@ class NoLoras:
     def names(self) -> list[str]:
         return []
 
+    def knows(self, name: str) -> bool:
+        return False
+
     def refresh(self) -> None:
         pass
 
@@ -84,12 +87,22 @@ def test_hints_are_short_and_every_slider_has_a_reach_within_its_setting() -> No
             assert option.high is None or reach.high <= option.high
 
 
-def test_each_window_is_a_row_of_its_own(gradio: RecordedGradio) -> None:
+def test_each_window_is_a_row_of_two_sliders_that_the_page_makes_one(gradio: RecordedGradio) -> None:
     found = built()
     for side in ("subject", "style"):
         at = gradio.made.index(found.args[f"{side}_from"])
         assert gradio.made[at + 1] is found.args[f"{side}_to"]
         assert [gradio.made[at + beside].kind for beside in (-1, 2)] == ["Row", "Row"]
+        assert gradio.made[at - 1].kwargs["elem_classes"] == ["klora-row", "klora-window"]
+
+
+def test_a_share_that_a_policy_does_not_heed_is_switched_off(
+    gradio: RecordedGradio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradio, "update", dict, raising=False)
+    (show,) = [wired["fn"] for wired in built().args["policy"].events["change"] if wired["fn"] is not None]
+    assert show("direct", True)[0] == {"visible": False, "value": False}
+    assert show("k-lora", True)[0] == {"visible": True}
 
 
 def test_the_button_of_the_grid_shows_once_the_hosts_plot_is_there(gradio: RecordedGradio) -> None:

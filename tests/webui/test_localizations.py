@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import pytest
 
 from klora.report import words
-from klora.webui import analysis_page, analysis_run, args, options, ui
+from klora.webui import analysis_page, analysis_run, args, options, several, ui
 from tests.webui.recorded_gradio import RecordedGradio
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +22,9 @@ LANGUAGES = ("zh_CN", "ja_JP")
 class NoLoras:
     def names(self) -> list[str]:
         return []
+
+    def knows(self, name: str) -> bool:
+        return False
 
     def refresh(self) -> None:
         pass
@@ -67,14 +70,14 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def _of_the_page() -> set[str]:
     constants = {value for name, value in vars(analysis_page).items() if name.isupper() and isinstance(value, str)}
     choose = {f"Choose a {side} LoRA" for side in ("subject", "style")}
-    words_of_a_run = {"scoring", analysis_run.CANCELLED, ui.SAVE, ui.NOT_ONE_FILE}
+    words_of_a_run = {"scoring", analysis_run.CANCELLED, ui.SAVE, ui.NOT_ONE_FILE, several.REMOVE}
     return {
         *words_of_a_run,
         *constants,
         *analysis_page.COUNTS,
         *analysis_page.POINTED,
         *words.WHEN,
-        *words.PLACES,
+        *words.PLACE_WORDS,
         *choose,
     }
 

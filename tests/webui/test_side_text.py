@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ from klora.errors import KloraError, SettingsError
 from klora.webui.args import read_values
 from klora.webui.infotext import from_infotext, rename_by_hash
 from klora.webui.prompt_tag import Tag, find_tag
-from klora.webui.several import added
+from klora.webui.several import added, rows_of
 from klora.webui.side_text import join_side, split_side
 from klora.webui.sides import find_side
 
@@ -106,9 +107,35 @@ def test_every_part_of_a_pasted_side_is_found_by_its_hash() -> None:
     assert params["Prompt"] == "a cat <klora:hound*0.8 + coat*0.5:ink + noise%2B:0.9> <klora:hound:ink>"
 
 
+class Names:
+    """Knows some names, one of them with a sign of the notation."""
+
+    def names(self) -> list[str]:
+        return ["dog", "coat", "a+b"]
+
+    def knows(self, name: str) -> bool:
+        return name in self.names()
+
+    def refresh(self) -> None:
+        pass
+
+
 def test_the_menus_of_the_accordion_add_to_what_a_side_says() -> None:
-    assert added("None", "dog", 1) == "dog"
-    assert added("None", "dog", 0.5) == "dog*0.5"
-    assert added("dog", "coat", 0.5) == "dog + coat*0.5"
-    assert added("dog*0.8 + coat*0.5", "a+b", 1) == "dog*0.8 + coat*0.5 + a%2Bb"
-    assert added("dog", "None", 1) == "dog"
+    assert added("None", "a+b", Names) == "a+b"
+    assert added("dog*0.8", "coat", Names) == "dog*0.8 + coat"
+    assert added("dog*0.8 + coat*0.5", "a+b", Names) == "dog*0.8 + coat*0.5 + a%2Bb"
+    assert added("a+b", "dog", Names) == "a%2Bb + dog"
+    assert added("dog", "None", Names) == "dog"
+
+
+@pytest.mark.parametrize("text", ["None", "", "dog", "a+b", "gone"])
+def test_a_side_of_one_has_no_rows(text: str) -> None:
+    assert rows_of((text, "coat"), Names) == ""
+
+
+def test_a_side_of_several_has_a_row_for_each_with_its_weight() -> None:
+    rows = re.findall(
+        r'data-name="([^"]*)".*?>([^<]*)</span>.*?value="([^"]*)"', rows_of(("dog*0.8 + a%2Bb", "x"), Names)
+    )
+    assert rows == [("dog", "dog", "0.8"), ("a%2Bb", "a+b", "1")]
+    assert "<x>" not in rows_of(("<x>*2", "dog"), Names)
