@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from klora.engine.products import Add, Product
+from klora.engine.site import Site
 from klora.errors import KloraError
 
 
@@ -53,6 +54,11 @@ class Part:
         """The module that it lies in."""
         module: nn.Module = self.any_operand.site.module
         return module
+
+    def lies_in(self, site: Site | None) -> bool:
+        """Whether a site is the one that it lies in."""
+        mine = self.any_operand.site
+        return site is not None and site.module is mine.module and site.rows == mine.rows
 
     def set(self, strengths: Both) -> bool:
         """Make each operand act with its strength; 0 switches it off. False where nothing changes by it."""

@@ -6,9 +6,11 @@ as inputs. So held weights act in what is compiled; hooks that come later do not
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 from klora.engine.bypass import Uncopied, drop
@@ -44,6 +46,15 @@ def compiled_regions(model: nn.Module) -> Iterator[nn.Module]:
             yield from compiled_regions(child)
 
 
+def exchange_is_seen() -> bool:
+    """Whether a compiled module looks its parameters up when it is called: before torch 2.5 it kept those of before."""
+    config = torch._dynamo.config
+    with warnings.catch_warnings():
+        # Where it is always so, asking is deprecated.
+        warnings.simplefilter("ignore")
+        return bool(getattr(config, "inline_inbuilt_nn_modules", hasattr(torch.compiler, "set_stance")))
+
+
 class Eagerly:
     """Compiled modules that run as they were written, until `remove`."""
 
@@ -72,9 +83,14 @@ class Eagerly:
 class Calls:
     """Hears of the calls of a module, outside of what torch.compile makes of it, now or while it listens."""
 
-    def __init__(self, module: nn.Module, before: Before | None = None, after: After | None = None) -> None:
-        """`before` and `after` are called like hooks; what `after` gives, if it does, is the output instead."""
-        self.module = module
+    def __init__(
+        self, module: nn.Module, before: Before | None = None, after: After | None = None, always: bool = False
+    ) -> None:
+        """`before` and `after` are called like hooks; what `after` gives, if it does, is the output instead.
+
+        With `always`, `after` is called also where the call has failed, with None for the output.
+        """
+        self.module, self._always = module, always
         self._before, self._after = before, after
         self._hooks = (BeforeCall(self), AfterCall(self))
         self._wrappers = Wrappers()
@@ -103,7 +119,9 @@ class Calls:
             self.module.register_forward_pre_hook(self._hooks[0], with_kwargs=True)
             if self._after is not None:
                 # Hooks of others see one forward: they get what comes of all.
-                self.module.register_forward_hook(self._hooks[1], with_kwargs=True, prepend=True)
+                self.module.register_forward_hook(
+                    self._hooks[1], with_kwargs=True, prepend=True, always_call=self._always
+                )
 
     def _compiling(self, compile: Callable[..., Any]) -> Callable[..., Any]:
         def compile_without_hooks(*args: Any, **kwargs: Any) -> None:
@@ -116,7 +134,12 @@ class Calls:
     def _around(self, call: Callable[..., Any]) -> Callable[..., Any]:
         def called(*args: Any, **kwargs: Any) -> Any:
             self.before(args, kwargs)
-            output = call(*args, **kwargs)
+            try:
+                output = call(*args, **kwargs)
+            except BaseException:
+                if self._always:
+                    self.after(args, kwargs, None)
+                raise
             instead = self.after(args, kwargs, output)
             return output if instead is None else instead
 

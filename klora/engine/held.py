@@ -1,22 +1,180 @@
-"""Weights with the deltas in them, beside the model's own: W′ = W0 + Σ s·ΔW of what acts.
+"""Parameters with the deltas in them, beside the model's own: W′ = W0 + Σ s·ΔW of what acts.
 
-W′ is formed in fp32 and rounded once. The parameter's data points at it and is pointed back at W0, whose storage is
-never written. A forward then costs what it costs with one merged LoRA, whatever the family.
+W′ is formed in fp32 and rounded once. While the model is being called, its module is shown W′ in the place of W0, which
+is never touched: whatever is read, moved or written between two calls is the model's own. A forward then costs what it
+costs with one merged LoRA, whatever the family.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import increment_version
 
 from klora.engine.bypass import HookedLayer, Part, Uncopied, drop
-from klora.engine.parameters import HeldParameter
 from klora.engine.weights import preparing
-from klora.errors import KloraError
+
+Form = Callable[[Tensor], "Tensor | None"]
+"""From W0 to W′, or None where nothing acts."""
+_STANDS = "_klora_held"
+"""Where a W′ notes whose it is."""
+
+
+class Held:
+    """One parameter of a module, and W′, which stands in its place from `enter` to `leave`."""
+
+    def __init__(self, module: nn.Module, leaf: str, form: Form) -> None:
+        """Take the parameter `leaf` of `module`, and what makes W′ of W0."""
+        self.module, self.leaf, self._form = module, leaf, form
+        self._own: nn.Parameter | None = None
+        """The module's parameter, while another stands in its place."""
+        self._formed: nn.Parameter | None = None
+        self._state: tuple[object, ...] = ()
+        """What `_formed` has been made of."""
+
+    @property
+    def own(self) -> nn.Parameter | None:
+        """The module's own parameter."""
+        return self.module._parameters.get(self.leaf) if self._own is None else self._own
+
+    @property
+    def stands(self) -> bool:
+        """Whether the module is shown W′."""
+        return self._own is not None
+
+    def fits(self) -> bool:
+        """Whether the parameter is what W′ was made of, as far as torch knows."""
+        return self._formed is not None and _state_of(self.own) == self._state
+
+    def prepare(self) -> None:
+        """Form W′, where that is not done and the parameter is plain."""
+        own = self.own
+        if self._formed is None and own is not None and is_plain(own):
+            with preparing():
+                formed = self._form(own.data)
+                self._formed = own if formed is None else nn.Parameter(formed, own.requires_grad)
+            if self._formed is not own:
+                setattr(self._formed, _STANDS, self)
+            self._state = _state_of(own)
+
+    def changed(self) -> None:
+        """Form W′ anew where it has been formed: of what now acts, or of what the parameter has become."""
+        if self._formed is None:
+            return
+        self._formed = None
+        self.prepare()
+        if self._own is not None:
+            self.module._parameters[self.leaf] = self._formed or self._own
+
+    def enter(self) -> None:
+        """Show W′; does nothing where that is done, and where the parameter is no longer plain."""
+        if self._own is None:
+            if not self.fits():
+                self._formed = None
+                self.prepare()
+            if self._formed is not None:
+                self._own = self.module._parameters[self.leaf]
+                self.module._parameters[self.leaf] = self._formed
+
+    def leave(self) -> None:
+        """Show W0 again, where the model has gone meanwhile; does nothing where that is done."""
+        own, shown = self._own, self.module._parameters.get(self.leaf)
+        if own is None:
+            return
+        if shown is not self._formed and (above := self._above(shown)):
+            # Another fusion, begun later, goes on.
+            above._own = own
+            above.changed()
+        else:
+            if shown is not None and shown.device != own.device:
+                own.data = own.data.to(shown.device)
+            self.module._parameters[self.leaf] = own
+        self._own = None
+
+    def _above(self, shown: nn.Parameter | None) -> Held | None:
+        """Whose W′ stands in the place of this one's."""
+        above: Held | None = getattr(shown, _STANDS, None)
+        while above is not None and above._own is not self._formed:
+            above = getattr(above._own, _STANDS, None)
+        return above
+
+    def drop(self) -> None:
+        """Show W0 again, and let go of W′."""
+        self.leave()
+        self._formed = None
+
+
+class HeldLayer:
+    """One module that is shown W′ in calls of its model.
+
+    With gradients on, its products are added instead: a backward pass may compute a part of the model once more, when
+    W′ is gone. Inside of what is compiled, where no hooks are seen, W′ is shown all the same.
+    """
+
+    def __init__(self, module: nn.Module, parts: Sequence[Part]) -> None:
+        """Take a module whose weight is plain, and the parts that lie in it."""
+        self.module, self.parts = module, parts
+        self.called = False
+        """Whether the module has been called since `expect`."""
+        self.held = [Held(module, "weight", lambda base: merged(base, parts))]
+        if any(bias is not None for part in parts for bias in part.biases):
+            self.held.append(Held(module, "bias", lambda base: with_biases(base, parts)))
+        self._beside = HookedLayer(module, parts)
+        self._witness = Witness(self)
+        for part in parts:
+            for product in filter(None, part.operands):
+                # Nothing is read from the file while the model is at work.
+                product.source.weights.read()
+
+    def attach(self) -> None:
+        """Have W′ ready."""
+        for held in self.held:
+            held.prepare()
+
+    def detach(self) -> None:
+        """Show W0 and take everything off; does nothing where that is done."""
+        drop(self.module, self._witness)
+        self._beside.detach()
+        for held in self.held:
+            held.drop()
+
+    def expect(self) -> None:
+        """Wait for a call of the module."""
+        self.called = False
+        if self._witness not in self.module._forward_hooks.values():
+            self.module.register_forward_hook(self._witness)
+
+    def changed(self) -> None:
+        """Let what acts now act from the next call on."""
+        self._beside.changed()
+        for held in self.held:
+            held.changed()
+
+    def fits(self) -> bool:
+        """Whether what is held was made of what the module has."""
+        return all(held.fits() for held in self.held)
+
+    @property
+    def stands(self) -> bool:
+        """Whether the module is shown W′."""
+        return self.held[0].stands
+
+    def enter(self, compiled: bool = False) -> None:
+        """A call of the model begins."""
+        if compiled or not torch.is_grad_enabled():
+            self._beside.detach()
+            for held in self.held:
+                held.enter()
+        else:
+            self.leave()
+            self._beside.attach()
+
+    def leave(self) -> None:
+        """It has ended."""
+        for held in self.held:
+            held.leave()
 
 
 class Witness(Uncopied):
@@ -28,125 +186,17 @@ class Witness(Uncopied):
         self.layer = layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Note it."""
-        self.layer.called = True
+        """Note it, if it has acted there."""
+        self.layer.called |= self.layer.stands or torch.is_grad_enabled()
         drop(module, self)
 
 
-class PlainState(Uncopied):
-    """A hook of `state_dict`: what is saved of a model at work is its own weight."""
-
-    __slots__ = ("layer",)
-
-    def __init__(self, layer: HeldLayer) -> None:
-        self.layer = layer
-
-    def __call__(self, module: nn.Module, state: dict[str, Any], prefix: str, local_metadata: Any) -> None:
-        """Give W0 in the place of W′."""
-        for leaf, base in (("weight", self.layer.base), ("bias", self.layer.bias and self.layer.bias.base)):
-            if base is not None and f"{prefix}{leaf}" in state:
-                state[f"{prefix}{leaf}"] = base
-
-
-class HeldLayer:
-    """One module whose weight points at W′ while it is attached."""
-
-    def __init__(self, module: nn.Module, parts: Sequence[Part]) -> None:
-        """Take a module whose weight is plain, and the parts that lie in it."""
-        self.module, self.parts = module, parts
-        self.called = False
-        """Whether the module has been called since `expect`."""
-        self.base: Tensor | None = None
-        """W0, while W′ stands in its place."""
-        changes_bias = any(bias is not None for part in parts for bias in part.biases)
-        self.bias = HeldParameter(module, "bias") if changes_bias else None
-        self._parameter = weight_of(module)
-        self._formed: Tensor | None = None
-        self._version = 0
-        for part in parts:
-            for product in filter(None, part.operands):
-                # Nothing is read from the file while the model is at work.
-                product.source.weights.read()
-        self._witness, self._state = Witness(self), PlainState(self)
-
-    def attach(self) -> None:
-        """Point at W′; does nothing where that is done."""
-        if self.base is None:
-            self.module._register_state_dict_hook(self._state)
-            self._point()
-
-    def detach(self) -> None:
-        """Point back at W0; does nothing where that is done. KloraError where somebody has exchanged the weight."""
-        drop(self.module, self._witness)
-        drop(self.module, self._state)
-        self._point_back()
-
-    def expect(self) -> None:
-        """Wait for a call of the module."""
-        self.called = False
-        if self._witness not in self.module._forward_hooks.values():
-            self.module.register_forward_hook(self._witness)
-
-    def changed(self) -> None:
-        """Let what acts now act from the next call on."""
-        if self.base is not None:
-            self._point()
-
-    def _point(self) -> None:
-        """Form W′ of what acts and point at it, or at W0 where nothing does."""
-        if self.base is None or self._parameter._version != self._version:
-            # Whatever is loaded into the model meanwhile is its own weight from then on.
-            self._parameter = weight_of(self.module)
-            self.base = self._parameter.data
-            self._version = self._parameter._version
-        with preparing():
-            # Where the model has been moved, W0 goes too.
-            self.base = self.base.to(self._parameter.data)
-            acts = any(part.acting for part in self.parts)
-            self._formed = merged(self.base, self.parts) if acts else self.base
-            self._swap(self._formed)
-        if self.bias:
-            self.bias.point(self._bias_change)
-
-    def _bias_change(self, base: Tensor) -> Tensor:
-        change = torch.zeros(base.shape, dtype=torch.float32, device="cpu")
-        for part in self.parts:
-            if (bias := part.bias) is not None:
-                change[slice(*(part.any_operand.site.rows or (0, len(base))))] += bias
-        return change
-
-    def _point_back(self) -> None:
-        base, formed, self.base, self._formed = self.base, self._formed, None, None
-        if self.bias:
-            self.bias.point_back()
-        if base is None or formed is None:
-            return
-        if self.module._parameters.get("weight") is not self._parameter:
-            raise KloraError(
-                f"the weight of a {type(self.module).__name__} was exchanged while a fusion was at work in it; load the"
-                " model again, or fuse with engine=bypass"
-            )
-        if self._parameter._version == self._version:
-            moved = self._parameter.data.data_ptr() != formed.data_ptr()
-            self._swap(base.to(self._parameter.data) if moved else base)
-
-    def _swap(self, data: Tensor) -> None:
-        self._parameter.data = data
-        # So that a backward pass through what was there before is an error, not a gradient of something else.
-        increment_version(self._parameter)
-        self._version = self._parameter._version
-
-
 class FormedLayer(HeldLayer):
-    """One module for whose W′ there is no room to stay: it is formed for each forward.
-
-    With gradients on, its products are added instead: W′ would be gone when the backward pass comes to it.
-    """
+    """One module for whose W′ there is no room to stay: it is formed for each forward of the module."""
 
     def __init__(self, module: nn.Module, parts: Sequence[Part]) -> None:
         super().__init__(module, parts)
         self._before, self._after = Before(self), After(self)
-        self._beside = HookedLayer(module, parts)
 
     def attach(self) -> None:
         """Put the hooks on; does nothing when they are on."""
@@ -158,7 +208,8 @@ class FormedLayer(HeldLayer):
         """Take the hooks off; does nothing when they are off."""
         drop(self.module, self._before)
         drop(self.module, self._after)
-        self._point_back()
+        for held in self.held:
+            held.drop()
 
     def expect(self) -> None:
         """Wait for a call of the module."""
@@ -168,16 +219,28 @@ class FormedLayer(HeldLayer):
         """Let what now acts act from the next call on."""
         self._beside.changed()
 
-    def enter(self) -> None:
-        """Point at W′, formed for the forward that begins."""
+    def fits(self) -> bool:
+        """Always: it is made anew each time."""
+        return True
+
+    def enter(self, compiled: bool = False) -> None:
+        """Nothing: the call that counts is the module's."""
+
+    def leave(self) -> None:
+        """Nothing."""
+
+    def begin(self) -> None:
+        """Show W′, formed for the forward that begins."""
         self.called = True
         if not torch.is_grad_enabled():
-            self._point()
+            for held in self.held:
+                held.enter()
 
-    def leave(self, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor | None) -> Tensor | None:
-        """Point back, or give the output with what acts added; y is None where the forward has failed."""
-        if self.base is not None:
-            self._point_back()
+    def end(self, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor | None) -> Tensor | None:
+        """Drop it, or give the output with what acts added; y is None where the forward has failed."""
+        if self.stands:
+            for held in self.held:
+                held.drop()
             return None
         return None if y is None else self._beside.hook(self.module, args, kwargs, y)
 
@@ -192,7 +255,7 @@ class Before(Uncopied):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Form it."""
-        self.layer.enter()
+        self.layer.begin()
 
 
 class After(Uncopied):
@@ -205,7 +268,56 @@ class After(Uncopied):
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """Drop it."""
-        return self.layer.leave(args, kwargs, output)
+        return self.layer.end(args, kwargs, output)
+
+
+class Samples:
+    """A few values of each of some parameters, by which it is seen that somebody has written into them past torch."""
+
+    SIZE = 8
+
+    def __init__(self, held: Sequence[Held]) -> None:
+        """Look at the parameters as they are now."""
+        groups: dict[tuple[torch.device, torch.dtype], list[Held]] = {}
+        for one in held:
+            if (own := one.own) is not None and is_plain(own):
+                groups.setdefault((own.device, own.dtype), []).append(one)
+        self._groups = {place: (found, _sample(found)) for place, found in groups.items()}
+
+    def changed(self, since: Samples) -> list[Held]:
+        """Those of which other samples have been taken than `since`."""
+        changed = []
+        for place, (held, values) in self._groups.items():
+            before, earlier = since._groups.get(place, ([], values))
+            if before == held and not torch.equal(values, earlier):
+                changed += [held[row] for row in (values != earlier).any(1).nonzero().flatten().tolist()]
+        return changed
+
+
+@torch.no_grad()
+def _sample(held: Sequence[Held]) -> Tensor:
+    """(parameters, SIZE), fetched at once."""
+    views = []
+    for one in held:
+        own = one.own
+        assert own is not None
+        # Wherever the values lie: a view is made and nothing is copied.
+        views.append(own.detach().as_strided((Samples.SIZE,), (own.numel() // Samples.SIZE,)))
+    return torch.stack(views).cpu()
+
+
+def is_plain(parameter: nn.Parameter) -> bool:
+    """Whether a parameter's values can be read as they are."""
+    plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
+    return plain and parameter.is_floating_point() and not parameter.is_meta
+
+
+def _state_of(parameter: nn.Parameter | None) -> tuple[object, ...]:
+    """What differs once a parameter has been exchanged, moved, cast or written."""
+    if type(parameter) is not nn.Parameter:
+        return (id(parameter),)
+    version = 0 if parameter.is_inference() else parameter._version
+    return id(parameter), parameter.data_ptr(), parameter.dtype, version
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:
@@ -216,12 +328,25 @@ def weight_of(module: nn.Module) -> nn.Parameter:
     return weight
 
 
-def merged(base: Tensor, parts: Sequence[Part]) -> Tensor:
-    """W0 + Σ s·ΔW of what acts, formed in fp32 and rounded once to the dtype of W0."""
+def merged(base: Tensor, parts: Sequence[Part]) -> Tensor | None:
+    """W0 + Σ s·ΔW of what acts, formed in fp32 and rounded once to the dtype of W0; None where nothing does."""
+    acting = [(product, strength) for part in parts for product, strength in part.acting]
+    if not acting:
+        return None
     weight = base.to(torch.float32, copy=True)
-    for part in parts:
-        for product, strength in part.acting:
-            rows = slice(*(product.site.rows or (0, len(base))))
-            change = product.source.weights.difference(base[rows])
-            weight[rows] += strength * change.reshape(weight[rows].shape)
+    for product, strength in acting:
+        rows = slice(*(product.site.rows or (0, len(base))))
+        change = product.source.weights.difference(base[rows])
+        weight[rows] += strength * change.reshape(weight[rows].shape)
     return weight.to(base.dtype)
+
+
+def with_biases(base: Tensor, parts: Sequence[Part]) -> Tensor | None:
+    """The same of a bias."""
+    acting = [(part, bias) for part in parts if (bias := part.bias) is not None]
+    if not acting:
+        return None
+    total = base.to(torch.float32, copy=True)
+    for part, bias in acting:
+        total[slice(*(part.any_operand.site.rows or (0, len(base))))] += bias.to(base.device)
+    return total.to(base.dtype)

@@ -7,14 +7,15 @@ was not called is told by name, whatever the cause is (`uncalled`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from klora.engine.bypass import HookedLayer, Part
-from klora.engine.compiled import Calls, Eagerly, compiled_regions, is_compiled
-from klora.engine.held import FormedLayer, HeldLayer, weight_of
+from klora.engine.compiled import Calls, Eagerly, compiled_regions, exchange_is_seen, is_compiled
+from klora.engine.held import FormedLayer, Held, HeldLayer, Samples, weight_of
 from klora.engine.ways import BYPASS, Layer, is_plain, layer_of, plain_modules
 from klora.engine.weights import KEPT, Room
 from klora.errors import KloraError
@@ -23,7 +24,7 @@ Say = Callable[[str], None]
 
 
 class Layers:
-    """The layers of one model, or of modules of which no model is known."""
+    """The layers of one model, or of modules of which no model is known, and what is changed there beside weights."""
 
     def __init__(
         self,
@@ -32,19 +33,23 @@ class Layers:
         engine: str = BYPASS,
         room: Room | None = None,
         say: Say = lambda text: None,
-        watched: bool = False,
+        parameters: Iterable[Held] = (),
+        brief: bool = False,
     ) -> None:
         """Choose the way of each module that `parts`, by name, lie in; `say` hears what a user should know.
 
-        A model that is `watched` suits what has been compiled meanwhile at each of its calls, others at `expect`.
+        Of a model that is `brief`, which is called once a picture, weights are held in what is compiled alone. It suits
+        what has been compiled meanwhile at each of its calls, others at `expect`.
         """
         self.model, self._room, self._say = model, room or Room(), say
-        self._engine = engine
+        self._engine, self._brief = engine, brief
+        self._parameters = list(parameters)
         self._attached = self._expecting = False
         self._eagerly = Eagerly()
         self._compiled: list[nn.Module] = []
         """Compiled modules in which all that acts is held."""
-        self._entry = None if model is None or not watched else Calls(model, lambda *_: self.fit())
+        self._entry: Calls | None = None
+        self._samples: Samples | None = None
         self._witnesses: list[Calls] = []
         self._parts = parts
         self._names: dict[int, list[str]] = {}
@@ -53,13 +58,10 @@ class Layers:
             module = part.module
             modules[id(module)] = module
             self._names.setdefault(id(module), []).append(name)
-        roots = modules.values() if model is None else (model,)
-        plain = [module for root in roots for module in plain_modules(root) if is_plain(module)]
-        # A weight that several modules share cannot be each one's own.
-        shared = Counter(id(weight_of(module)) for module in plain)
-        self._plain = {id(module) for module in plain if shared[id(weight_of(module))] == 1}
+        self._plain = self._plain_now()
+        way = BYPASS if model is None or brief else engine
         self._layers: dict[int, Layer] = {
-            key: layer_of(module, self._parts_of(key), engine, key in self._plain, self._room)
+            key: layer_of(module, self._parts_of(key), way, key in self._plain, self._room)
             for key, module in modules.items()
         }
 
@@ -72,20 +74,22 @@ class Layers:
             self.fit()
             for layer in self._layers.values():
                 layer.attach()
+            for held in self._parameters:
+                # Where it is not known when the model is called, W′ stands all the time.
+                held.prepare() if self._called else held.enter()
             if self._expecting:
                 self._wait()
-            if self._entry:
-                self._entry.attach()
+            self._listen()
+            self._look_for_writing()
             KEPT.at_work.add(self)
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
-        """Take everything off. KloraError, after that, where a weight cannot be put back."""
+        """Take everything off."""
         self._attached = False
         KEPT.at_work.discard(self)
-        failed: KloraError | None = None
         # What runs eagerly lies beneath what listens, and so comes off first.
         self._eagerly.remove()
         self._compiled.clear()
@@ -93,12 +97,9 @@ class Layers:
         if self._entry:
             self._entry.remove()
         for layer in self._layers.values():
-            try:
-                layer.detach()
-            except KloraError as error:
-                failed = error
-        if failed is not None:
-            raise failed
+            layer.detach()
+        for held in self._parameters:
+            held.drop()
 
     def changed(self, names: Sequence[str]) -> None:
         """Let what now acts in these act from the next call on."""
@@ -113,27 +114,22 @@ class Layers:
         for layer in self._layers.values():
             layer.called = False
         if self._attached:
+            self._look_for_writing()
             self.fit(entering=True)
+            self._listen(entering=True)
             self._wait()
 
     def let_go(self) -> None:
         """Go on by products, where weights are held outside of what is compiled: the memory is wanted elsewhere."""
-        compiled = {id(layer.module) for region in self._compiled for layer in self._inside(region)}
         for key, layer in list(self._layers.items()):
-            if isinstance(layer, HeldLayer) and key not in compiled:
-                layer.detach()
-                self._layers[key] = hooked = HookedLayer(layer.module, layer.parts)
-                hooked.called = layer.called
-                hooked.attach()
+            if isinstance(layer, HeldLayer) and key not in self._in_compiled():
+                self._hook(key)
 
     def _wait(self) -> None:
         self._forget_witnesses()
-        inside: set[int] = set()
-        for region in self._compiled:
-            # A hook of a module inside would be compiled with it, or not be seen.
-            found = self._inside(region)
-            inside |= {id(layer.module) for layer in found}
-            self._witnesses.append(_witness(region, found))
+        # A hook of a module inside would be compiled with it, or not be seen.
+        inside = self._in_compiled()
+        self._witnesses = [_witness(region, self._inside(region)) for region in self._compiled]
         for key, layer in self._layers.items():
             if key not in inside and not layer.called:
                 layer.expect()
@@ -154,19 +150,24 @@ class Layers:
         return "the model that runs is not the one that was fused, or something runs its modules in another way"
 
     def fit(self, entering: bool = False) -> None:
-        """Suit what is compiled by now: there hooks are not seen. `entering`: the model itself is being called.
+        """Suit what the model has become by now. `entering`: the model itself is being called.
 
-        Weights are held where they may be and there is room, else the compiled modules run eagerly. KloraError where it
-        is too late for that.
+        A weight that others have begun to move, cast or pack is held no longer. In what is compiled hooks are not seen:
+        there weights are held where they may be and there is room, else the compiled modules run eagerly. KloraError
+        where it is too late for that.
         """
         if self.model is None or not self._attached:
             return
+        self._plain = self._plain_now()
+        for key, layer in list(self._layers.items()):
+            if isinstance(layer, HeldLayer) and key not in self._plain:
+                self._hook(key)
         self._compiled = []
         for region in compiled_regions(self.model):
             found = self._inside(region)
             if not found or self._eagerly.runs(region):
                 continue
-            if self._hold(found):
+            if exchange_is_seen() and self._hold(found):
                 self._compiled.append(region)
             elif entering and region is self.model and hasattr(region, "_orig_mod"):
                 raise KloraError(
@@ -179,6 +180,76 @@ class Layers:
                     f"{type(region).__name__} is compiled, and runs eagerly as long as it is fused: not all of its"
                     " weights can be held beside the fused ones"
                 )
+
+    def _plain_now(self) -> set[int]:
+        """The modules whose weights may be held."""
+        if self.model is None:
+            return set()
+        plain = [module for module in plain_modules(self.model) if is_plain(module)]
+        # A weight that several modules share cannot be each one's own.
+        shared = Counter(id(weight_of(module)) for module in plain)
+        return {id(module) for module in plain if shared[id(weight_of(module))] == 1}
+
+    def _hook(self, key: int) -> None:
+        """Go on by products in one module."""
+        layer = self._layers[key]
+        layer.detach()
+        self._layers[key] = hooked = HookedLayer(layer.module, layer.parts)
+        hooked.called = layer.called
+        hooked.attach()
+
+    @property
+    def _called(self) -> bool:
+        """Whether calls of the model are what counts, and not all the time."""
+        return self.model is not None and not self._brief
+
+    def _listen(self, entering: bool = False) -> None:
+        """Hear of the calls of the model, where that matters; `entering`: one is under way."""
+        held = any(isinstance(layer, HeldLayer) for layer in self._layers.values())
+        if self.model is None or not (held or self._parameters or self._brief):
+            return
+        if self._entry is None or self._entry.module is not self.model:
+            if self._entry is not None:
+                self._entry.remove()
+            self._entry = Calls(self.model, self._enter, self._leave, always=True)
+            self._entry.attach()
+            if entering:
+                self._enter()
+        self._entry.attach()
+
+    def _enter(self, *_: Any) -> None:
+        """A call of the model begins."""
+        held = [(key, layer) for key, layer in self._layers.items() if isinstance(layer, HeldLayer)]
+        if self._brief or not all(layer.fits() for _, layer in held):
+            self.fit()
+        inside = self._in_compiled()
+        for key, layer in self._layers.items():
+            if isinstance(layer, HeldLayer):
+                layer.enter(key in inside)
+        if self._called:
+            for parameter in self._parameters:
+                parameter.enter()
+
+    def _leave(self, *_: Any) -> None:
+        """It has ended."""
+        for layer in self._layers.values():
+            if isinstance(layer, HeldLayer):
+                layer.leave()
+        # A backward pass may compute a part of the model once more.
+        if self._called and not torch.is_grad_enabled():
+            for parameter in self._parameters:
+                parameter.leave()
+
+    def _look_for_writing(self) -> None:
+        """Form anew what is made of values that somebody has written past torch since the last picture."""
+        held = [held for layer in self._layers.values() if type(layer) is HeldLayer for held in layer.held]
+        before, self._samples = self._samples, Samples([*held, *self._parameters])
+        if before is not None:
+            for one in self._samples.changed(before):
+                one.changed()
+
+    def _in_compiled(self) -> set[int]:
+        return {id(layer.module) for region in self._compiled for layer in self._inside(region)}
 
     def _hold(self, layers: Sequence[Layer]) -> bool:
         """Hold all of these, or change nothing."""

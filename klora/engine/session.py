@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -14,10 +13,11 @@ from torch import Tensor, nn
 from klora.engine.bypass import Biases, Part
 from klora.engine.compiled import Calls
 from klora.engine.dynamic import BatchRows, Chooser, MeasuredPart
+from klora.engine.held import Held
 from klora.engine.joined import SharedInput, shared_inputs
 from klora.engine.layers import Layers, Say
 from klora.engine.left_out import left_out
-from klora.engine.parameters import HeldParameters, Models, Sum, unheld
+from klora.engine.parameters import Models, Sum, held_parameters, unheld
 from klora.engine.products import LinearProduct, Product, product_of
 from klora.engine.progress import SamplingPass
 from klora.engine.site import Site
@@ -59,14 +59,16 @@ class Session(SessionState):
         conditional: ConditionalRows | None = None,
         text_encoders: Mapping[str, nn.Module] | None = None,
         say: Say = logger.warning,
+        sites_now: Callable[[], Mapping[str, Site]] | None = None,
     ) -> None:
         """Bind the pair's modules to `sites` and `text_sites` (by canonical name).
 
         The modules are those of `denoiser` and `text_encoders`, by the names that those of their sites begin with:
         where these are given, weights may be held and parts of them be compiled. A policy that measures looks at the
         rows that `conditional` gives of the batch of `denoiser`, at all of them where these are left out. `say` hears
-        what a user should know. Raises MismatchError where a file does not fit the model, LoraValueError for NaN or
-        infinity, SettingsError where the policy can do nothing with this model.
+        what a user should know. `sites_now` gives the sites as they have become, where the host can tell. Raises
+        MismatchError where a file does not fit the model, LoraValueError for NaN or infinity, SettingsError where the
+        policy can do nothing with this model.
         """
         self.pair = pair
         self.plan = plan
@@ -74,6 +76,9 @@ class Session(SessionState):
         self._depth = 0
         self.sampling: SamplingPass | None = None
         self._say = say
+        self._sites_now = sites_now
+        self._modules = _ids(denoiser)
+        """What the model consists of, as far as it has been looked at."""
         self.acted = True
         self._awaited = False
         """Whether the first evaluation of a pass is not over yet."""
@@ -104,12 +109,13 @@ class Session(SessionState):
                 self._apart = self._bind(made, self._own_deltas)
             self._join()
             text = self._bind_text(text_sites or {})
-            self._parameters = HeldParameters()
-            if models:
-                self._parameters.add(models, self._other_changes(models))
+            held = held_parameters(models, self._other_changes(models)) if models else {}
         apart = {f"{name}{ALONE_MARK}": part for name, part in self._apart.items()}
-        self._layers = Layers({**self._parts, **apart}, denoiser, self._engine, self._room, say)
-        self._text_layers = [*self._of_text_encoders(text, (text_encoders or {}).values(), say)]
+        in_text = {path for path in held if path.partition(".")[0] in models}
+        own = [one for path, one in held.items() if path not in in_text]
+        self._layers = Layers({**self._parts, **apart}, denoiser, self._engine, self._room, say, own)
+        others = [held[path] for path in in_text]
+        self._text_layers = [*self._of_text_encoders(text, (text_encoders or {}).values(), say, others)]
         self.set_tau(0.0)
 
     @property
@@ -130,19 +136,16 @@ class Session(SessionState):
                 self._watch.attach()
             for layers in (self._layers, *self._text_layers):
                 layers.attach()
-            self._parameters.attach()
         except BaseException:
             self.detach()
             raise
 
     def detach(self) -> None:
-        """Take everything off. KloraError, after that, where a weight cannot be put back."""
+        """Take everything off."""
         if self._watch is not None:
             self._watch.remove()
-        with ExitStack() as stack:
-            stack.callback(self._parameters.detach)
-            for layers in (self._layers, *self._text_layers):
-                stack.callback(layers.detach)
+        for layers in (self._layers, *self._text_layers):
+            layers.detach()
         for shared in self._shared:
             shared.forget()
 
@@ -175,6 +178,9 @@ class Session(SessionState):
         self.plan = self.plan.with_steps(sampling.progress.steps)
         self.tau = None
         self._layers.expect(running)
+        if (now := _ids(self._layers.model)) != self._modules:
+            self._modules = now
+            self._look_for_exchanges()
         if self.plan.of_one_step:
             self._say(self.plan.of_one_step)
         if self._chooser:
@@ -207,9 +213,23 @@ class Session(SessionState):
                 f" nothing acted: {self._layers.cause()}"
             )
         if uncalled:
+            self._look_for_exchanges()
             self._say(
                 f"{len(uncalled)} of the LoRAs' {len(self._parts)} modules, such as {uncalled[0]}, were not called in"
                 " the first evaluation; they do nothing"
+            )
+
+    def _look_for_exchanges(self) -> None:
+        """KloraError where modules have been exchanged for others since the session was made."""
+        if self._sites_now is None:
+            return
+        sites = self._sites_now()
+        gone = [name for name, part in self._parts.items() if not part.lies_in(sites.get(name))]
+        if gone:
+            self.acted = False
+            raise KloraError(
+                f"{len(gone)} of the LoRAs' {len(self._parts)} modules, such as {gone[0]}, were exchanged after the"
+                " fusion began; begin it anew"
             )
 
     def set_tau(self, tau: float) -> None:
@@ -342,7 +362,9 @@ class Session(SessionState):
             part.set_biases(self._strengths(active[name]))
         return parts
 
-    def _of_text_encoders(self, parts: Mapping[str, Part], encoders: Iterable[nn.Module], say: Say) -> Iterator[Layers]:
+    def _of_text_encoders(
+        self, parts: Mapping[str, Part], encoders: Iterable[nn.Module], say: Say, parameters: Sequence[Held]
+    ) -> Iterator[Layers]:
         """The layers of each text encoder, and of modules of which it is not known whose they are."""
         rest = dict(parts)
         for encoder in encoders:
@@ -350,14 +372,18 @@ class Session(SessionState):
             found = {name: part for name, part in rest.items() if id(part.module) in inside}
             rest = {name: part for name, part in rest.items() if name not in found}
             if found:
-                yield Layers(found, encoder, self._engine, self._room, say, watched=True)
-        if rest:
-            yield Layers(rest, None, self._engine, self._room, say)
+                yield Layers(found, encoder, self._engine, self._room, say, brief=True)
+        if rest or parameters:
+            yield Layers(rest, None, self._engine, self._room, say, parameters)
 
 
 def _bias(delta: Delta | None) -> Tensor | None:
     """What a delta adds to its module's bias, fp32."""
     return delta.bias.change() if delta and delta.bias else None
+
+
+def _ids(model: nn.Module | None) -> frozenset[int]:
+    return frozenset() if model is None else frozenset(map(id, model.modules()))
 
 
 def _device_of(model: nn.Module | None) -> torch.device:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from klora.engine.bypass import HookedLayer, Part
-from klora.engine.held import FormedLayer, HeldLayer, PlainState, weight_of
+from klora.engine.held import FormedLayer, HeldLayer, weight_of
 from klora.engine.products import Dense, Product
 from klora.engine.weights import Room
 
@@ -68,8 +68,9 @@ def _is_dense(operand: Product) -> bool:
 
 def plain_modules(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of a model whose weights nobody else moves, casts or writes while it is at work."""
-    compiled = hasattr(model, "_orig_mod")
-    if not compiled and ("forward" in vars(model) or any(hasattr(model, name) for name in _MOVERS)):
+    # What a module of torch lacks is found out slowly, and all of them are looked at before each picture.
+    own, inside = vars(model), model._modules
+    if "_orig_mod" not in inside and ("forward" in own or any(name in own or name in inside for name in _MOVERS)):
         return
     yield model
     for child in model.children():
@@ -82,9 +83,6 @@ def is_plain(module: nn.Module) -> bool:
     if not isinstance(weight, nn.Parameter) or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         return False
     if weight.dtype not in DTYPES or weight.is_meta or weight.is_inference():
-        return False
-    if any(isinstance(hook, PlainState) for hook in module._state_dict_hooks.values()):
-        # Another fusion holds it.
         return False
     # A host that has put a forward of its own in torch's place (A1111) merges into the weight when it likes.
     return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not any(

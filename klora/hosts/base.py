@@ -92,4 +92,5 @@ class Host(ABC):
             self.conditional_rows,
             self.text_encoders,
             say,
+            self.sites,
         )

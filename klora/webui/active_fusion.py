@@ -134,10 +134,7 @@ class ActiveFusion:
 
     def _release(self) -> None:
         if self._session is not None:
-            try:
-                self._attached.detach(self._session)
-            except KloraError as error:
-                comment(self.p, reason_of(error))
+            self._attached.detach(self._session)
             self._acted.note(self._session, *self._pass)
         for around in (self._guidance, self._predictions, self._recording):
             if around is not None:

@@ -12,6 +12,7 @@ from klora.engine.compiled import Calls
 from klora.engine.ensemble import Ensemble
 from klora.engine.guidance import ReferenceGuidance
 from klora.engine.session import Session
+from klora.engine.wrapping import Wrappers
 from klora.errors import KloraError
 from klora.hosts.diffusers.guidance import SchedulerGuidance
 from klora.hosts.diffusers.pipeline import DiffusersHost
@@ -37,6 +38,10 @@ def follow(
         calls = Calls(host.running, follower.begin, follower.end)
         hooks.callback(calls.remove)
         calls.attach()
+        wrappers = Wrappers()
+        hooks.callback(wrappers.remove)
+        # What all pipelines call when they begin to sample, whatever they sample with.
+        wrappers.wrap(host.pipe, "progress_bar", follower.sampling)
         if guidance is not None:
             hooks.callback(SchedulerGuidance(host, session, guidance).remove)
         yield
@@ -53,6 +58,17 @@ class _Follower:
         self.ensemble = ensemble
         self.failed = failed
         self.schedule: Schedule | None = None
+        self._model = host.diffusion_model
+
+    def sampling(self, progress_bar: Callable[..., Any]) -> Callable[..., Any]:
+        """Around the pipeline's own: sampling begins."""
+
+        def begun(*args: Any, **kwargs: Any) -> Any:
+            with self._failing():
+                self.host.check_is(self._model)
+            return progress_bar(*args, **kwargs)
+
+        return begun
 
     def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call begins."""

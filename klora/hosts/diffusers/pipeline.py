@@ -67,6 +67,13 @@ class DiffusersHost(Host):
         running: nn.Module = getattr(self.pipe, self._part)
         return running
 
+    def check_is(self, model: nn.Module) -> None:
+        """KloraError where the pipeline has come to another diffusion model than `model`."""
+        if self.diffusion_model is not model:
+            raise KloraError(
+                f"{type(self.pipe).__name__}: its {self._part} was exchanged after the fusion began; begin it anew"
+            )
+
     def calling(self) -> Any:
         """The pipeline whose call of the denoiser is under way: another may share it, with a scheduler of its own."""
         frame = inspect.currentframe()
@@ -218,9 +225,11 @@ def _sites(model: nn.Module) -> Iterator[tuple[str, Site]]:
         name = written_path(path).removesuffix(".base_layer")
         if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and ".lora_" not in f".{path}":
             parent = model.get_submodule(name.rpartition(".")[0])
-            if name.rpartition(".")[2] in FUSED_PROJECTIONS:
-                yield from _slices(name, module)
-            elif not _replaced_by_fused(parent, name):
+            leaf, fused = name.rpartition(".")[2], _is_fused(parent)
+            if leaf in FUSED_PROJECTIONS:
+                if fused:
+                    yield from _slices(name, module)
+            elif not (fused and _replaced_by_fused(parent, leaf)):
                 yield name, Site(module, weight=partial(_weight, module))
 
 
@@ -234,12 +243,17 @@ def _slices(name: str, module: nn.Module) -> Iterator[tuple[str, Site]]:
         yield f"{prefix}.{part}", Site(module, rows, weight=partial(_weight, module))
 
 
-def _replaced_by_fused(attention: nn.Module, name: str) -> bool:
+def _is_fused(attention: nn.Module) -> bool:
+    """Whether an attention block uses its fused projections."""
+    if not getattr(attention, "fused_projections", False):
+        return False
+    # Older kinds keep them when they are parted again; then it is their processor that tells.
+    return hasattr(attention, "unfuse_projections") or "Fused" in type(getattr(attention, "processor", None)).__name__
+
+
+def _replaced_by_fused(attention: nn.Module, leaf: str) -> bool:
     """Whether a projection stands unused beside the fused one that replaces it."""
-    leaf = name.rpartition(".")[2]
-    return getattr(attention, "fused_projections", False) and any(
-        leaf in parts and hasattr(attention, fused) for fused, parts in FUSED_PROJECTIONS.items()
-    )
+    return any(leaf in parts and hasattr(attention, fused) for fused, parts in FUSED_PROJECTIONS.items())
 
 
 def _weight(module: Any) -> Tensor | None:
