@@ -138,7 +138,22 @@ class Spelling(NamedTuple):
 
 KOHYA = ("lora_down.weight", "lora_up.weight")
 kohya = partial(Spelling, endings=KOHYA, alpha=True)
-sdxl_blocks = partial(unet_ldm, levels=3)
+sd_blocks, sdxl_blocks = partial(unet_ldm, levels=4), partial(unet_ldm, levels=3)
+# By their models' original code, in the formats of OneTrainer that go by it.
+ORIGINAL: dict[str, Rename] = {
+    "sd": sd_blocks,
+    "sdxl": sdxl_blocks,
+    "flux": original_flux,
+    "sd3": original_sd3,
+    "chroma": original_flux,
+    "qwen_image": as_it_is,
+    "z_image": as_it_is,
+    "flux2": original_flux2,
+}
+one_trainer_original = {
+    model: [Spelling(root, rename, alpha=True) for root in ("diffusion_model.", "")]
+    for model, rename in ORIGINAL.items()
+}
 in_diffusers = {model: [Spelling("unet." if model in ("sd", "sdxl") else "transformer.")] for model in TITLES}
 in_peft = {model: [Spelling("base_model.model.")] for model in TITLES}
 TRAINERS: dict[str, dict[str, list[Spelling]]] = {
@@ -159,30 +174,46 @@ TRAINERS: dict[str, dict[str, list[Spelling]]] = {
         "pixart_sigma": [kohya("lycoris_", family="lokr")],
     },
     "ai-toolkit": {
+        "sd": [kohya("lora_unet_")],
         "sdxl": [kohya("lora_unet_")],
         "flux": [Spelling("transformer."), Spelling("transformer.", family="lokr", alpha=True)],
+        "sd3": [Spelling("transformer.")],
         "chroma": [Spelling("diffusion_model.", original_flux)],
         "qwen_image": [Spelling("diffusion_model."), Spelling("diffusion_model.", family="lokr", alpha=True)],
-        "z_image": [Spelling("diffusion_model.")],
-        "flux2": [Spelling("diffusion_model.", original_flux2)],
+        "lumina2": [Spelling("transformer."), Spelling("transformer.", family="lokr", alpha=True)],
+        "z_image": [Spelling("diffusion_model."), Spelling("diffusion_model.", family="lokr", alpha=True)],
+        "aura_flow": [kohya("lora_transformer_")],
+        "pixart_sigma": [kohya("lora_transformer_")],
+        "flux2": [
+            Spelling("diffusion_model.", original_flux2),
+            Spelling("diffusion_model.", original_flux2, family="lokr", alpha=True),
+        ],
         "wan": [Spelling("diffusion_model.", original_wan)],
     },
     "OneTrainer": {
-        "sd": [kohya("lora_unet_"), kohya("lora_unet_", family="dora")],
-        "sdxl": [kohya("lora_unet_")],
+        "sd": [kohya("lora_unet_"), kohya("lora_unet_", family="dora"), *one_trainer_original["sd"]],
+        "sdxl": [kohya("lora_unet_"), kohya("lora_unet_", sdxl_blocks), *one_trainer_original["sdxl"]],
         **{
-            model: [kohya("lora_transformer_"), kohya("transformer.")]
-            for model in ("flux", "sd3", "chroma", "qwen_image", "sana", "pixart_sigma")
+            model: [
+                Spelling("transformer."),
+                kohya("transformer."),
+                kohya("lora_transformer_"),
+                *([kohya("lora_unet_", ORIGINAL[model])] if model in ORIGINAL else []),
+                *one_trainer_original.get(model, []),
+            ]
+            for model in ("flux", "sd3", "chroma", "qwen_image", "z_image", "sana", "pixart_sigma", "flux2")
         },
     },
-    "SimpleTuner": {
-        model: [*in_diffusers[model], kohya("lycoris_", family="lokr")]
-        for model in ("sdxl", "flux", "sd3", "lumina2", "sana", "aura_flow", "pixart_sigma")
-    },
+    "SimpleTuner": {model: [*in_diffusers[model], kohya("lycoris_", family="lokr")] for model in TITLES},
     "musubi-tuner": {
-        "qwen_image": [kohya("lora_unet_")],
-        "flux2": [kohya("lora_unet_", original_flux2)],
-        "wan": [kohya("lora_unet_", original_wan)],
+        model: [kohya("lora_unet_", rename, family=family) for family in ("lora", "loha", "lokr")]
+        for model, rename in (
+            ("flux", original_flux),
+            ("qwen_image", as_it_is),
+            ("z_image", as_it_is),
+            ("flux2", original_flux2),
+            ("wan", original_wan),
+        )
     },
     "diffusers": in_diffusers,
     "PEFT": in_peft,
