@@ -104,16 +104,18 @@ class ScoreCache:
             self._save_scores(key, side, scores)
         return scores
 
-    def interferences(self, subject: Side, style: Side, names: Iterable[str]) -> Interferences:
+    def interferences(
+        self, subject: Side, style: Side, names: Iterable[str], on_compared: OnScored | None = None
+    ) -> Interferences:
         """What the deltas of two sides have in common in the modules of these `names`, which both have.
 
-        Read from disk where it is there; what is missing is computed and added.
+        Read from disk where it is there; what is missing is computed and added; `on_compared` is told how far it is.
         """
         keys = [self._key(side) for side in (subject, style)]
         entry = f"{OVERLAP}{hashlib.sha256(' '.join(keys).encode()).hexdigest()}-v{INTERFERENCE_VERSION}.json"
         stored = self._entries.load(entry, lambda data: _parse_interferences(data, keys)) or {}
         names = list(names)
-        new = interferences({n: (subject.modules[n], style.modules[n]) for n in names if n not in stored})
+        new = interferences({n: (subject.modules[n], style.modules[n]) for n in names if n not in stored}, on_compared)
         found = stored | new
         if new:
             self._entries.save(entry, {"version": INTERFERENCE_VERSION, "files": keys, "modules": found})

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
 
     pair = Pair.open(args.subject, args.style)
     plan = pair.plan(settings, on_scored=scoring_bar())
-    overlap = overlap_of(pair, plan)
+    overlap = overlap_of(pair, plan, scoring_bar("comparing them"))
     text = ""
     if args.json is not None:
         text = json.dumps(document(pair, plan, overlap), indent=1, allow_nan=False) + "\n"

@@ -37,7 +37,7 @@ def need(what: str, *modules: str) -> None:
             raise KloraError(f'{what} needs {module}; pip install "klora[demo]"')
 
 
-def scoring_bar() -> Callable[[int, int], None]:
+def scoring_bar(doing: str = "scoring new files") -> Callable[[int, int], None]:
     """Bars on the terminal for the modules of pairs that are being scored; each appears with its first module."""
     bars: list[tqdm] = []
 
@@ -45,7 +45,7 @@ def scoring_bar() -> Callable[[int, int], None]:
         from tqdm import tqdm
 
         if not bars:
-            bars.append(tqdm(total=total, desc="scoring new files", unit="module", leave=False, disable=None))
+            bars.append(tqdm(total=total, desc=doing, unit="module", leave=False, disable=None))
         bars[0].update(done - bars[0].n)
         if done == total:
             bars.pop().close()

@@ -6,10 +6,13 @@ With ΔW = B·A everything follows from products of the small sides: BᵀB, A·A
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
+from klora.fusion.scores import OnScored
 from klora.fusion.threads import single_threaded_pool
 from klora.late import torch
 from klora.lora.deltas import Delta
@@ -64,6 +67,19 @@ def total(parts: Iterable[Interference]) -> Interference:
     return Interference(*(sum(values) for values in zip(*parts, strict=True)))
 
 
+class _Room(threading.local):
+    """A thread's memory for four factors in fp64, used for all modules: new memory would cost as much as they."""
+
+    def __init__(self) -> None:
+        self._parts = [torch.empty(0, dtype=torch.float64, device="cpu")] * 4
+
+    def double(self, part: int, M: Tensor) -> Tensor:
+        """`M` in fp64."""
+        if self._parts[part].numel() < M.numel():
+            self._parts[part] = torch.empty(M.numel(), dtype=torch.float64, device="cpu")
+        return self._parts[part][: M.numel()].view(M.shape).copy_(M)
+
+
 @dataclass(frozen=True)
 class _Small:
     """The sides of one ΔW = s·B·A, fp64, and what makes s·B and Aᵀ orthonormal bases of its column and row space."""
@@ -76,10 +92,9 @@ class _Small:
     to_in: Tensor
 
     @classmethod
-    def of(cls, up: Tensor, down: Tensor, scale: float) -> _Small:
-        B, A = up.double(), down.double()
+    def of(cls, B: Tensor, A: Tensor, scale: float) -> _Small:
         G, H = B.t() @ B * scale**2, A @ A.t()
-        return cls(B, A, scale, float((G * H).sum()), *(_whole_bases(G, H) or _bases(G, H)))
+        return cls(B, A, scale, _dot(G, H), *(_whole_bases(G, H) or _bases(G, H)))
 
 
 def _whole_bases(G: Tensor, H: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -91,8 +106,9 @@ def _whole_bases(G: Tensor, H: Tensor) -> tuple[Tensor, Tensor] | None:
         if failed:
             return None
         inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype), upper=False).t()
-        # √(‖M‖·‖M⁻¹‖) is at least the condition of this factor, and their product that of ΔW. NaN is no number below.
-        condition *= math.sqrt(float(M.norm() * (inverse @ inverse.t()).norm()))
+        # √(‖M‖·‖M⁻¹‖) is at least the condition of this factor, and their product that of ΔW; ‖L⁻¹‖² is at least
+        # ‖M⁻¹‖. NaN is no number below.
+        condition *= math.sqrt(math.sqrt(_square(M)) * _square(inverse))
         found.append(inverse)
     return (found[0], found[1]) if condition < 1 / EPSILON else None
 
@@ -112,34 +128,55 @@ def _root(H: Tensor) -> Tensor:
     return root
 
 
-def interferences(modules: Mapping[str, tuple[Delta, Delta]]) -> dict[str, Interference | None]:
-    """The interference of every module's subject and style, by name, on all of torch's threads."""
+def interferences(
+    modules: Mapping[str, tuple[Delta, Delta]], on_compared: OnScored | None = None
+) -> dict[str, Interference | None]:
+    """The interference of every module's subject and style, by name, on all of torch's threads.
+
+    `on_compared` is called with how many modules are done, and of how many.
+    """
+    found: dict[str, Interference | None] = {}
     if not modules:
-        return {}
+        return found
+    compare = partial(interference, room=_Room())
     with single_threaded_pool(len(modules)) as pool:
-        return dict(zip(modules, pool.map(interference, *zip(*modules.values(), strict=True)), strict=True))
+        for name, one in zip(modules, pool.map(compare, *zip(*modules.values(), strict=True)), strict=True):
+            found[name] = one
+            if on_compared:
+                on_compared(len(found), len(modules))
+    return found
 
 
-def interference(subject: Delta, style: Delta) -> Interference | None:
+def interference(subject: Delta, style: Delta, room: _Room | None = None) -> Interference | None:
     """What the deltas of one module have in common; None where one has no factors (LoHa, LoKr, DoRA, full)."""
-    factors = [(low_rank(delta), delta.scale) for delta in (subject, style)]
-    small = [_Small.of(*pair, scale) for pair, scale in factors if pair is not None]
-    if len(small) < 2:
+    subject_factors, style_factors = low_rank(subject), low_rank(style)
+    if subject_factors is None or style_factors is None:
         return None
-    c, s = small
+    with torch.inference_mode():
+        room = room or _Room()
+        c = _Small.of(room.double(0, subject_factors[0]), room.double(1, subject_factors[1]), subject.scale)
+        s = _Small.of(room.double(2, style_factors[0]), room.double(3, style_factors[1]), style.scale)
+        return _compare(c, s)
+
+
+def _compare(c: _Small, s: _Small) -> Interference:
     X, Y = c.B.t() @ s.B * (c.scale * s.scale), c.A @ s.A.t()
-    out, into = c.to_out.t() @ X @ s.to_out, c.to_in.t() @ Y @ s.to_in
+    X_c, X_s, Y_c, Y_s = c.to_out.t() @ X, X @ s.to_out, c.to_in.t() @ Y, Y @ s.to_in
     least = max(1, min(c.to_out.shape[1], s.to_out.shape[1]))
     return Interference(
-        float((X * Y).sum()),
+        _dot(X, Y),
         c.energy,
         s.energy,
-        _square(out) / least,
-        _square(into) / least,
-        _square(s.to_out.t() @ X.t() @ Y @ s.to_in),
-        _square(c.to_out.t() @ X @ Y.t() @ c.to_in),
+        _square(X_c @ s.to_out) / least,
+        _square(Y_c @ s.to_in) / least,
+        _square(X_s.t() @ Y_s),
+        _square(X_c @ Y_c.t()),
     )
 
 
+def _dot(M: Tensor, N: Tensor) -> float:
+    return float(torch.dot(M.reshape(-1), N.reshape(-1)))
+
+
 def _square(M: Tensor) -> float:
-    return float(M.square().sum())
+    return _dot(M, M)

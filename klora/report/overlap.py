@@ -8,6 +8,7 @@ from typing import Any
 
 from klora.fusion.interference import Interference, total
 from klora.fusion.plan import FusionPlan
+from klora.fusion.scores import OnScored
 from klora.lora.names import block_label, block_of
 from klora.pair import Pair
 
@@ -30,11 +31,15 @@ class Overlap:
         return total(self.blocks.values()) if self.blocks else None
 
 
-def overlap_of(pair: Pair, plan: FusionPlan) -> Overlap:
-    """Compare what both files do in every contested module, from their factors, unless that is known already."""
+def overlap_of(pair: Pair, plan: FusionPlan, on_compared: OnScored | None = None) -> Overlap:
+    """Compare what both files do in every contested module, from their factors, unless that is known already.
+
+    `on_compared` is called with how many modules are done, and of how many.
+    """
     blocks: dict[str, list[Interference]] = {}
     left_out = 0
-    found = pair.cache.interferences(pair.subject, pair.style, (module.name for module in plan.contested))
+    names = (module.name for module in plan.contested)
+    found = pair.cache.interferences(pair.subject, pair.style, names, on_compared)
     for name, one in found.items():
         if one is None:
             left_out += 1

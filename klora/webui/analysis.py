@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from klora.errors import KloraError, named_by
 from klora.webui.analysis_page import View, page, rule_line
+from klora.webui.analysis_run import COMPARING, Hear, Result
 from klora.webui.args import FusionRequest
 from klora.webui.messages import scoring_shown, without_effect
 from klora.webui.prompt_tag import Tag
@@ -66,14 +68,14 @@ def _in_loaded_model(pair: Pair) -> tuple[Pair, list[str]]:
     return pair, without_effect(pair, left_out(pair, host.sites(), host.text_sites(), {"": host.diffusion_model}))
 
 
-def analyse(request: FusionRequest, view: View, hear: OnScored | None = None) -> tuple[str, str]:
-    """What the pair would do over that many steps, and the rule with its numbers, as HTML."""
+def analyse(request: FusionRequest, view: View, hear: Hear) -> Result:
+    """What the pair would do over that many steps, and the rule with its numbers, as HTML; `hear` how far it is."""
     from klora.report.overlap import overlap_of
 
     settings = dataclasses.replace(request.settings, steps=view.steps)
     pair, plan = plan_of(dataclasses.replace(request, settings=settings), hear)
     title = f"{request.subject} × {request.style}"
-    overlap = overlap_of(pair, plan)
+    overlap = overlap_of(pair, plan, partial(hear, doing=COMPARING))
     drawn = _cells(plan, view), overlap, _bars(overlap, view)
     return page(title, pair, plan, *drawn, _found(pair)), rule_line(plan)
 

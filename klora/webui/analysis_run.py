@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import threading
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 from klora.errors import KloraError
 from klora.webui.analysis_page import failure
@@ -13,7 +14,15 @@ Result = tuple[str, str]
 """What an analysis shows, and the rule with its numbers, as HTML."""
 
 _TOLD_EVERY_S = 0.4
+SCORING, COMPARING = "scoring", "comparing"
 CANCELLED = "The analysis was cancelled."
+
+
+class Hear(Protocol):
+    """Is told how many modules are done, of how many, and what is done with them."""
+
+    def __call__(self, done: int, total: int, doing: str = SCORING) -> None:
+        """Raises CancelledError where it is to end."""
 
 
 class CancelledError(KloraError):
@@ -21,12 +30,12 @@ class CancelledError(KloraError):
 
 
 class AnalysisRun:
-    """An analysis of `names`; `make` is given what hears how many modules have been scored, of how many."""
+    """An analysis of `names`; `make` is given what hears how far it is."""
 
-    def __init__(self, names: str, make: Callable[[Callable[[int, int], None]], Result]) -> None:
+    def __init__(self, names: str, make: Callable[[Hear], Result]) -> None:
         self._names = names
         self._make = make
-        self._scored: tuple[int, int] | None = None
+        self._heard: tuple[str, int, int] | None = None
         self._result: Result = ("", "")
         self._cancelled, self._done = threading.Event(), threading.Event()
 
@@ -54,14 +63,14 @@ class AnalysisRun:
         finally:
             self._done.set()
 
-    def _hear(self, done: int, total: int) -> None:
+    def _hear(self, done: int, total: int, doing: str = SCORING) -> None:
         if self._cancelled.is_set():
             raise CancelledError(CANCELLED)
-        self._scored = done, total
+        self._heard = doing, done, total
 
     def _progress(self) -> str:
-        if self._scored is None:
+        if self._heard is None:
             return ""
-        done, total = self._scored
+        doing, done, total = self._heard
         names = html.escape(self._names)
-        return f'<p class="klora-progress"><span>scoring</span> <span>{names}: {done} / {total}</span></p>'
+        return f'<p class="klora-progress"><span>{doing}</span> <span>{names}: {done} / {total}</span></p>'

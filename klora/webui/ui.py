@@ -15,7 +15,7 @@ from klora.errors import KloraError
 from klora.fusion.policies import OF_SCALES, POLICIES, is_heeded, policies_with
 from klora.settings import AUTO, Settings
 from klora.webui.analysis_page import View, failure, told
-from klora.webui.analysis_run import AnalysisRun, Result
+from klora.webui.analysis_run import AnalysisRun, Hear, Result
 from klora.webui.args import ARG_ORDER, NONE, FusionRequest, read_values, setting_options
 from klora.webui.controls import ControlMaker, hint_of, in_page, slider_reach
 from klora.webui.several import Libraries, add_more, menu
@@ -31,7 +31,7 @@ _WINDOWS = (("subject_from", "subject_to"), ("style_from", "style_to"))
 _BLOCKS = ("subject_blocks", "style_blocks")
 
 
-Analyse = Callable[[FusionRequest, View, Callable[[int, int], None]], Result]
+Analyse = Callable[[FusionRequest, View, Hear], Result]
 """Gives what a pair would do, told how many modules have been scored, of how many; raises KloraError."""
 
 Misfit = Callable[[str, str, str], str]

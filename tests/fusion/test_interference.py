@@ -119,7 +119,9 @@ def test_where_singular_values_are_to_go_cholesky_does_not_do() -> None:
 
 def test_many_modules_are_compared_as_each_alone() -> None:
     modules = {str(seed): (delta_of(2, seed), delta_of(3, seed + 1)) for seed in range(5)}
-    found = interferences(modules)
+    told: list[tuple[int, int]] = []
+    found = interferences(modules, lambda *count: told.append(count))
+    assert told == [(done, 5) for done in range(1, 6)]
     assert list(found) == list(modules)
     assert found == {name: interference(*pair) for name, pair in modules.items()}
     assert interferences({}) == {}

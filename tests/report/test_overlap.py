@@ -70,7 +70,7 @@ def test_modules_without_factors_are_left_out_and_said_so(tmp_path: Path) -> Non
 def test_a_second_look_computes_nothing_and_finds_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     subject, style = write_pair(tmp_path)
     first = overlap(subject, style)
-    monkeypatch.setattr(interference, "interference", lambda *_: pytest.fail("compared again"))
+    monkeypatch.setattr(interference, "interference", lambda *_, **__: pytest.fail("compared again"))
     assert overlap(subject, style) == first
     with pytest.raises(pytest.fail.Exception):
         overlap(style, subject)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import sys
+import time
 from typing import Any
 
 import pytest
 
 from klora.balance.search import SHARES
 from klora.settings import Settings
+from klora.webui import analysis_run
 from klora.webui.analysis_page import View
+from klora.webui.analysis_run import Hear
 from klora.webui.args import ARG_ORDER, FusionRequest, setting_options
 from klora.webui.balance_grid import BalanceGrid, _plot
 from klora.webui.controls import hint_of, slider_reach
@@ -103,6 +107,32 @@ def test_a_share_that_a_policy_does_not_heed_is_switched_off(
     (show,) = [wired["fn"] for wired in built().args["policy"].events["change"] if wired["fn"] is not None]
     assert show("direct", True)[0] == {"visible": False, "value": False}
     assert show("k-lora", True)[0] == {"visible": True}
+
+
+def test_the_cancel_button_shows_while_an_analysis_is_made_and_ends_it(
+    gradio: RecordedGradio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradio, "update", dict, raising=False)
+
+    def endless(_request: FusionRequest, _view: View, hear: Hear) -> tuple[str, str]:
+        for done in itertools.count():
+            hear(done, 722)
+            time.sleep(0.01)
+        raise AssertionError
+
+    found = build("txt2img", NoLoras, endless)
+    (begin,) = gradio.by_id("txt2img_klora_analyse").events["click"]
+    (cancel,) = gradio.by_id("txt2img_klora_cancel").events["click"]
+    values = {"subject": "dog", "style": "ink"}
+    names = [name for name in ARG_ORDER if found.args[name] in begin["inputs"]]
+    shown = begin["fn"](*(values.get(name, found.args[name].kwargs["value"]) for name in names), 20, 0, 1200)
+    said, _, button = next(shown)
+    assert "722" in said
+    assert button == {"visible": True}
+    cancel["fn"]()
+    *_, (said, _, button) = shown
+    assert analysis_run.CANCELLED in said
+    assert button == {"visible": False}
 
 
 def test_the_button_of_the_grid_shows_once_the_hosts_plot_is_there(gradio: RecordedGradio) -> None:

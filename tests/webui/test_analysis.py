@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 from klora.errors import KloraError
 from klora.fusion.plan import FusionPlan
 from klora.webui import analysis, api
+from klora.webui.analysis_page import View
+from klora.webui.analysis_run import COMPARING, SCORING, CancelledError
 from klora.webui.args import read_values
 from klora.webui.injection import PLANS
 from tests.support.lora_files import write_lora
@@ -44,6 +47,25 @@ def test_an_error_names_files_without_their_folders(host: FakeHost, fault: str) 
         with pytest.raises(KloraError, match=r"ink\.safetensors") as caught:
             analyse(PAIR)
         assert str(host.folder) not in str(caught.value)
+
+
+def test_an_analysis_tells_how_far_scoring_and_comparing_are_and_ends_where_it_is_cancelled(host: FakeHost) -> None:
+    counts = {}
+    for last in (SCORING, COMPARING):
+        told: list[tuple[str, int, int]] = []
+
+        def hear(done: int, total: int, doing: str = SCORING, told: Any = told, last: str = last) -> None:
+            told.append((doing, done, total))
+            if doing == last:
+                raise CancelledError
+
+        with pytest.raises(CancelledError):
+            analysis.analyse(read_values(PAIR), View(), hear)
+        counts[last] = told
+    _, plan = analysis.plan_of(read_values(PAIR))
+    both = len(plan.contested)
+    assert counts[SCORING] == [(SCORING, 1, 2 * both)]
+    assert counts[COMPARING] == [*((SCORING, done + 1, 2 * both) for done in range(2 * both)), (COMPARING, 1, both)]
 
 
 def test_a_path_too_long_for_a_message_is_not_shown_in_part(host: FakeHost) -> None:

@@ -70,7 +70,8 @@ def texts(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 def _of_the_page() -> set[str]:
     constants = {value for name, value in vars(analysis_page).items() if name.isupper() and isinstance(value, str)}
     choose = {f"Choose a {side} LoRA" for side in ("subject", "style")}
-    words_of_a_run = {"scoring", analysis_run.CANCELLED, ui.SAVE, ui.NOT_ONE_FILE, several.REMOVE}
+    words_of_a_run = {analysis_run.SCORING, analysis_run.COMPARING, analysis_run.CANCELLED}
+    words_of_a_run |= {ui.SAVE, ui.NOT_ONE_FILE, several.REMOVE}
     return {
         *words_of_a_run,
         *constants,
