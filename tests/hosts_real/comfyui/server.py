@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tests.hosts_real.comfyui.graphs import Graph
 from tests.hosts_real.server import REPOSITORY, _environment, _free_port, _opener, end_process
 
-ROOT = "KLORA_COMFYUI_ROOT"
+ROOT, GGUF = "KLORA_COMFYUI_ROOT", "ComfyUI-GGUF"
 
 
 class PromptError(Exception):
@@ -59,6 +59,8 @@ class ComfyServer:
         # As a clone would be called.
         (nodes / "sd-webui-k-lora").symlink_to(REPOSITORY)
         (nodes / "klora-probe").symlink_to(Path(__file__).with_name("probe"))
+        if (gguf := self.root / "custom_nodes" / GGUF).is_dir():
+            (nodes / GGUF).symlink_to(gguf)
         self.port = _free_port()
         command = [str(self.python), "main.py", "--cpu", "--port", str(self.port), "--listen", "127.0.0.1"]
         command += ["--base-directory", str(self.data), "--disable-auto-launch", *self.flags]

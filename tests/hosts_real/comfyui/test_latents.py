@@ -82,6 +82,25 @@ def test_other_types_of_weights_are_fused_too(comfyui: ComfyServer, kind: str, d
     assert not near(twice, without)
 
 
+@pytest.mark.parametrize("dtype", ["Q8_0", "Q4_0", "low vram"])
+def test_weights_that_are_made_at_each_call_are_fused_too(comfyui: ComfyServer, dtype: str) -> None:
+    if dtype.startswith("Q") and "UnetLoaderGGUF" not in comfyui.call("/object_info"):
+        pytest.skip("ComfyUI-GGUF is not among the checkout's custom nodes")
+    subject, style = pair_of("flux")
+    without = comfyui.latents(bare("flux", dtype))
+    # There the host, too, adds a LoRA to what a call makes of a weight.
+    plainly, both = (
+        comfyui.latents(plain(*names, kind="flux", dtype=dtype)) for names in ((subject,), (subject, style))
+    )
+    assert near(comfyui.latents(fused("flux", dtype, share=1.0)), plainly)
+    assert near(comfyui.latents(fused("flux", dtype, policy="direct")), both)
+    assert not near(without, plainly)
+    assert not near(both, comfyui.latents(fused("flux", dtype)))
+    # What is stored in fewer bits is another model, and an offloaded one is the same.
+    assert torch.equal(without, comfyui.latents(bare("flux"))) is (dtype == "low vram")
+    assert torch.equal(comfyui.latents(bare("flux", dtype)), without)
+
+
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m_sde", "dpmpp_sde", "lcm", "uni_pc", "ddim", "dpm_2", "dpm_fast"])
 def test_every_kind_of_sampler(comfyui: ComfyServer, sampler: str) -> None:
     changes = {"sampler_name": sampler, "scheduler": "karras"}

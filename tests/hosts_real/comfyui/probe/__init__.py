@@ -4,6 +4,9 @@ Runs inside ComfyUI, so that nothing of this repository is imported.
 """
 
 import hashlib
+import sys
+import tempfile
+from pathlib import Path
 
 import comfy.model_management
 import comfy.model_patcher
@@ -12,6 +15,7 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models as supported
 import comfy.supported_models_base
+import nodes
 import torch
 from aiohttp import web
 from server import PromptServer
@@ -96,8 +100,43 @@ DTYPES = {
     "fp32": (torch.float32, None),
     "bf16": (torch.bfloat16, torch.float32),
     "fp8": (torch.float8_e4m3fn, torch.float32),
+    "low vram": (torch.float32, None),
+    "Q8_0": (torch.float32, None),
+    "Q4_0": (torch.float32, None),
 }
 _models = {}
+
+
+class LowVramPatcher(comfy.model_patcher.ModelPatcher):
+    """Loads as on a GPU that has room for nothing, which `--lowvram` and `--novram` cannot ask of a CPU."""
+
+    def load(self, device_to=None, lowvram_model_memory=0, force_patch_weights=False, full_load=False):
+        super().load(device_to, 0.1, force_patch_weights, full_load=False)
+
+
+def _stored_as_gguf(kind, config, model):
+    """The same model by ComfyUI-GGUF's layers, its weights from a GGUF file, and a patcher of its own."""
+    import gguf
+
+    loader = sys.modules[nodes.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"].__module__]
+    stored = gguf.GGMLQuantizationType[kind]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        writer = gguf.GGUFWriter(str(path), "flux")
+        for name, tensor in model.diffusion_model.state_dict().items():
+            packed = tensor.ndim == 2 and tensor.shape[1] % 32 == 0
+            as_type = stored if packed else gguf.GGMLQuantizationType.F32
+            writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), as_type), raw_dtype=as_type)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        # The loader's tensors are views of the file.
+        weights = {name: tensor.to("cpu", copy=True) for name, tensor in loader.gguf_sd_loader(str(path)).items()}
+    config.custom_operations = loader.GGMLOps()
+    model = config.get_model({}, "")
+    model.diffusion_model.load_state_dict(weights)
+    return model, loader.GGUFModelPatcher
 
 
 def _fill(model, seed):
@@ -131,11 +170,12 @@ class ProbeModel:
             config.set_inference_dtype(weight, compute)
             model = config.get_model({}, "")
             _fill(model.diffusion_model, 7)
+            patcher = LowVramPatcher if dtype == "low vram" else comfy.model_patcher.ModelPatcher
+            if dtype.startswith("Q"):
+                model, patcher = _stored_as_gguf(dtype, config, model)
             model.eval()
-            patcher = comfy.model_patcher.ModelPatcher(
-                model, comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-            )
-            _models[key] = patcher
+            devices = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+            _models[key] = patcher(model, *devices)
         return (_models[key].clone(),)
 
 
@@ -230,9 +270,11 @@ class ProbeMixed:
 
 def _state(module):
     digest = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
+    # Not by `state_dict`, which GGUF layers make up, and without their class, which makes up shapes.
+    for name, tensor in sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        plain = tensor.data.as_subclass(torch.Tensor)
+        digest.update(plain.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     hooks = sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in module.modules())
     own = sum("forward" in vars(one) for one in module.modules())
     return {"hooks": hooks, "wrapped": own, "sha256": digest.hexdigest()}
