@@ -28,6 +28,8 @@ SETTINGS = {
     "samples_save": False,
     "grid_save": False,
     "return_grid": False,
+    # What a pixel is, and not what a JPEG makes of it.
+    "samples_format": "png",
 }
 STEPS = 6
 IN_ONE_REPOSITORY = {"flux": "FluxPipeline", "z_image": "ZImagePipeline"}
