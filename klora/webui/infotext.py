@@ -87,10 +87,7 @@ PASTERS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
     "enabled": _paste_enabled,
     **{name: partial(_paste, name) for name in ARG_ORDER if name not in ("enabled", "show_map")},
 }
-"""What each control is set to when a text is pasted, None for no change.
-
-The same objects in both tabs: by them the host pairs controls when a picture is sent from one tab to the other.
-"""
+"""What each control is set to when a text is pasted, None for no change."""
 
 
 def hashes_of(params: Mapping[str, Any]) -> dict[str, str]:

@@ -1,15 +1,34 @@
-"""Pasted texts, on the host's side: files that have another name here are found by their hash."""
+"""Pasted texts, on the host's side: what the controls become, and files that have another name here, by their hash."""
 
 from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from klora.hosts.webui.lora_library import lora_code
-from klora.webui.infotext import rename_by_hash
+from klora.webui.infotext import PASTERS, rename_by_hash
 
 SECONDS = 20.0
+
+
+def _update(paste: Callable[[Mapping[str, Any]], Any], params: Mapping[str, Any]) -> Any:
+    """The update of a control, None for no change. SD.Next takes no bare value of what is no name of a field."""
+    import gradio as gr
+
+    value = paste(params)
+    return None if value is None else gr.update(value=value)
+
+
+FIELDS: dict[str, Callable[[Mapping[str, Any]], Any]] = {
+    name: partial(_update, paste) for name, paste in PASTERS.items()
+}
+"""What each control is told when a text is pasted.
+
+The same objects in both tabs: by them the host pairs controls when a picture is sent from one tab to the other.
+"""
 
 
 def on_pasted(_infotext: str, params: dict[str, Any]) -> None:

@@ -10,11 +10,11 @@ from klora.errors import KloraError
 from klora.hosts.webui.lora_library import Library
 from klora.webui.args import named, truth
 from klora.webui.balance_grid import BalanceGrid
-from klora.webui.infotext import PASTERS
 from klora.webui.injection import PLANS, apply_request, pair_of
 from klora.webui.judged import Judgement
 from klora.webui.messages import hand_on_comments
 from klora.webui.options import defaults, map_always_wanted
+from klora.webui.paste import FIELDS
 from klora.webui.ui import TITLE, build
 
 
@@ -46,8 +46,8 @@ def make_script() -> type:
             tab = "img2img" if is_img2img else "txt2img"
             found = build(tab, Library, analyse, defaults(), misfit, save)
             self.grid = BalanceGrid(tab, found)
-            self.infotext_fields = [(found.args[name], paste) for name, paste in PASTERS.items()]
-            self.paste_field_names = list(PASTERS.values())
+            self.infotext_fields = [(found.args[name], paste) for name, paste in FIELDS.items()]
+            self.paste_field_names = list(FIELDS.values())
             return found.inputs
 
         def after_component(self, component: Any, **kwargs: Any) -> None:
