@@ -30,7 +30,8 @@ TITLE, MAP, LABELS, PROFILE, BOTTOM = 158, 440, 96, 280, 116
 LEGEND = 58
 _POINTS = 72 / DPI
 _NARROWEST = 26
-FONT: dict[str, Any] = {"fontsize": 22 * _POINTS}
+_LETTER = 22
+FONT: dict[str, Any] = {"fontsize": _LETTER * _POINTS}
 
 
 class Theme(NamedTuple):
@@ -127,6 +128,8 @@ class _Drawing:
 
         used = set("".join(self.plan.selections.values()))
         shown = {x: colour for x, colour in self.theme.cells.items() if x in used or x in "cs"}
+        # As little smaller as it takes to end before the next heading.
+        room = self.width / sum(_LETTER * (0.55 * len(WHO[x]) + 3) for x in shown)
         self.figure.legend(
             handles=[Patch(color=colour, label=WHO[x]) for x, colour in shown.items()],
             loc="lower left",
@@ -139,7 +142,7 @@ class _Drawing:
             handleheight=1,
             columnspacing=1.4,
             labelcolor=self.theme.ink,
-            **FONT,
+            fontsize=_LETTER * _POINTS * min(1.0, room),
         )
 
     def _place(self, left: int, top: int, width: int, height: int) -> Axes:

@@ -48,6 +48,17 @@ def test_a_column_shows_its_module_from_the_first_step_at_the_top_to_the_last() 
         assert list(row) == [int(COLOURS[letter][i : i + 2], 16) for i in (1, 3, 5)]
 
 
+@pytest.mark.parametrize("width", [534, 760, 1200])
+def test_the_names_of_the_colours_end_where_the_cells_end(width: int) -> None:
+    from klora.report import picture as p
+
+    plan = plan_of([*ATTENTION, *FEED_FORWARD], in_scope=("attention",), scope="attention", subject_to=0.5)
+    assert {"c", "s", "b"} <= set("".join(plan.selections.values()))
+    image = np.asarray(selection_cells(plan, width=width))
+    edge = width - p.SIDE - p.RIGHT
+    assert (image[: p.LEGEND - 4, edge : edge + 14] == 255).all()
+
+
 def test_layers_outside_the_scope_are_shown_as_what_acts_there() -> None:
     plan = plan_of([*ATTENTION, *FEED_FORWARD], in_scope=("attention",), scope="attention")
     assert pixels_of(cells_of(plan), "b") > 0
