@@ -262,10 +262,11 @@ def _connect_analysis(
     # A page's function is given the outputs too, behind the inputs.
     code = f"""(...values) => {{
         const steps = document.querySelector('#{tab}_steps input[type=number]');
-        const dark = document.querySelector('.dark') !== null;
-        const width = document.querySelector('#{tab}_klora')?.clientWidth;
+        const accordion = document.querySelector('#{tab}_klora');
+        const ink = getComputedStyle(accordion).color.match(/[\\d.]+/g).slice(0, 3).map(Number);
+        const dark = Math.max(...ink) > 127;
         return [...values.slice(0, {len(controls)}), Number(steps?.value) || {View().steps}, Number(dark),
-            width || {View().width}];
+            accordion.clientWidth || {View().width}];
     }}"""
     in_page(button.click, code, inputs, [*outputs, cancel], then=run)
     cancel.click(stop, inputs=[], outputs=[], queue=False)
