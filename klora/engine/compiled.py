@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -53,6 +54,15 @@ def exchange_is_seen() -> bool:
         # Where it is always so, asking is deprecated.
         warnings.simplefilter("ignore")
         return bool(getattr(config, "inline_inbuilt_nn_modules", hasattr(torch.compiler, "set_stance")))
+
+
+def uncompiled() -> AbstractContextManager[Any]:
+    """Inside the block, whatever torch.compile has made runs as it was written; before torch 2.6 nothing can be done.
+
+    For a model that is compiled anew for each call, where nobody sees beforehand that it is.
+    """
+    stance: Callable[[str], AbstractContextManager[Any]] | None = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if stance is None else stance("force_eager")
 
 
 class Eagerly:

@@ -21,7 +21,7 @@ from klora.hosts.webui.replay import JudgedModel, Recording
 from klora.hosts.webui.schedule import schedule_of
 from klora.settings import Settings
 from klora.webui.acted import Acted, report
-from klora.webui.attached_sessions import AttachedSessions
+from klora.webui.attached_sessions import AttachedSessions, Uncompiled
 from klora.webui.judged import is_judged, judge_picture
 from klora.webui.messages import comment, fail, reason_of
 from klora.webui.options import reference_folder
@@ -43,6 +43,7 @@ class ActiveFusion:
         self.evaluation: Any = None
         """What the host's callback was told of the evaluation that is under way."""
         self._session: Session | None = None
+        self._put_on: Uncompiled | None = None
         self._host: WebuiHost | None = None
         self._guidance: DenoiserGuidance | None = None
         self._predictions: Predictions | None = None
@@ -82,10 +83,10 @@ class ActiveFusion:
         if self._bound_to is None or any(a is not b for a, b in zip(self._bound_to, bound_to, strict=True)):
             self._bind(fusion, denoiser, host, hires)
             self._bound_to, self._host = bound_to, host
-        if self._session is not None and self._host is not None:
+        if self._session is not None and self._put_on is not None and self._host is not None:
             self._host.evaluation = self.evaluation
             # A picture made inside this one (by another extension) may have taken the hooks off.
-            self._attached.attach(self._session)
+            self._attached.attach(self._put_on)
             self._session.at_level(level)
             if self._predictions is not None:
                 self._predictions.begin_evaluation()
@@ -114,7 +115,7 @@ class ActiveFusion:
         else:
             # The model has changed within a pass: a refiner.
             session.follow(sampling)
-        self._session = session
+        self._session, self._put_on = session, Uncompiled(session)
         self._pass = hires, fusion.tag.settings
         if guidance is not None:
             self._guidance = DenoiserGuidance(host, session, guidance, denoiser)
@@ -133,13 +134,13 @@ class ActiveFusion:
             judge_picture(self.p, model, latents, host.found_for(session.pair))
 
     def _release(self) -> None:
-        if self._session is not None:
-            self._attached.detach(self._session)
+        if self._session is not None and self._put_on is not None:
+            self._attached.detach(self._put_on)
             self._acted.note(self._session, *self._pass)
         for around in (self._guidance, self._predictions, self._recording):
             if around is not None:
                 around.remove()
-        self._session = self._host = self._guidance = self._predictions = self._recording = None
+        self._session = self._put_on = self._host = self._guidance = self._predictions = self._recording = None
         self._bound_to = None
 
     @contextmanager

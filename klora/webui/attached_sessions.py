@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Protocol
+
+from klora.engine.compiled import uncompiled
 
 
 class Attachable(Protocol):
@@ -13,6 +16,24 @@ class Attachable(Protocol):
 
     def detach(self) -> None:
         """Take it off."""
+
+
+class Uncompiled:
+    """A session of a model whose host may compile it for each call, as Forge Neo does: while it is on, none is."""
+
+    def __init__(self, session: Attachable) -> None:
+        self._session = session
+        self._stance = ExitStack()
+
+    def attach(self) -> None:
+        """Put it on."""
+        self._stance.enter_context(uncompiled())
+        self._session.attach()
+
+    def detach(self) -> None:
+        """Take it off."""
+        with self._stance:
+            self._session.detach()
 
 
 class AttachedSessions:

@@ -84,6 +84,17 @@ def test_an_interrupt(host: FakeHost, plain: Picture) -> None:
     assert host.sd_model.hooks() == 0
 
 
+def test_a_model_that_the_host_compiles_for_each_call(host: FakeHost, plain: Picture) -> None:
+    fused, written = host.txt2img(f"a dog {TAG}"), host.sd_model.diffusion
+    # As Neo's accordion does: nothing on the model itself tells. What is compiled knows of no hook, and asks for none.
+    host.sd_model.diffusion = torch.compile(written, backend="eager")
+    assert host.txt2img("a dog").close_to(plain)
+    picture = host.txt2img(f"a dog {TAG}")
+    host.sd_model.diffusion = written
+    assert picture.comments == ""
+    assert picture.close_to(fused)
+
+
 @pytest.mark.parametrize("then", ["the next picture", "Reload UI"])
 def test_an_ending_that_nobody_knows(host: FakeHost, plain: Picture, then: str) -> None:
     # As of a host that does not sample by p.sample.
