@@ -128,6 +128,9 @@ class Server:
             folder.mkdir(parents=True)
         if self.with_klora:
             (extensions / "klora").symlink_to(REPOSITORY)
+        for folder in (self.root / "models" / name for name in ("VAE", "text_encoder")):
+            if folder.is_dir():
+                (self.data / "models" / folder.name).symlink_to(folder)
         (extensions / "klora-probe").symlink_to(Path(__file__).with_name("probe"))
         write_loras(loras, self.model)
         if self.sdxl_model is not None:
