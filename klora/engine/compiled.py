@@ -25,7 +25,8 @@ _COMPILED = "_compiled_call_impl"
 
 def is_compiled(module: nn.Module) -> bool:
     """Whether `module.compile()` or `torch.compile(module)` has compiled it."""
-    return getattr(module, _COMPILED, None) is not None or hasattr(module, "_orig_mod")
+    # Not by `hasattr`: what a module lacks is found out slowly, and all of a model are asked.
+    return getattr(module, _COMPILED, None) is not None or "_orig_mod" in module._modules
 
 
 def as_written(module: nn.Module) -> nn.Module:

@@ -31,8 +31,11 @@ class Held:
         self._own: nn.Parameter | None = None
         """The module's parameter, while another stands in its place."""
         self._formed: nn.Parameter | None = None
-        self._state: tuple[object, ...] = ()
-        """What `_formed` has been made of."""
+        self._of: tuple[nn.Parameter | None, int, int | None] = (None, 0, None)
+        """What `_formed` has been made of: the parameter, where its values lay, and how often they had been written.
+
+        The last is None where torch does not count that.
+        """
 
     @property
     def own(self) -> nn.Parameter | None:
@@ -44,10 +47,6 @@ class Held:
         """Whether the module is shown W′."""
         return self._own is not None
 
-    def fits(self) -> bool:
-        """Whether the parameter is what W′ was made of, as far as torch knows."""
-        return self._formed is not None and _state_of(self.own) == self._state
-
     def prepare(self) -> None:
         """Form W′, where that is not done and the parameter is plain."""
         own = self.own
@@ -57,7 +56,7 @@ class Held:
                 self._formed = own if formed is None else nn.Parameter(formed, own.requires_grad)
             if self._formed is not own:
                 setattr(self._formed, _STANDS, self)
-            self._state = _state_of(own)
+            self._of = own, own.data_ptr(), None if own.is_inference() else own._version
 
     def changed(self) -> None:
         """Form W′ anew where it has been formed: of what now acts, or of what the parameter has become."""
@@ -66,29 +65,40 @@ class Held:
         self._formed = None
         self.prepare()
         if self._own is not None:
-            self.module._parameters[self.leaf] = self._formed or self._own
+            self.module._parameters[self.leaf] = self._own if self._formed is None else self._formed
 
-    def enter(self) -> None:
-        """Show W′; does nothing where that is done, and where the parameter is no longer plain."""
+    def enter(self) -> bool:
+        """Show W′; False where the parameter is no longer what it was made of, as far as torch knows."""
         if self._own is None:
-            if not self.fits():
-                self._formed = None
-                self.prepare()
-            if self._formed is not None:
-                self._own = self.module._parameters[self.leaf]
-                self.module._parameters[self.leaf] = self._formed
+            shown = self.module._parameters
+            own, (of, place, version) = shown.get(self.leaf), self._of
+            if self._formed is None or own is None or own is not of or own.data_ptr() != place:
+                return False
+            if version is not None and own._version != version:
+                return False
+            self._own = own
+            shown[self.leaf] = self._formed
+        return True
+
+    def show(self) -> None:
+        """Show W′ of what the parameter is now, unless that is no longer plain."""
+        if not self.enter():
+            self._formed = None
+            self.prepare()
+            self.enter()
 
     def leave(self) -> None:
         """Show W0 again, where the model has gone meanwhile; does nothing where that is done."""
-        own, shown = self._own, self.module._parameters.get(self.leaf)
+        own = self._own
         if own is None:
             return
+        shown = self.module._parameters.get(self.leaf)
         if shown is not self._formed and (above := self._above(shown)):
             # Another fusion, begun later, goes on.
             above._own = own
             above.changed()
         else:
-            if shown is not None and shown.device != own.device:
+            if shown is not None and shown.get_device() != own.get_device():
                 own.data = own.data.to(shown.device)
             self.module._parameters[self.leaf] = own
         self._own = None
@@ -152,29 +162,19 @@ class HeldLayer:
         for held in self.held:
             held.changed()
 
-    def fits(self) -> bool:
-        """Whether what is held was made of what the module has."""
-        return all(held.fits() for held in self.held)
-
     @property
     def stands(self) -> bool:
         """Whether the module is shown W′."""
         return self.held[0].stands
 
-    def enter(self, compiled: bool = False) -> None:
-        """A call of the model begins."""
-        if compiled or not torch.is_grad_enabled():
-            self._beside.detach()
+    def set_aside(self, aside: bool) -> None:
+        """Have the products act in the place of W′, or W′ again."""
+        if aside:
             for held in self.held:
-                held.enter()
-        else:
-            self.leave()
+                held.leave()
             self._beside.attach()
-
-    def leave(self) -> None:
-        """It has ended."""
-        for held in self.held:
-            held.leave()
+        else:
+            self._beside.detach()
 
 
 class Witness(Uncopied):
@@ -219,22 +219,12 @@ class FormedLayer(HeldLayer):
         """Let what now acts act from the next call on."""
         self._beside.changed()
 
-    def fits(self) -> bool:
-        """Always: it is made anew each time."""
-        return True
-
-    def enter(self, compiled: bool = False) -> None:
-        """Nothing: the call that counts is the module's."""
-
-    def leave(self) -> None:
-        """Nothing."""
-
     def begin(self) -> None:
         """Show W′, formed for the forward that begins."""
         self.called = True
         if not torch.is_grad_enabled():
             for held in self.held:
-                held.enter()
+                held.show()
 
     def end(self, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor | None) -> Tensor | None:
         """Drop it, or give the output with what acts added; y is None where the forward has failed."""
@@ -310,14 +300,6 @@ def is_plain(parameter: nn.Parameter) -> bool:
     """Whether a parameter's values can be read as they are."""
     plain = type(parameter) is nn.Parameter and type(parameter.data) is Tensor
     return plain and parameter.is_floating_point() and not parameter.is_meta
-
-
-def _state_of(parameter: nn.Parameter | None) -> tuple[object, ...]:
-    """What differs once a parameter has been exchanged, moved, cast or written."""
-    if type(parameter) is not nn.Parameter:
-        return (id(parameter),)
-    version = 0 if parameter.is_inference() else parameter._version
-    return id(parameter), parameter.data_ptr(), parameter.dtype, version
 
 
 def weight_of(module: nn.Module) -> nn.Parameter:

@@ -16,7 +16,7 @@ from torch import nn
 from klora.engine.bypass import HookedLayer, Part
 from klora.engine.compiled import Calls, Eagerly, compiled_regions, exchange_is_seen, is_compiled
 from klora.engine.held import FormedLayer, Held, HeldLayer, Samples, weight_of
-from klora.engine.ways import BYPASS, Layer, is_plain, layer_of, plain_modules
+from klora.engine.ways import BYPASS, Layer, is_plain, layer_of, may_hold, plain_modules
 from klora.engine.weights import KEPT, Room
 from klora.errors import KloraError
 
@@ -44,6 +44,12 @@ class Layers:
         self.model, self._room, self._say = model, room or Room(), say
         self._engine, self._brief = engine, brief
         self._parameters = list(parameters)
+        # Where it is not known when the model is called, these are shown all the time.
+        self._parameters_in_calls = [] if model is None or brief else self._parameters
+        self._weights: list[Held] = []
+        """What is shown in calls of the model, in the place of weights."""
+        self._gradients = False
+        """Whether gradients were recorded in the last of these calls."""
         self._attached = self._expecting = False
         self._eagerly = Eagerly()
         self._compiled: list[nn.Module] = []
@@ -58,6 +64,7 @@ class Layers:
             module = part.module
             modules[id(module)] = module
             self._names.setdefault(id(module), []).append(name)
+        self._sharing = _sharing(model)
         self._plain = self._plain_now()
         way = BYPASS if model is None or brief else engine
         self._layers: dict[int, Layer] = {
@@ -75,8 +82,7 @@ class Layers:
             for layer in self._layers.values():
                 layer.attach()
             for held in self._parameters:
-                # Where it is not known when the model is called, W′ stands all the time.
-                held.prepare() if self._called else held.enter()
+                held.prepare() if self._parameters_in_calls else held.show()
             if self._expecting:
                 self._wait()
             self._listen()
@@ -124,6 +130,7 @@ class Layers:
         for key, layer in list(self._layers.items()):
             if isinstance(layer, HeldLayer) and key not in self._in_compiled():
                 self._hook(key)
+        self._sort()
 
     def _wait(self) -> None:
         self._forget_witnesses()
@@ -180,15 +187,14 @@ class Layers:
                     f"{type(region).__name__} is compiled, and runs eagerly as long as it is fused: not all of its"
                     " weights can be held beside the fused ones"
                 )
+        self._sort()
 
     def _plain_now(self) -> set[int]:
-        """The modules whose weights may be held."""
-        if self.model is None:
+        """Those of the modules whose weights may be held."""
+        if self.model is None or not may_hold():
             return set()
-        plain = [module for module in plain_modules(self.model) if is_plain(module)]
-        # A weight that several modules share cannot be each one's own.
-        shared = Counter(id(weight_of(module)) for module in plain)
-        return {id(module) for module in plain if shared[id(weight_of(module))] == 1}
+        within = [module for module in plain_modules(self.model) if id(module) in self._names]
+        return {id(module) for module in within if id(module) not in self._sharing and is_plain(module)}
 
     def _hook(self, key: int) -> None:
         """Go on by products in one module."""
@@ -197,11 +203,6 @@ class Layers:
         self._layers[key] = hooked = HookedLayer(layer.module, layer.parts)
         hooked.called = layer.called
         hooked.attach()
-
-    @property
-    def _called(self) -> bool:
-        """Whether calls of the model are what counts, and not all the time."""
-        return self.model is not None and not self._brief
 
     def _listen(self, entering: bool = False) -> None:
         """Hear of the calls of the model, where that matters; `entering`: one is under way."""
@@ -219,31 +220,38 @@ class Layers:
 
     def _enter(self, *_: Any) -> None:
         """A call of the model begins."""
-        held = [(key, layer) for key, layer in self._layers.items() if isinstance(layer, HeldLayer)]
-        if self._brief or not all(layer.fits() for _, layer in held):
+        if self._brief:
             self.fit()
-        inside = self._in_compiled()
-        for key, layer in self._layers.items():
-            if isinstance(layer, HeldLayer):
-                layer.enter(key in inside)
-        if self._called:
-            for parameter in self._parameters:
-                parameter.enter()
+        if self._gradients is not torch.is_grad_enabled():
+            self._gradients = torch.is_grad_enabled()
+            self._sort()
+        if not all(held.enter() for held in (*self._weights, *self._parameters_in_calls)):
+            self.fit()
+            for held in (*self._weights, *self._parameters_in_calls):
+                held.show()
 
     def _leave(self, *_: Any) -> None:
         """It has ended."""
-        for layer in self._layers.values():
-            if isinstance(layer, HeldLayer):
-                layer.leave()
+        for held in self._weights:
+            held.leave()
         # A backward pass may compute a part of the model once more.
-        if self._called and not torch.is_grad_enabled():
-            for parameter in self._parameters:
-                parameter.leave()
+        if not torch.is_grad_enabled():
+            for held in self._parameters_in_calls:
+                held.leave()
+
+    def _sort(self) -> None:
+        """Sort out which weights are shown in calls, now that layers or the recording of gradients have changed."""
+        self._weights, inside = [], self._in_compiled()
+        for key, layer in self._layers.items():
+            if type(layer) is HeldLayer:
+                aside = self._gradients and key not in inside
+                layer.set_aside(aside)
+                self._weights += [] if aside else layer.held
 
     def _look_for_writing(self) -> None:
         """Form anew what is made of values that somebody has written past torch since the last picture."""
-        held = [held for layer in self._layers.values() if type(layer) is HeldLayer for held in layer.held]
-        before, self._samples = self._samples, Samples([*held, *self._parameters])
+        weights = [held for layer in self._layers.values() if type(layer) is HeldLayer for held in layer.held]
+        before, self._samples = self._samples, Samples([*weights, *self._parameters])
         if before is not None:
             for one in self._samples.changed(before):
                 one.changed()
@@ -276,6 +284,13 @@ class Layers:
         for witness in self._witnesses:
             witness.remove()
         self._witnesses.clear()
+
+
+def _sharing(model: nn.Module | None) -> set[int]:
+    """The modules whose weight is that of another too, and cannot be held for each of them."""
+    modules = [] if model is None else [m for m in model.modules() if m._parameters.get("weight") is not None]
+    count = Counter(id(module._parameters["weight"]) for module in modules)
+    return {id(module) for module in modules if count[id(module._parameters["weight"])] > 1}
 
 
 def _witness(region: nn.Module, layers: Sequence[Layer]) -> Calls:

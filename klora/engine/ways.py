@@ -24,7 +24,7 @@ HIGH_RANK = 64
 WORTH = 1 / 8
 """The multiplications of a low-rank product, as a fraction of its layer's own, from which holding a weight pays."""
 _TORCHS_OWN = ("torch.nn.modules.linear", "torch.nn.modules.conv")
-_MOVERS = ("_hf_hook", "_diffusers_hook", "base_layer", "network_layer_name", "network_current_names")
+_MOVERS = {"_hf_hook", "_diffusers_hook", "base_layer", "network_layer_name", "network_current_names"}
 """What accelerate, diffusers, PEFT and A1111 leave on a module whose weights they move, cast, or merge into."""
 
 
@@ -70,7 +70,7 @@ def plain_modules(model: nn.Module) -> Iterator[nn.Module]:
     """The modules of a model whose weights nobody else moves, casts or writes while it is at work."""
     # What a module of torch lacks is found out slowly, and all of them are looked at before each picture.
     own, inside = vars(model), model._modules
-    if "_orig_mod" not in inside and ("forward" in own or any(name in own or name in inside for name in _MOVERS)):
+    if not (_MOVERS.isdisjoint(own) and _MOVERS.isdisjoint(inside)) or ("forward" in own and "_orig_mod" not in inside):
         return
     yield model
     for child in model.children():
@@ -84,7 +84,10 @@ def is_plain(module: nn.Module) -> bool:
         return False
     if weight.dtype not in DTYPES or weight.is_meta or weight.is_inference():
         return False
+    return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def may_hold() -> bool:
+    """Whether weights may be held at all."""
     # A host that has put a forward of its own in torch's place (A1111) merges into the weight when it likes.
-    return isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not any(
-        kind.forward.__module__ not in _TORCHS_OWN for kind in (nn.Linear, nn.Conv2d)
-    )
+    return all(kind.forward.__module__ in _TORCHS_OWN for kind in (nn.Linear, nn.Conv2d))
