@@ -80,8 +80,13 @@ class Schedule:
                 f"{pipeline} calls its model with timestep {value:g}, which {type(scheduler).__name__} does not have in"
                 " any known unit, so that how far sampling is cannot be told; use another scheduler or pipeline"
             )
+        levels = self._units[0].schedule
+        if self.timesteps[-1] == 0 and self.timesteps[0] <= 1:
+            # Of Würstchen's fractions the last is where sampling ends; of whole numbers, 0 is a step.
+            levels = levels[:-1]
         # Flow schedulers of older diffusers keep no count, and list no midpoints.
-        self.steps = steps_of(self._units[0].schedule, getattr(scheduler, "num_inference_steps", None))
+        self.steps = steps_of(levels, getattr(scheduler, "num_inference_steps", None))
+        self._last = float("inf")
 
     def level(self, timestep: Tensor) -> float:
         """The noise level that the denoiser is called with."""
@@ -89,6 +94,10 @@ class Schedule:
         if len(self._units) > 1:
             self._units = [unit for unit in self._units if unit.follows(value)] or self._units[:1]
         level, *_ = [unit.level(value) for unit in self._units]
+        if self._last < level < self._last + self._units[0].span / TRAIN_TIMESTEPS:
+            # Some schedulers round their timesteps, and not the midpoints between them.
+            return self._last
+        self._last = level
         return level
 
 

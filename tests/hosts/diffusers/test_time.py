@@ -77,6 +77,24 @@ def test_midpoints_are_no_steps(calls: list[float], count: int | None, expected:
     assert steps_of(calls, count) == expected
 
 
+def test_of_fractions_that_end_at_0_the_last_is_no_step_and_of_whole_numbers_it_is_one() -> None:
+    assert schedule([1.0, 0.75, 0.5, 0.25, 0.0], 1.0).steps == [1.0, 0.75, 0.5, 0.25]
+    assert schedule([900.0, 600.0, 300.0, 0.0], 900.0).steps == [900.0, 600.0, 300.0, 0.0]
+
+
+def test_a_midpoint_below_the_rounded_timestep_after_it_does_not_lead_back() -> None:
+    found = schedule([999.0, 600.0, 3.4, 4.0, 1.0], 999.0)
+    assert [found.level(torch.tensor([t])) for t in (999.0, 600.0, 3.4, 4.0, 1.0)] == [
+        999.0,
+        600.0,
+        pytest.approx(3.4),
+        pytest.approx(3.4),
+        1.0,
+    ]
+    # Sampling that goes back on purpose does.
+    assert found.level(torch.tensor([600.0])) == 600.0
+
+
 @pytest.fixture
 def pipe(tmp_path: Path) -> Any:
     return sd_pipeline(tmp_path / "tokenizer")
@@ -94,6 +112,15 @@ def test_the_runge_kutta_start_of_pndm_counts_six_steps_as_six(pipe: Any, files:
         seen = followed(session, lambda: run(pipe, num_inference_steps=6))
     assert session.plan.steps == 6
     assert sorted({round(tau * 6, 6) for tau in seen if (tau * 6) % 1 < 1e-9}) == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("name", ["KDPM2AncestralDiscreteScheduler", "KDPM2DiscreteScheduler", "HeunDiscreteScheduler"])
+def test_no_second_order_scheduler_leads_back(pipe: Any, files: tuple[Path, Path], name: str) -> None:
+    pipe.scheduler = scheduler(name, use_karras_sigmas=True)
+    with klora.fuse(pipe, *files) as session:
+        seen = followed(session, lambda: run(pipe, num_inference_steps=12))
+    assert seen == sorted(seen)
+    assert session.plan.steps == 12
 
 
 def followed(session: Any, sample: Any) -> list[float]:
