@@ -93,7 +93,8 @@ def _refuse_beside(pair: Pair) -> None:
     """Raise KloraError where a file changes more than weights, which a file of factors does not hold."""
     for lora in pair.loras:
         biases = (delta.key for delta in (*lora.modules.values(), *lora.text_encoder.values()) if delta.bias)
-        if beside := next(iter((*biases, *lora.parameters)), None):
+        others = (parameter.key for parameter in lora.parameters.values())
+        if beside := next(iter((*biases, *others)), None):
             raise KloraError(
                 f"{lora.label}: changes biases or other parameters (such as {beside}), which a merged LoRA would lose;"
                 " fuse the two while sampling"

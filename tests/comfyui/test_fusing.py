@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from klora.comfyui.nodes import KLora
@@ -206,6 +207,27 @@ def test_a_node_says_what_it_does_and_what_does_nothing(model: Patcher, server: 
     write_lora(loras / "beyond.safetensors", beyond, seed=1, alpha=4.0)
     fuse(model, style="beyond", unique_id="5")
     assert "\nbeyond.safetensors: 1 of its 17 modules" in server.shown["5"]
+
+
+def test_a_norm_and_a_bias_of_a_file_are_changed_while_it_samples(model: Patcher, loras: Path) -> None:
+    path = "input_blocks.1.1.transformer_blocks.0"
+    block = model.model.diffusion_model.get_submodule(path)
+    block.norm1, bias = nn.LayerNorm(16).requires_grad_(False), block.attn1.to_q.bias.clone()
+    prefix = f"diffusion_model.{path}"
+    more = {f"{prefix}.norm1.w_norm": torch.full((16,), 0.5), f"{prefix}.norm1.diff_b": torch.ones(16)}
+    attention = next(key for key in load_file(loras / "subject.safetensors") if "down_blocks" in key and "to_q" in key)
+    more[f"{attention.partition('.')[0]}.diff_b"] = torch.full((16,), 2.0)
+    save_file(load_file(loras / "subject.safetensors") | more, loras / "subject.safetensors")
+    fused, seen = fuse(model, policy="direct")[0], []
+    hook = block.attn1.to_q.register_forward_hook(lambda *_: seen.append(block.norm1.weight[0].item()))
+    plain = sampled(model)
+    assert set(seen) == {1.0}
+    seen.clear()
+    assert not torch.equal(sampled(fused), plain)
+    assert set(seen) == {1.5}
+    hook.remove()
+    assert torch.equal(block.norm1.weight, torch.ones(16))
+    assert torch.equal(block.attn1.to_q.bias, bias)
 
 
 def test_a_part_of_a_schedule_that_is_none_of_comfyuis_is_said_to_be_estimated(model: Patcher, server: Server) -> None:

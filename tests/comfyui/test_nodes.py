@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from klora.comfyui.inputs import ELSEWHERE, FIRST, STRENGTHS, rest
 from klora.comfyui.nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS, KLoraAnalyse, KLoraMap, KLoraSave
@@ -127,6 +128,15 @@ def test_a_static_fusion_is_saved_as_one_lora_that_does_the_same(model: Patcher,
     assert "fused_00001_.safetensors" in told
     assert len(LoraFile.open(written).modules) == 16
     near(sampled(model.lora(written)), sampled(fused))
+
+
+def test_a_fusion_of_files_that_change_norms_is_not_saved_in_part(model: Patcher, loras: Path) -> None:
+    path = loras / "subject.safetensors"
+    norm = {"lora_unet_input_blocks_1_1_transformer_blocks_0_norm1.w_norm": torch.ones(16)}
+    save_file(load_file(path) | norm, path)
+    with pytest.raises(KloraError, match="which a merged LoRA would lose"):
+        KLoraSave().save(fuse(model, policy="direct")[2], "loras/fused", 0, "float16")
+    assert not list(loras.parent.glob("output/**/*.safetensors"))
 
 
 def test_a_fusion_that_depends_on_the_step_is_not_saved(model: Patcher) -> None:

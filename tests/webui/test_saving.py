@@ -6,6 +6,8 @@ import importlib
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from klora.errors import KloraError
 from klora.webui.args import read_values
@@ -36,6 +38,16 @@ def test_nothing_is_written_over(folder: Path, host: FakeHost) -> None:
     with pytest.raises(KloraError, match="there already"):
         save(read_values(DIRECT), "dog")
     assert (folder / "dog.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("beside", ["lora_unet_conv_norm_out.w_norm", "lora_te_text_model_final_layer_norm.b_norm"])
+def test_a_fusion_of_files_that_change_norms_is_not_saved_in_part(folder: Path, host: FakeHost, beside: str) -> None:
+    path = host.folder / "dog.safetensors"
+    save_file(load_file(path) | {beside: torch.ones(32)}, path)
+    with pytest.raises(KloraError, match="which a merged LoRA would lose") as error:
+        save(read_values(DIRECT), "both")
+    assert beside in str(error.value)
+    assert not (folder / "both.safetensors").exists()
 
 
 @pytest.mark.parametrize("name", ["", "  ", "../out", "a/b", "a\\b", ".hidden", "a:b", "a\nb", "x" * 200])
