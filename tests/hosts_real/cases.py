@@ -43,6 +43,8 @@ BAD = (
     "<klora:subj:other>",
     "<klora:subj:style:1:2:3>",
 )
+QUICKEST = "guard_filter_fn"
+"""What Neo's accordion of torch.compile calls the way that compiles soonest."""
 LIVE = ("live_subj", "live_style")
 ORIGINALS = ("subj", "style", "subj_te", "style_te")
 
@@ -257,6 +259,23 @@ class Cases:
                 self.any_tag(draw), refiner_checkpoint=other.path.name, refiner_switch_at=draw.choice((0.4, 0.7))
             )
 
+    def compiled(self, draw: random.Random) -> None:
+        """A model that the host compiles for each call: a plain picture within rounding, then a tag's, as ever."""
+        found = compiling(self.server)
+        if found is None:
+            return
+        accordion, off = found
+        tag = self.any_tag(draw)
+        wanted = self.expected(tag)
+        try:
+            plain = self.server.txt2img(alwayson_scripts={accordion: {"args": [QUICKEST]}})
+            assert plain.distance(self.expected("")) <= 1, "compiled, the plain picture is another"
+            picture = self.server.txt2img(tag, alwayson_scripts={accordion: {"args": [QUICKEST]}})
+            if self.server.with_klora:
+                _same(picture, wanted)
+        finally:
+            self.server.txt2img(alwayson_scripts={accordion: {"args": [off]}})
+
     def reload(self, draw: random.Random) -> None:
         """*Reload UI*."""
         self.server.reload_ui()
@@ -318,6 +337,15 @@ class Cases:
         return self._loras / f"{name}.safetensors"
 
 
+def compiling(server: Server) -> tuple[str, str] | None:
+    """The accordion by which a host compiles its model for each call, and what switches it off; None for most."""
+    for one in server.call("/sdapi/v1/script-info"):
+        choices = (one["args"][0]["choices"] or []) if one["args"] else []
+        if QUICKEST in choices:
+            return one["name"], choices[1]
+    return None
+
+
 def _same(picture: Picture, expected: Picture) -> None:
     assert len(picture.all) == len(expected.all), f"{len(picture.all)} pictures, no longer {len(expected.all)}"
     assert picture.same(expected), f"{picture.distance(expected)} of 255 off what it was; {picture.comments}"
@@ -343,6 +371,7 @@ CASES: dict[str, tuple[float, Callable[[Cases, random.Random], None]]] = {
     "Add network to prompt": (4, Cases.added_network),
     "checkpoint switch": (3, Cases.checkpoint),
     "refiner": (3, Cases.refiner),
+    "torch.compile": (1, Cases.compiled),
     "Reload UI": (1, Cases.reload),
 }
 """How often each case is drawn, and what it does."""
