@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 from klora.cache import ScoreCache
@@ -80,8 +80,11 @@ def fuse(
     for text in (*idle(pair.loras), *session.left_out):
         warnings.warn(f"klora: {text}", LeftOutWarning, stacklevel=3)
     guidance = make_guidance(plan.settings, host.device)
-    with follow(host, session, guidance), session:
-        yield session
+    with ExitStack() as stack:
+        # Once more at the very end: its own end may be interrupted.
+        stack.callback(session.detach)
+        stack.enter_context(follow(host, session, guidance))
+        yield stack.enter_context(session)
 
 
 def release_memory() -> None:

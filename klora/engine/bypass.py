@@ -180,12 +180,13 @@ class HookedLayer:
 def drop(module: nn.Module, hook: object) -> None:
     """Take a hook off a module, wherever it lies there; does nothing when it is off."""
     # By looking, not by a handle: an interrupt may come between registering a hook and getting its handle.
-    for hooks in (module._forward_hooks, module._forward_pre_hooks, module._state_dict_hooks):
+    for hooks in (module._forward_hooks, module._forward_pre_hooks):
         for place in [place for place, found in hooks.items() if found is hook]:
-            del hooks[place]
             module._forward_hooks_with_kwargs.pop(place, None)
             module._forward_pre_hooks_with_kwargs.pop(place, None)
             module._forward_hooks_always_called.pop(place, None)
+            # Last: as long as it is there, it can be found again.
+            del hooks[place]
 
 
 def in_turn(adders: Sequence[Add]) -> Add:

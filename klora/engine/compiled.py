@@ -137,8 +137,10 @@ class Calls:
     def _compiling(self, compile: Callable[..., Any]) -> Callable[..., Any]:
         def compile_without_hooks(*args: Any, **kwargs: Any) -> None:
             self.remove()
-            compile(*args, **kwargs)
-            self.attach()
+            try:
+                compile(*args, **kwargs)
+            finally:
+                self.attach()
 
         return compile_without_hooks
 

@@ -136,7 +136,10 @@ class Layers:
         self._forget_witnesses()
         # A hook of a module inside would be compiled with it, or not be seen.
         inside = self._in_compiled()
-        self._witnesses = [_witness(region, self._inside(region)) for region in self._compiled]
+        for region in self._compiled:
+            witness = _witness(region, self._inside(region))
+            self._witnesses.append(witness)
+            witness.attach()
         for key, layer in self._layers.items():
             if key not in inside and not layer.called:
                 layer.expect()
@@ -281,9 +284,9 @@ class Layers:
         return [self._parts[name] for name in self._names[key]]
 
     def _forget_witnesses(self) -> None:
-        for witness in self._witnesses:
-            witness.remove()
-        self._witnesses.clear()
+        while self._witnesses:
+            self._witnesses[-1].remove()
+            self._witnesses.pop()
 
 
 def _sharing(model: nn.Module | None) -> set[int]:
@@ -303,5 +306,4 @@ def _witness(region: nn.Module, layers: Sequence[Layer]) -> Calls:
 
     # After the call: one that is under way, and has this pass begin, is the first.
     witness = Calls(region, after=called)
-    witness.attach()
     return witness

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from klora.engine.bypass import Biases, Part
 from klora.engine.compiled import Calls
 from klora.engine.dynamic import BatchRows, Chooser, MeasuredPart
+from klora.engine.exchanges import Exchanges
 from klora.engine.held import Held
 from klora.engine.joined import SharedInput, shared_inputs
 from klora.engine.layers import Layers, Say
@@ -76,9 +77,7 @@ class Session(SessionState):
         self._depth = 0
         self.sampling: SamplingPass | None = None
         self._say = say
-        self._sites_now = sites_now
-        self._modules = _ids(denoiser)
-        """What the model consists of, as far as it has been looked at."""
+        self._exchanges = Exchanges(denoiser, sites_now)
         self.acted = True
         self._awaited = False
         """Whether the first evaluation of a pass is not over yet."""
@@ -141,7 +140,14 @@ class Session(SessionState):
             raise
 
     def detach(self) -> None:
-        """Take everything off."""
+        """Take everything off, once more from the beginning where that is interrupted."""
+        try:
+            self._take_off()
+        except BaseException:
+            self._take_off()
+            raise
+
+    def _take_off(self) -> None:
         if self._watch is not None:
             self._watch.remove()
         for layers in (self._layers, *self._text_layers):
@@ -150,19 +156,31 @@ class Session(SessionState):
             shared.forget()
 
     def __enter__(self) -> Session:
-        self.attach()
-        self._depth += 1
-        return self
+        before = self._depth
+        try:
+            self._depth = before + 1
+            self.attach()
+            return self
+        except BaseException:
+            self._depth = before
+            if not before:
+                self.detach()
+            raise
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._depth -= 1
-        if not self._depth:
+        try:
+            self._depth -= 1
+            if not self._depth:
+                self.detach()
+                if error is None:
+                    # A picture of one evaluation is over before another could tell.
+                    self.evaluated()
+        except BaseException:
+            self._depth = 0
             self.detach()
-            if error is None:
-                # A picture of one evaluation is over before another could tell.
-                self.evaluated()
+            raise
 
     def start_pass(self, levels: Iterable[float], running: nn.Module | None = None) -> None:
         """Begin a sampling pass whose full schedule is `levels` (noise levels, repeats allowed).
@@ -178,9 +196,7 @@ class Session(SessionState):
         self.plan = self.plan.with_steps(sampling.progress.steps)
         self.tau = None
         self._layers.expect(running)
-        if (now := _ids(self._layers.model)) != self._modules:
-            self._modules = now
-            self._look_for_exchanges()
+        self._exchanges.look(self._layers.model, self._parts)
         if self.plan.of_one_step:
             self._say(self.plan.of_one_step)
         if self._chooser:
@@ -213,23 +229,10 @@ class Session(SessionState):
                 f" nothing acted: {self._layers.cause()}"
             )
         if uncalled:
-            self._look_for_exchanges()
+            self._exchanges.check(self._parts)
             self._say(
                 f"{len(uncalled)} of the LoRAs' {len(self._parts)} modules, such as {uncalled[0]}, were not called in"
                 " the first evaluation; they do nothing"
-            )
-
-    def _look_for_exchanges(self) -> None:
-        """KloraError where modules have been exchanged for others since the session was made."""
-        if self._sites_now is None:
-            return
-        sites = self._sites_now()
-        gone = [name for name, part in self._parts.items() if not part.lies_in(sites.get(name))]
-        if gone:
-            self.acted = False
-            raise KloraError(
-                f"{len(gone)} of the LoRAs' {len(self._parts)} modules, such as {gone[0]}, were exchanged after the"
-                " fusion began; begin it anew"
             )
 
     def set_tau(self, tau: float) -> None:
@@ -380,10 +383,6 @@ class Session(SessionState):
 def _bias(delta: Delta | None) -> Tensor | None:
     """What a delta adds to its module's bias, fp32."""
     return delta.bias.change() if delta and delta.bias else None
-
-
-def _ids(model: nn.Module | None) -> frozenset[int]:
-    return frozenset() if model is None else frozenset(map(id, model.modules()))
 
 
 def _device_of(model: nn.Module | None) -> torch.device:

@@ -69,11 +69,13 @@ class Wrappers:
 
     def remove(self) -> None:
         """Put back what was there, whoever has put a wrapper around it since; does nothing when it has been done."""
+        # What has been put back is forgotten only then: an interrupt may come at any line.
         while self._beneath:
-            around, original = self._beneath.pop()
+            around, original = self._beneath[-1]
             around.inner = original
+            self._beneath.pop()
         while self._replaced:
-            instance, name, mine = self._replaced.pop()
+            instance, name, mine = self._replaced[-1]
             mine.end()
             top = vars(instance).get(name)
             if top is not mine:
@@ -82,6 +84,7 @@ class Wrappers:
                 setattr(instance, name, mine.inner)
             else:
                 del vars(instance)[name]
+            self._replaced.pop()
 
 
 def _lowest(found: Any) -> Wrapped | None:

@@ -35,11 +35,12 @@ def follow(
     ensemble = Ensemble(session, host.condition) if session.plan.policy.forwards > 1 else None
     follower = _Follower(host, session, ensemble, failed)
     with ExitStack() as hooks:
-        calls = Calls(host.running, follower.begin, follower.end)
-        hooks.callback(calls.remove)
+        calls, wrappers = Calls(host.running, follower.begin, follower.end), Wrappers()
+        for remove in (calls.remove, wrappers.remove):
+            # Twice: the first may be interrupted.
+            hooks.callback(remove)
+            hooks.callback(remove)
         calls.attach()
-        wrappers = Wrappers()
-        hooks.callback(wrappers.remove)
         # What all pipelines call when they begin to sample, whatever they sample with.
         wrappers.wrap(host.pipe, "progress_bar", follower.sampling)
         if guidance is not None:
