@@ -80,8 +80,11 @@ def scheduler(name: str = "DDIMScheduler", **options: Any) -> Any:
     return kind(**betas, **{key: value for key, value in usual.items() if key in known}, **options)
 
 
-def sd_pipeline(folder: Path, kind: str = "StableDiffusionPipeline") -> Any:
-    """SD 1.5 in small: its block types and module names, a layer in each block, 80 attention linears."""
+def sd_pipeline(folder: Path, kind: str = "StableDiffusionPipeline", levels: int = 4) -> Any:
+    """SD 1.5 in small: its block types and module names, a layer in each block, 80 attention linears.
+
+    With fewer than its 4 `levels` it is sooner made, run and compiled; with one, its middle alone has attention.
+    """
     import diffusers
 
     torch.manual_seed(0)
@@ -89,11 +92,11 @@ def sd_pipeline(folder: Path, kind: str = "StableDiffusionPipeline") -> Any:
         sample_size=16,
         cross_attention_dim=CONTEXT,
         attention_head_dim=2,
-        block_out_channels=(8, 16, 16, 16),
+        block_out_channels=(8, 16, 16, 16)[:levels],
         layers_per_block=1,
         norm_num_groups=4,
-        down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+        down_block_types=("CrossAttnDownBlock2D",) * (levels - 1) + ("DownBlock2D",),
+        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * (levels - 1),
     ).eval()
     pipe = getattr(diffusers, kind)(
         unet=unet,

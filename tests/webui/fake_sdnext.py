@@ -94,7 +94,7 @@ class FakeSdnext:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.pipe = sd_pipeline(folder / "tokenizer")
+        self.pipe = sd_pipeline(folder / "tokenizer", levels=1)
         self.pipe.sd_checkpoint_info = types.SimpleNamespace(name="tiny")
         self.sd_model = self.pipe
         self.lora = ExtraNetworkLora()

@@ -24,7 +24,7 @@ from tests.webui.fake_sdnext import STEPS, FakeSdnext, Processing, StoppedError,
 
 TAG = "<klora:dog:ink>"
 SUBJECT, STYLE = "<klora:dog:ink:alpha=0:beta=0>", "<klora:dog:ink:alpha=0:beta=1e6>"
-BLOCK = "down_blocks.0.attentions.0.transformer_blocks.0"
+BLOCK = "mid_block.attentions.0.transformer_blocks.0"
 SHAPES = {
     f"{BLOCK}.{attention}.{leaf}": (8, width)
     for attention, width in (("attn1", 8), ("attn2", 32))

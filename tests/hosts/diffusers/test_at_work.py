@@ -24,7 +24,16 @@ Prepare = Callable[[Any], None]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
     """Makes the same small pipeline again and again."""
-    first = sd_pipeline(tmp_path_factory.mktemp("sd"))
+    return maker(sd_pipeline(tmp_path_factory.mktemp("sd")))
+
+
+@pytest.fixture(scope="module")
+def smaller(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
+    """The same of one that is soon compiled."""
+    return maker(sd_pipeline(tmp_path_factory.mktemp("sd"), levels=1))
+
+
+def maker(first: Any) -> Callable[[], Any]:
     return lambda: type(first)(
         **{**first.components, "unet": copy.deepcopy(first.unet), "scheduler": copy.deepcopy(first.scheduler)},
         requires_safety_checker=False,
@@ -79,9 +88,9 @@ def middle(pipe: Any) -> None:
     [(whole, "before", "bypass"), (middle, "before", "auto"), (middle, "inside", "auto")],
 )
 def test_a_compiled_unet_gives_the_eager_picture_and_the_plain_one_afterwards(
-    made: Callable[[], Any], tmp_path: Path, compiled: Prepare, order: str, engine: str
+    smaller: Callable[[], Any], tmp_path: Path, compiled: Prepare, order: str, engine: str
 ) -> None:
-    eager, pipe = made(), made()
+    eager, pipe = smaller(), smaller()
     files, plain, before = files_of(tmp_path, eager), picture(eager), storage(pipe.unet)
     unet = pipe.unet
     with klora.fuse(eager, *files):
