@@ -6,6 +6,7 @@ as inputs. So held weights act in what is compiled; hooks that come later do not
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -63,7 +64,10 @@ def uncompiled() -> AbstractContextManager[Any]:
     For a model that is compiled anew for each call, where nobody sees beforehand that it is.
     """
     stance: Callable[[str], AbstractContextManager[Any]] | None = getattr(torch.compiler, "set_stance", None)
-    return nullcontext() if stance is None else stance("force_eager")
+    # What compiles costs more than a second to import; where nobody has, nothing is compiled.
+    if stance is None or "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return stance("force_eager")
 
 
 class Eagerly:
