@@ -99,16 +99,20 @@
 
     // ---- the pair and the checkpoint
 
+    // Forge's own menu has no id.
+    function checkpointMenu() {
+        return find(":is(#setting_sd_model_checkpoint, .model_selection) :is(input, select)");
+    }
+
     window.kloraCheckpoint = function () {
-        const found = find("#setting_sd_model_checkpoint input, #setting_sd_model_checkpoint select");
-        return found ? found.value : "";
+        return (checkpointMenu() || {}).value || "";
     };
 
     let checkpoint = null;
 
     function askAboutCheckpoint() {
         const chosen = window.kloraCheckpoint();
-        if (chosen !== checkpoint && document.activeElement !== find("#setting_sd_model_checkpoint input")) {
+        if (chosen !== checkpoint && document.activeElement !== checkpointMenu()) {
             checkpoint = chosen;
             TABS.filter((tab) => !namesOf(tab).includes("None"))
                 .forEach((tab) => find(`#${tab}_klora_ask_misfit`)?.click());

@@ -28,6 +28,7 @@ def use(page: Page) -> dict[str, Any]:
     seen["summary"] = analyse(page, "×")
     seen["active title"] = title(page)
     seen.update(look_at_the_map(page))
+    seen["misfit"] = misfit(page)
     page.click("#txt2img_klora_refresh_names")
     choose(page, "style", "new")
     page.wait_for_selector(".klora-stale-note", state="visible", timeout=WAIT)
@@ -190,14 +191,32 @@ def fill_number(page: Page, name: str, value: str) -> None:
     page.wait_for_timeout(200)
 
 
+def misfit(page: Page) -> list[Any]:
+    """Choose another checkpoint in the host's menu, and go back: what is said of the pair before and after."""
+    said = page.locator("#txt2img_klora_misfit p")
+    found: list[Any] = [said.count()]
+    pick(page, ".model_selection", "flux")
+    said.first.wait_for(state="visible", timeout=WAIT)
+    found.append(said.first.inner_text())
+    pick(page, ".model_selection", "sd1")
+    said.first.wait_for(state="detached", timeout=WAIT)
+    return found
+
+
 def choose(page: Page, name: str, value: str) -> None:
+    """Choose in one of the accordion's menus."""
+    pick(page, f"#txt2img_klora_{name}", value)
+
+
+def pick(page: Page, menu: str, value: str) -> None:
     """Type into a menu and take what it offers."""
-    box = page.locator(f"#txt2img_klora_{name} input").first
+    box = page.locator(f"{menu} input").first
     box.click()
     box.fill(value)
     box.press("Enter")
     page.wait_for_timeout(300)
     box.press("Escape")
+    box.blur()
 
 
 def analyse(page: Page, expected: str) -> str:

@@ -48,12 +48,19 @@ def analyse(request: FusionRequest, view: View, hear: Callable[[int, int], None]
     return f'<div class="klora-result">{found}{note}{figure}{caption}</div>', "<p>S(τ) = 1.5·τ + 0.5</p>"
 
 
+def misfit(subject: str, style: str, checkpoint: str) -> str:
+    """Stand for a look into the files."""
+    return f"{subject} and {style} are not for {checkpoint}" if checkpoint != "sd1" else ""
+
+
 def app() -> gr.Blocks:
     """One tab with the accordion, and a button that writes what the script would get."""
     with gr.Blocks(title="accordion") as page:
         # What a host has beside the accordion.
         gr.Slider(label="Sampling steps", minimum=1, maximum=150, step=1, value=24, elem_id="txt2img_steps")
-        found = build("txt2img", FakeLibrary, analyse)
+        checkpoint = gr.Dropdown(["sd1", "flux"], value="sd1", label="Checkpoint", elem_classes=["model_selection"])
+        checkpoint.interactive = True
+        found = build("txt2img", FakeLibrary, analyse, misfit=misfit)
         echo = gr.Button("Echo", elem_id="echo")
         out = gr.Textbox(label="out", elem_id="out")
         echo.click(

@@ -101,6 +101,10 @@ def test_what_is_pointed_at_is_told_and_an_analysis_holds_until_something_change
     assert seen["stale at first"] == 0
 
 
+def test_a_pair_for_another_checkpoint_is_told_of_when_that_is_chosen(seen: dict[str, Any]) -> None:
+    assert seen["misfit"] == [0, "dog and ink are not for flux"]
+
+
 def test_the_share_is_a_slider_with_a_switch(seen: dict[str, Any]) -> None:
     assert seen["by share"] == "0.4"
     assert seen["by balance"] == "auto"
