@@ -81,7 +81,7 @@ class Schedule:
                 " any known unit, so that how far sampling is cannot be told; use another scheduler or pipeline"
             )
         levels = self._units[0].schedule
-        if self.timesteps[-1] == 0 and self.timesteps[0] <= 1:
+        if 0 == self.timesteps[-1] < self.timesteps[0] <= 1:
             # Of Würstchen's fractions the last is where sampling ends; of whole numbers, 0 is a step.
             levels = levels[:-1]
         # Flow schedulers of older diffusers keep no count, and list no midpoints.

@@ -80,6 +80,7 @@ def test_midpoints_are_no_steps(calls: list[float], count: int | None, expected:
 def test_of_fractions_that_end_at_0_the_last_is_no_step_and_of_whole_numbers_it_is_one() -> None:
     assert schedule([1.0, 0.75, 0.5, 0.25, 0.0], 1.0).steps == [1.0, 0.75, 0.5, 0.25]
     assert schedule([900.0, 600.0, 300.0, 0.0], 900.0).steps == [900.0, 600.0, 300.0, 0.0]
+    assert schedule([0.0], 0.0).steps == [0.0]
 
 
 def test_a_midpoint_below_the_rounded_timestep_after_it_does_not_lead_back() -> None:
