@@ -150,12 +150,17 @@ class HookedLayer:
 
     def attach(self) -> None:
         """Put the hook on; does nothing when it is on."""
-        if self.hook not in self.module._forward_hooks.values():
+        if not self.attached:
             self.module.register_forward_hook(self.hook, with_kwargs=True)
 
     def detach(self) -> None:
         """Take the hook off; does nothing when it is off."""
         drop(self.module, self.hook)
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hook is on."""
+        return self.hook in self.module._forward_hooks.values()
 
     def expect(self) -> None:
         """Wait for a call of the module."""

@@ -154,7 +154,7 @@ class HeldLayer:
         """Wait for a call of the module."""
         self.called = False
         if self._witness not in self.module._forward_hooks.values():
-            self.module.register_forward_hook(self._witness)
+            self.module.register_forward_hook(self._witness, with_kwargs=True)
 
     def changed(self) -> None:
         """Let what acts now act from the next call on."""
@@ -167,6 +167,15 @@ class HeldLayer:
         """Whether the module is shown W′."""
         return self.held[0].stands
 
+    @property
+    def acts(self) -> bool:
+        """Whether a call of the module has what acts in it, by W′ or by products."""
+        return self.stands or self._beside.attached
+
+    def beside(self, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor:
+        """The output of the module's own weight with what acts added."""
+        return self._beside.hook(self.module, args, kwargs, y)
+
     def set_aside(self, aside: bool) -> None:
         """Have the products act in the place of W′, or W′ again."""
         if aside:
@@ -178,17 +187,23 @@ class HeldLayer:
 
 
 class Witness(Uncopied):
-    """A forward hook that notes the first call of its module and is gone."""
+    """A forward hook that notes the first call of its module by the model and is gone.
+
+    Until then somebody may call the module by itself, who is to see what acts.
+    """
 
     __slots__ = ("layer",)
 
     def __init__(self, layer: HeldLayer) -> None:
         self.layer = layer
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Note it, if it has acted there."""
-        self.layer.called |= self.layer.stands or torch.is_grad_enabled()
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        """Note it, and add what acts where it does not yet."""
+        self.layer.called = True
+        if not self.layer.acts:
+            return self.layer.beside(args, kwargs, output)
         drop(module, self)
+        return None
 
 
 class FormedLayer(HeldLayer):

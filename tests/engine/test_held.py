@@ -119,6 +119,24 @@ def test_held_weights_give_what_products_give_and_leave_every_byte_and_pointer(
     assert all(torch.equal(plain[name], value) for name, value in model.outputs().items())
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_module_that_is_called_by_itself_before_the_model_is_has_what_acts(tmp_path: Path, grad: bool) -> None:
+    pair, model = pair_of(tmp_path, "loha"), Model()
+    x = torch.randn(INPUTS[LINEAR])
+    with torch.set_grad_enabled(grad):
+        plain = model.linear(x)
+        session = session_of(pair, model, policy="direct")
+        assert ways(session) == [HeldLayer, HeldLayer]
+        wanted = plain + x @ sum(file.modules[LINEAR].matrix() for file in (pair.subject, pair.style)).T
+        with session:
+            session.start_pass([1.0, 0.5, 0.0])
+            session.at_level(1.0)
+            for _ in range(2):
+                torch.testing.assert_close(model.linear(x), wanted, rtol=1e-4, atol=1e-4)
+            model.outputs()
+        assert torch.equal(model.linear(x), plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_a_held_weight_is_formed_in_full_precision_and_rounded_once(tmp_path: Path, dtype: torch.dtype) -> None:
     pair, model = pair_of(tmp_path, "loha"), Model(dtype)
