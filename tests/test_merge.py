@@ -246,6 +246,21 @@ def test_modules_of_other_models_keep_the_keys_of_the_inputs(tmp_path: Path, roo
     assert alphas == ([8.0] if spelling == "kohya" else [])
 
 
+@pytest.mark.parametrize(
+    ("prefix", "spelling"),
+    [
+        ("unet.mid_block.attentions.0.proj_in", "diffusers"),
+        ("diffusion_model.middle_block.1.proj_in", "kohya"),
+        ("diffusion_model.mid_block.attentions.0.proj_in", "kohya"),
+        ("diffusion_model.single_blocks.0.linear2", "diffusers"),
+    ],
+)
+def test_what_loads_the_inputs_loads_what_is_made_of_them(prefix: str, spelling: str) -> None:
+    """ComfyUI knows a UNet's modules by `diffusion_model.` and by kohya's keys, and not by diffusers' names of them."""
+    tensors = {f"{prefix}.lora_{letter}.weight": torch.ones(4, 4) for letter in "AB"}
+    assert spelling_of(Pair.open(tensors, tensors).loras) == spelling
+
+
 def test_without_a_word_a_file_is_spelled_as_most_programs_read_it(tmp_path: Path) -> None:
     unet, other = "unet.mid_block.attentions.0.proj_in", "transformer.layers.0.attn.to_q"
     kohya = "lora_unet_mid_block_attentions_0_proj_in.lora_down.weight"

@@ -9,6 +9,7 @@ from klora.lora.file import LoraFile
 from klora.lora.names import bare
 
 SPELLINGS = ("kohya", "diffusers")
+_GENERIC = ("diffusion_model.", "model.diffusion_model.")
 _ROOTS = {"kohya": "lora_unet_", "diffusers": "transformer."}
 
 
@@ -20,7 +21,7 @@ def spelling_of(loras: Sequence[LoraFile], wanted: str | None = None) -> str:
     """
     own = _own(loras)
     if _by_rule(loras):
-        return wanted or ("diffusers" if own == "diffusers" and all(lora.is_peft for lora in loras) else "kohya")
+        return wanted or ("diffusers" if own == "diffusers" and all(map(_is_diffusers, loras)) else "kohya")
     if wanted not in (None, own):
         raise KloraError(
             f"--spelling {wanted}: these files name the modules of a model that K-LoRA does not know by rule as"
@@ -49,6 +50,15 @@ def own_prefixes(loras: Sequence[LoraFile]) -> dict[str, str]:
 def _own(loras: Sequence[LoraFile]) -> str:
     dotted = all("." in delta.key for lora in loras for delta in lora.modules.values())
     return "diffusers" if dotted else "kohya"
+
+
+def _is_diffusers(lora: LoraFile) -> bool:
+    """Whether a file is as diffusers writes it, so that who loads it loads what diffusers writes.
+
+    ComfyUI's own format has factors of the same names. Of it UNets go by their original code's names alone.
+    """
+    generic = lora.table == "unet" and any(delta.key.startswith(_GENERIC) for delta in lora.modules.values())
+    return lora.is_peft and not generic
 
 
 def _by_rule(loras: Sequence[LoraFile]) -> bool:
