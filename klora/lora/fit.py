@@ -32,9 +32,11 @@ def telling_shapes(files: Iterable[Mapping[str, Delta]]) -> dict[str, Shape]:
 def at_place(delta: FileDelta, place: Place) -> FileDelta:
     """What of a delta acts at a place, in the shape of the layer there."""
     part = delta.part(*place.rows) if place.rows else delta
-    if place.shape is None or place.shape == part.shape:
+    if place.shape is None:
         return part
-    return part.shaped(place.shape) if _is_flat(part.shape, place.shape) else WideDelta.of(part, place.shape)
+    own = _unflattened(part.shape, place.shape)
+    part = part if own == part.shape else part.shaped(own)
+    return part if own == place.shape else WideDelta.of(part, place.shape)
 
 
 def _fitted(delta: Delta, place: Place, shapes: Mapping[str, Shape]) -> Place:
@@ -42,10 +44,12 @@ def _fitted(delta: Delta, place: Place, shapes: Mapping[str, Shape]) -> Place:
     own, layer = (rows, *delta.shape[1:]), shapes.get(place.name)
     if layer is None or own == layer:
         return place
-    narrower = is_input(place.name) and own[0] == layer[0] and own[2:] == layer[2:] and own[1] < layer[1]
-    return place._replace(shape=layer) if narrower or _is_flat(own, layer) else place
+    with_kernel = _unflattened(own, layer)
+    narrower = is_input(place.name) and (own[0], with_kernel[2:]) == (layer[0], layer[2:]) and with_kernel[1] < layer[1]
+    return place._replace(shape=layer) if narrower or with_kernel == layer else place
 
 
-def _is_flat(own: Shape, layer: Shape) -> bool:
-    """Whether a shape (out, in·kernel) is that of a layer (out, in, *kernel)."""
-    return len(own) == 2 < len(layer) and own[0] == layer[0] and own[1] == math.prod(layer[1:])
+def _unflattened(own: Shape, layer: Shape) -> Shape:
+    """A shape (out, in·kernel) with the kernel of a layer (out, in, *kernel), where that divides it; else as it is."""
+    area = math.prod(layer[2:])
+    return (own[0], own[1] // area, *layer[2:]) if len(own) == 2 < len(layer) and own[1] % area == 0 else own

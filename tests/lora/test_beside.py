@@ -133,6 +133,15 @@ def test_a_layer_of_more_channels_gets_zeros_where_it_takes_the_latents_alone() 
     assert wide.modules["blocks.0.attn2.to_k"].shape == (8, 4)
 
 
+def test_a_flat_kernel_may_be_narrower_than_the_layer_too() -> None:
+    tensors = lora("diffusion_model.x_embedder", columns=4 * 9) | lora("diffusion_model.y", columns=4 * 9)
+    bound = only(tensors).for_model(ModelIndex({"x_embedder": (8, 9, 3, 3), "y": (8, 9, 3, 3)}))
+    wanted = product(tensors, "diffusion_model.x_embedder").view(8, 4, 3, 3)
+    torch.testing.assert_close(bound.modules["x_embedder"].matrix()[:, :4], wanted)
+    assert not bound.modules["x_embedder"].matrix()[:, 4:].any()
+    assert bound.modules["y"].shape == (8, 36)
+
+
 def test_the_numbered_files_of_the_first_trainer_are_named_by_their_order() -> None:
     tensors, names = {}, []
     blocks = [f"down_blocks.{level}.attentions.{number}" for level in range(3) for number in range(2)]
