@@ -15,6 +15,9 @@ from klora.webui.prompt_tag import NAME, Tag, find_tag
 OVERRIDES = "klora_overrides"
 """Where a processing object keeps what an X/Y/Z axis has set."""
 
+WRITTEN = "klora_written"
+"""Where a processing object, and a copy of it that a grid's cell is, keeps the tag that the accordion has written."""
+
 PLANS = "klora_plans"
 """Where a processing object keeps the plans that ran, for the selection map."""
 
@@ -34,9 +37,12 @@ def apply_request(p: Any, args: Sequence[Any]) -> FusionRequest | None:
     overrides: Mapping[str, Any] = getattr(p, OVERRIDES, None) or {}
     _tell_of_no_tags(p)
     if any(_TAG.search(prompt) for prompt in p.all_prompts):
+        written = getattr(p, WRITTEN, None)
+        typed = written is None or not any(written in prompt for prompt in p.all_prompts)
         if overrides:
             _change(p, lambda prompt: rewrite(prompt, overrides))
-        _tell_of_unused(p, args)
+        if typed:
+            _tell_of_unused(p, args)
         return None
     request = read_args(args, overrides)
     if request is None:
@@ -45,6 +51,7 @@ def apply_request(p: Any, args: Sequence[Any]) -> FusionRequest | None:
         return None
     tag = str(request.tag)
     _change(p, lambda prompt: rewrite(prompt, overrides) if _TAG.search(prompt) else add_tag(prompt, tag))
+    setattr(p, WRITTEN, tag)
     return request
 
 

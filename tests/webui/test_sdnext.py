@@ -135,6 +135,23 @@ def test_the_accordion_reaches_a_second_pass_s_own_prompt(host: FakeSdnext) -> N
     assert p.refiner_prompt == "a cat"
 
 
+def test_a_cell_of_a_grid_is_not_told_that_its_tag_was_typed(host: FakeSdnext) -> None:
+    args = [{"subject": "dog", "style": "ink"}]
+    p = Processing("a dog")
+    apply_request(p, args)
+    # The grid that is always on copies what the accordion has already written into.
+    cell = copy.copy(p)
+    cell.klora_overrides = {"balance": 1.0}  # type: ignore[attr-defined]
+    apply_request(cell, args)
+    processed = types.SimpleNamespace(comments="")
+    hand_on_comments(cell, processed)
+    assert (cell.all_prompts, processed.comments) == (["a dog <klora:dog:ink:balance=1>"], "")
+    typed = Processing(f"a dog {TAG}")
+    apply_request(typed, args)
+    hand_on_comments(typed, processed)
+    assert "the pair and settings beside it" in processed.comments
+
+
 def test_img2img_starts_where_its_noise_is(host: FakeSdnext) -> None:
     image = host.process("a dog")
     source = {"init_images": image, "steps": 8}
