@@ -12,7 +12,7 @@ def style_wins(rho: float, step: int, steps: int) -> bool:
     return 1.5 * step / (steps - 1) + 0.5 > rho
 
 
-@pytest.mark.parametrize("steps", [4, 20])
+@pytest.mark.parametrize("steps", [4, 8, 20, 50])
 def test_at_the_same_position_no_cell_is_decided_otherwise(steps: int) -> None:
     plan = plan_of(ATTENTION).with_steps(steps)
     differing = 0
