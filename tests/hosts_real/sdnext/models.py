@@ -52,11 +52,44 @@ def write_loras(folder: Path, models: dict[str, Shapes]) -> None:
             if name == "sd":
                 write_lora(folder / f"{name}_{side}_peft.safetensors", attention, "peft", **common)
                 write_lora(folder / f"{name}_{side}_dora.safetensors", attention, family="dora", **common)
+                more = {**common, "seed": seed + 2}
+                write_lora(folder / f"{name}_more_{side}.safetensors", shapes, **more)
+                write_full_loras(folder, f"{name}_{side}", attention, **more)
                 text = folder / f"{name}_{side}_text.safetensors"
                 write_lora(text, shapes, **common)
                 # As kohya's own SD 1 files have it.
                 tensors = {key.replace("lora_te1_", "lora_te_"): tensor for key, tensor in load_file(text).items()}
                 save_file(tensors, str(text))
+
+
+def write_full_loras(folder: Path, name: str, shapes: Shapes, rank: int, seed: int, strength: float) -> None:
+    """Differences of the attention's whole weights; in a second file with those of the norms before it, as LyCORIS."""
+    path = write_lora(
+        folder / f"{name}_full.safetensors", shapes, family="full", seed=seed, strength=strength, rank=rank
+    )
+    tensors = {key: 0.5 * tensor for key, tensor in load_file(path).items()}
+    save_file(tensors, str(path))
+    draw = torch.Generator().manual_seed(seed)
+    for module, (_, width) in shapes.items():
+        block, attention, _ = module.partition(".attn1.to_q")
+        if attention:
+            key = f"lora_unet_{block}.norm1".replace(".", "_")
+            tensors |= {f"{key}.{leaf}": torch.randn(width, generator=draw) * 0.3 for leaf in ("w_norm", "b_norm")}
+    save_file(tensors, str(folder / f"{name}_norms.safetensors"))
+
+
+def write_merged(models: Path, lora: Path) -> None:
+    """Write the small SD 1 once more, with the differences of a file in its weights."""
+    import diffusers
+
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(str(models / "sd"), safety_checker=None)
+    leaves = {"diff": "weight", "w_norm": "weight", "b_norm": "bias"}
+    modules = {f"lora_unet_{name}".replace(".", "_"): module for name, module in pipe.unet.named_modules()}
+    with torch.no_grad():
+        for key, tensor in load_file(lora).items():
+            module, _, leaf = key.partition(".")
+            getattr(modules[module], leaves[leaf]).add_(tensor)
+    pipe.save_pretrained(str(models / "sd_merged"))
 
 
 def write_transformer_lora(path: Path, shapes: Shapes, ends: tuple[str, str], seed: int, rank: int = 4) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from tests.hosts_real.sdnext.models import write_loras, write_models
+from tests.hosts_real.sdnext.models import write_loras, write_merged, write_models
 from tests.hosts_real.server import REPOSITORY, ApiError, Picture, _environment, _free_port, ask, end_process
 
 TOO_MANY_REQUESTS = 429
@@ -70,6 +70,7 @@ class SdnextServer:
     def start(self, timeout: float = 900) -> None:
         """Write its models, start it and wait until it serves."""
         write_loras(self.models / "Lora", write_models(self.models / "Diffusers"))
+        write_merged(self.models / "Diffusers", self.models / "Lora" / "sd_subject_norms.safetensors")
         extensions = self.data / "extensions"
         extensions.mkdir()
         (extensions / "klora").symlink_to(REPOSITORY)

@@ -116,6 +116,7 @@ def test_accordion_and_tag_mean_the_same(sdnext: SdnextServer, plain: Picture) -
 def test_a_grid(sdnext: SdnextServer, plain: Picture, script: str, by_tag: bool) -> None:
     asked = {} if by_tag else {"alwayson_scripts": accordion()}
     grid = sdnext.plot(script, [("[K-LoRA] Balance", "-1, 0, 1")], TAG if by_tag else "", **asked)
+    assert grid.comments == ""
     expected = [sdnext.txt2img(TAG.replace(">", f":balance={balance}>")).pixels for balance in (-1, 0, 1)]
     assert [(one == other).all() for one, other in zip(grid.all[-3:], expected, strict=True)] == [True] * 3
 
