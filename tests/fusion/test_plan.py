@@ -142,8 +142,9 @@ def test_every_policy_gives_one_known_letter_per_step(pairs: list, scale: str, v
     for policy in POLICIES:
         plan = plan_of(pairs, policy=policy, scale=scale, variant=variant, steps=steps)
         for module in plan.modules:
-            assert len(plan.selection(module.name)) == steps
-            assert set(plan.selection(module.name)) <= set("csb-")
+            selection = plan.selection(module.name)
+            assert len(selection) == steps
+            assert set(selection) <= set("csb-")
 
 
 def test_gamma_is_the_ratio_of_global_sums_and_officially_a_trimmed_mean() -> None:

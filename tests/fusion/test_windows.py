@@ -67,9 +67,10 @@ def test_outside_of_its_window_a_side_does_not_act_and_the_other_acts_alone(
         with pytest.raises(SettingsError, match="neither"):
             plan_of(ATTENTION, policy=policy, **windows)
         return
-    names = [*ATTENTION, UP]
+    names = [*ATTENTION[:: len(ATTENTION) // 3], UP]
     plan = plan_of(names, policy=policy, steps=steps, **windows)
     free = plan_of(names, policy=policy, steps=steps)
+    selections = {name: plan.selection(name) for name in names}
     for i in range(steps):
         subject, style = plan.windows.open_at(i / steps)
         for name in names:
@@ -78,7 +79,7 @@ def test_outside_of_its_window_a_side_does_not_act_and_the_other_acts_alone(
                 assert found == free.decide(name, i / steps)
             else:
                 assert found == Active(float(subject), float(style))
-            assert plan.selection(name)[i] == found.letter
+            assert selections[name][i] == found.letter
         assert bool(plan.predictions(i / steps)) is (bool(free.predictions(i / steps)) and subject and style)
 
 

@@ -29,7 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
 
 @pytest.fixture(scope="module")
 def smaller(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Any]:
-    """The same of one that is soon compiled."""
+    """The same of one that is soon compiled or moved, with attention in its middle alone."""
     return maker(sd_pipeline(tmp_path_factory.mktemp("sd"), levels=1))
 
 
@@ -160,9 +160,9 @@ def grouped(pipe: Any, **options: Any) -> None:
 @pytest.mark.parametrize("offload", [cpu_offload, leaf_offload, block_offload], ids=lambda way: way.__name__)
 @pytest.mark.parametrize("family", ["lora", "dora", "full"])
 def test_an_offloaded_unet_gives_the_picture_of_one_that_is_not(
-    made: Callable[[], Any], tmp_path: Path, offload: Prepare, family: str
+    smaller: Callable[[], Any], tmp_path: Path, offload: Prepare, family: str
 ) -> None:
-    plain_pipe, pipe = made(), made()
+    plain_pipe, pipe = smaller(), smaller()
     files, plain = files_of(tmp_path, plain_pipe, family), picture(plain_pipe)
     with klora.fuse(plain_pipe, *files):
         expected = picture(plain_pipe)
