@@ -252,10 +252,11 @@ class Server:
         source: Picture | None = None,
         **changes: Any,
     ) -> Picture:
-        """Make pictures by one of the host's scripts, of a `source` where it is one of img2img; `controls` by label."""
-        listed = self.call("/sdapi/v1/script-info")
-        found = next(one for one in listed if one["name"] == name and one["is_img2img"] == (source is not None))
-        args = [(controls or {}).get(arg["label"], arg["value"]) for arg in found["args"]]
+        """Make pictures by a host's script, of a `source` if it is one of img2img; `controls` by label, in any case."""
+        wanted = (name, source is not None)
+        found = next(one for one in self.call("/sdapi/v1/script-info") if (one["name"], one["is_img2img"]) == wanted)
+        values = {label.lower(): value for label, value in (controls or {}).items()}
+        args = [values.get((arg["label"] or "").lower(), arg["value"]) for arg in found["args"]]
         changes |= {"script_name": name, "script_args": args}
         return self.txt2img(tags, **changes) if source is None else self.img2img(source, tags, **changes)
 
