@@ -207,6 +207,44 @@ def test_a_model_that_was_compiled_before_takes_held_weights(
     assert not said
 
 
+@pytest.mark.parametrize(
+    "settings", [{"policy": "k-lora"}, {"policy": "ties", "density": 0.5}], ids=lambda it: it["policy"]
+)
+@pytest.mark.parametrize("compiled", [None, blocks, whole])
+def test_windows_and_blocks_act_in_held_weights_compiled_or_not(
+    pair: Pair, said: list[str], settings: dict[str, Any], compiled: Callable[[Model], nn.Module] | None
+) -> None:
+    torch._dynamo.reset()
+    part = {"subject_to": 0.5, "style_from": 0.25, "style_blocks": "down_blocks.0: 0.5", **settings}
+    model = Model()
+    with session_of(pair, model, said, engine="bypass", **settings) as session:
+        always = sample(session, model)
+    with session_of(pair, model, said, engine="bypass", **part) as session:
+        expected = sample(session, model)
+    assert not torch.allclose(always, expected, atol=1e-3)
+    running = compiled(Model()) if compiled else Model()
+    with session_of(pair, running, said, engine="held", **part) as session:
+        torch.testing.assert_close(sample(session, running), expected)
+        assert {type(layer) for layer in session._layers._layers.values()} == {HeldLayer}
+    torch.testing.assert_close(plain(running), plain(Model()))
+    assert not said
+
+
+@pytest.mark.parametrize("compiled", [None, blocks])
+def test_a_policy_that_measures_acts_where_weights_should_be_held(
+    pair: Pair, said: list[str], compiled: Callable[[Model], nn.Module] | None
+) -> None:
+    torch._dynamo.reset()
+    model = Model()
+    with session_of(pair, model, said, policy="dynamic") as session:
+        expected = sample(session, model)
+    running = compiled(Model()) if compiled else Model()
+    with session_of(pair, running, said, policy="dynamic", engine="held", style_blocks="down_blocks.0: 1") as session:
+        torch.testing.assert_close(sample(session, running), expected)
+        assert len(session.decisions) == len(NAMES)
+    assert bool(said) is bool(compiled)
+
+
 @WAYS
 def test_a_model_may_be_compiled_while_it_is_fused(
     pair: Pair, said: list[str], fused: Tensor, compiled: Callable[[Model], nn.Module]

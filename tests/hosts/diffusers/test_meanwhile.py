@@ -15,6 +15,7 @@ import klora
 from klora.errors import KloraError
 from klora.lora.file import LoraFile
 from klora.lora.names import kind_of
+from tests.engine.test_held import Packed
 from tests.support.lora_files import write_lora
 from tests.support.models import module_shapes
 from tests.support.pipelines import run, sd_pipeline
@@ -216,8 +217,16 @@ def assigned(pipe: Any) -> None:
     pipe.unet.load_state_dict(state, assign=True)
 
 
+def packed(pipe: Any) -> None:
+    for module in pipe.unet.modules():
+        if isinstance(module, nn.Linear):
+            module.weight = Packed(module.weight.data)
+
+
 @ENGINES
-@pytest.mark.parametrize("act", [leaf_offload, cpu_offload, doubled, loaded, assigned], ids=lambda act: act.__name__)
+@pytest.mark.parametrize(
+    "act", [packed, leaf_offload, cpu_offload, doubled, loaded, assigned], ids=lambda act: act.__name__
+)
 @pytest.mark.parametrize("family", ["lora", "dora"])
 def test_weights_that_are_moved_cast_or_loaded_meanwhile_are_the_models_own(
     made: Callable[[], Any],
