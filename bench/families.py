@@ -42,6 +42,7 @@ GB = 1e9
 class Rig(NamedTuple):
     """A block, its layers by canonical name, and one forward of it."""
 
+    block: nn.Module
     layers: Mapping[str, nn.Linear | nn.Conv2d]
     forward: Callable[[], Tensor]
 
@@ -63,7 +64,7 @@ def make_rig(family: str, pixels: int, shrink: int) -> Rig:
     block.eval().requires_grad_(False)
     kind = nn.Conv2d if family == "conv" else nn.Linear
     layers = {f"{path}.{name}": module for name, module in block.named_modules() if isinstance(module, kind)}
-    return Rig(layers, forward)
+    return Rig(block, layers, forward)
 
 
 def write_files(family: str, shapes: Mapping[str, tuple[int, ...]], rank: int, folder: Path) -> list[Path]:
@@ -71,13 +72,18 @@ def write_files(family: str, shapes: Mapping[str, tuple[int, ...]], rank: int, f
     return write_pair(folder, shapes, rank, "lora" if family == "conv" else family)
 
 
-def open_session(pair: Pair, layers: Mapping[str, nn.Module], engine: str = "auto", room: int | None = None) -> Session:
-    """K-LoRA on all that both files have, applied by an engine, with that many bytes of room for weights."""
+def open_session(
+    pair: Pair, layers: Mapping[str, nn.Module], engine: str, block: nn.Module | None = None, room: int | None = None
+) -> Session:
+    """K-LoRA on all that both files have, applied by an engine, with that many bytes of room for weights.
+
+    Weights are held in calls of the `block` that has the layers.
+    """
     plan = pair.plan(Settings(scope="all", engine=engine))
     before = weights.ROOM_BYTES
     weights.ROOM_BYTES = before if room is None else room
     try:
-        return Session(pair, plan, {name: Site(layer) for name, layer in layers.items()})
+        return Session(pair, plan, {name: Site(layer) for name, layer in layers.items()}, denoiser=block)
     finally:
         weights.ROOM_BYTES = before
 
@@ -92,12 +98,12 @@ def forwards(family: str, rank: int, pixels: int, rounds: int, clock: Clock, shr
         ways: dict[str, Callable[[], AbstractContextManager[Any]]] = {
             "no LoRA": nullcontext,
             "merged": partial(merged, rig.layers, pair.subject.loras[0]),
-            "products": partial(open_session, pair, rig.layers, "bypass"),
-            "held": partial(open_session, pair, rig.layers, "held"),
+            "products": partial(open_session, pair, rig.layers, "bypass", rig.block),
+            "held": partial(open_session, pair, rig.layers, "held", rig.block),
         }
         if family in FORMED:
-            ways["products, no room"] = partial(open_session, pair, rig.layers, "bypass", 0)
-            ways["held, no room"] = partial(open_session, pair, rig.layers, "held", 0)
+            ways["products, no room"] = partial(open_session, pair, rig.layers, "bypass", rig.block, 0)
+            ways["held, no room"] = partial(open_session, pair, rig.layers, "held", rig.block, 0)
         seen: dict[str, list[float]] = {way: [] for way in ways}
         for _ in range(rounds):
             for way, applied in ways.items():

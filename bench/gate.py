@@ -1,7 +1,7 @@
-"""Compare ratios with the recorded ones and print what got worse: `python -m bench.gate [--quick] [--record]`.
+"""Compare ratios with the recorded ones and print what got worse: `python -m bench.gate [--quick] [--busy] [--record]`.
 
 Each ratio is of two times measured in turns in this run, so that it means about the same on any machine; a busy machine
-still makes them worse. Nothing fails: what is printed is for a person to look at.
+still makes them worse, the less with `--busy`. Nothing fails: what is printed is for a person to look at.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from bench.machine import describe_machine, timed
+from bench.machine import Clock, add_busy, clock_of, describe_machine, timed, typical
 from bench.model import open_pair, write_pair
 from bench.scoring import plain_scores, sdxl_shapes
 from klora.cache import ScoreCache
@@ -37,10 +37,13 @@ TOLERANCE = 1.25
 QUICK_STEP = 12
 
 
-def ratio(rounds: int, one: Callable[[], Any], other: Callable[[], Any]) -> float:
-    """Of the times of two calls in turns, the ratio of the medians; the first turn warms up."""
-    turns = [(timed(one), timed(other)) for _ in range(rounds + 1)][1:]
-    return statistics.median(first for first, _ in turns) / statistics.median(second for _, second in turns)
+Ratio = Callable[[Callable[[], Any], Callable[[], Any]], float]
+
+
+def ratio_of(rounds: int, clock: Clock, one: Callable[[], Any], other: Callable[[], Any]) -> float:
+    """Of the times of two calls in turns, the ratio of the typical ones; the first turn warms up."""
+    turns = [(timed(one, clock), timed(other, clock)) for _ in range(rounds + 1)][1:]
+    return typical([first for first, _ in turns], clock) / typical([second for _, second in turns], clock)
 
 
 def read_numbers(files: list[Path]) -> float:
@@ -49,7 +52,7 @@ def read_numbers(files: list[Path]) -> float:
 
 
 @torch.no_grad()
-def measure(rank: int, step: int, rounds: int, folder: Path) -> dict[str, float]:
+def measure(rank: int, step: int, ratio: Ratio, folder: Path) -> dict[str, float]:
     """All ratios, by what they say."""
     shapes = dict(list(sdxl_shapes("linears").items())[::step])
     files = write_pair(folder, shapes, rank)
@@ -75,8 +78,9 @@ def measure(rank: int, step: int, rounds: int, folder: Path) -> dict[str, float]
     name = next(name for name, shape in shapes.items() if shape == (1280, 1280))
     layer, x = nn.Linear(1280, 1280), torch.randn(2, 1024, 1280)
     with Session(pair, plan, {name: Site(layer)}):
-        forward = ratio(rounds, lambda: layer(x), lambda: layer.forward(x))
-    held = Session(pair, pair.plan(Settings(engine="held", policy="direct")), {name: Site(layer)})
+        forward = ratio(lambda: layer(x), lambda: layer.forward(x))
+    # Weights are held in calls of the model, which the layer is by itself.
+    held = Session(pair, pair.plan(Settings(engine="held", policy="direct")), {name: Site(layer)}, denoiser=layer)
     lone = copy.deepcopy(layer)
 
     def form_twice() -> None:
@@ -84,28 +88,28 @@ def measure(rank: int, step: int, rounds: int, folder: Path) -> dict[str, float]
         held.set_active(STYLE)
 
     with held:
-        held_forward = ratio(rounds, lambda: layer(x), lambda: lone(x))
-        forming = ratio(rounds, form_twice, lambda: lone(x)) / 2
+        held_forward = ratio(lambda: layer(x), lambda: lone(x))
+        forming = ratio(form_twice, lambda: lone(x)) / 2
     found = {
         "a session of a known pair / reading its numbers": ratio(
-            rounds, lambda: Session(pair, plan, sites), lambda: read_numbers(files)
+            lambda: Session(pair, plan, sites), lambda: read_numbers(files)
         ),
-        "the same files fused again / reading their numbers": ratio(rounds, fuse_again, lambda: read_numbers(files)),
+        "the same files fused again / reading their numbers": ratio(fuse_again, lambda: read_numbers(files)),
         "scoring blockwise / plain topk": ratio(
-            rounds, lambda: score_deltas(some), lambda: [plain_scores(delta, rank**2) for delta, _ in some.values()]
+            lambda: score_deltas(some), lambda: [plain_scores(delta, rank**2) for delta, _ in some.values()]
         ),
         "a linear layer with K-LoRA / without": forward,
         "a linear layer with a held weight / without": held_forward,
         "forming a held weight / a forward of its layer": forming,
-        "a tiny layer, which costs what Python costs, with K-LoRA / without": tiny_layer(rounds, folder),
-        "switching all modules / a session": ratio(rounds, switch_twice, lambda: Session(pair, plan, sites)),
+        "a tiny layer, which costs what Python costs, with K-LoRA / without": tiny_layer(ratio, folder),
+        "switching all modules / a session": ratio(switch_twice, lambda: Session(pair, plan, sites)),
     }
     KEPT.clear()
     return found
 
 
 @torch.no_grad()
-def tiny_layer(rounds: int, folder: Path) -> float:
+def tiny_layer(ratio: Ratio, folder: Path) -> float:
     """What the hook of a layer costs beside its arithmetic, where the layer has hardly any."""
     name = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
     pair = open_pair(write_pair(folder / "tiny", {name: (64, 64)}, 4))
@@ -116,7 +120,7 @@ def tiny_layer(rounds: int, folder: Path) -> float:
             function(x)
 
     with Session(pair, pair.plan(Settings()), {name: Site(layer)}):
-        return ratio(rounds, lambda: often(layer), lambda: often(layer.forward))
+        return ratio(lambda: often(layer), lambda: often(layer.forward))
 
 
 def main() -> None:
@@ -124,11 +128,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gate", description="What got worse since it was recorded.")
     parser.add_argument("--quick", action="store_true", help=f"every {QUICK_STEP}th module of SDXL only")
     parser.add_argument("--rounds", type=int, default=5)
+    add_busy(parser)
     parser.add_argument("--record", action="store_true", help=f"write {RECORDED.name} instead")
     options = parser.parse_args()
     kind = "quick" if options.quick else "full"
+    ratio = partial(ratio_of, options.rounds, clock_of(options))
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(32, QUICK_STEP if options.quick else 1, options.rounds, Path(folder))
+        found = measure(32, QUICK_STEP if options.quick else 1, ratio, Path(folder))
     recorded = json.loads(RECORDED.read_text()) if RECORDED.exists() else {}
     print(f"{describe_machine()}; {kind}")
     known = recorded.get(kind, {}).get("ratios", {})
