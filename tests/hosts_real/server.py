@@ -132,6 +132,11 @@ class Server:
             if folder.is_dir():
                 (self.data / "models" / folder.name).symlink_to(folder)
         (extensions / "klora-probe").symlink_to(Path(__file__).with_name("probe"))
+        for path in filter(None, os.environ.get("KLORA_BESIDE", "").split(os.pathsep)):
+            (extensions / Path(path).name).symlink_to(path)
+        # What the probe's stand-in for a detector takes for its weights.
+        (self.data / "models" / "adetailer").mkdir()
+        (self.data / "models" / "adetailer" / "stand-in.pt").touch()
         write_loras(loras, self.model)
         if self.sdxl_model is not None:
             write_sdxl_loras(loras, self.sdxl_model)

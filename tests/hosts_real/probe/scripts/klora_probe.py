@@ -1,9 +1,12 @@
 """A test's eyes and hands inside a running host: what its model is like now, and faults on demand. For tests only."""
 
 import importlib
+import importlib.util
 import sys
+import types
 import zlib
 
+import numpy
 import torch
 from modules import script_callbacks, scripts, shared
 
@@ -95,6 +98,27 @@ def recorded():
         session.at_level = session.probed
         del session.probed
     return levels
+
+
+class Detector:
+    """Stands for a detector of ultralytics, as ADetailer uses it: it finds the middle of every picture."""
+
+    def __init__(self, path):
+        self.masks = None
+        self.boxes = types.SimpleNamespace()
+
+    def __call__(self, image, **_):
+        width, height = image.size
+        self.boxes.xyxy = torch.tensor([[width / 4, height / 4, 3 * width / 4, 3 * height / 4]])
+        self.boxes.conf = torch.tensor([0.9])
+        self.plot = lambda: numpy.asarray(image.convert("RGB"))
+        return [self]
+
+
+for missing in ("ultralytics", "mediapipe"):
+    if importlib.util.find_spec(missing) is None:
+        sys.modules[missing] = types.ModuleType(missing)
+        sys.modules[missing].YOLO = Detector
 
 
 class Listener(scripts.Script):
