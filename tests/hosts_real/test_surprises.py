@@ -37,6 +37,18 @@ def test_a_map_is_no_picture_to_a_script(server: Server, plain: Picture) -> None
     assert len(looped.all) == len(server.script("loopback", "", loops, plain).all)
 
 
+def test_a_map_is_no_picture_to_outpainting(server: Server, plain: Picture) -> None:
+    pytest.importorskip("matplotlib")
+    controls = {"Pixels to expand": 32, "Outpainting direction": ["left"]}
+
+    def outpainted(tags: str, **changes: Any) -> Picture:
+        # Where a host inpaints it draws from numbers that its seed does not set.
+        server.call("/klora-probe/seed")
+        return server.script("poor man's outpainting", tags, controls, plain, **changes)
+
+    assert outpainted("", **with_map(PAIR)).same(outpainted(TAG))
+
+
 @pytest.mark.parametrize("hires", [False, True], ids=["one pass", "hires"])
 def test_a_network_that_the_host_adds_by_itself_is_applied_once(server: Server, hires: bool) -> None:
     make = server.hires if hires else server.txt2img
