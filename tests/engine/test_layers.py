@@ -278,6 +278,18 @@ def test_without_room_what_is_compiled_runs_eagerly_and_that_is_said(
     torch.testing.assert_close(plain(running), expected)
 
 
+def test_where_torch_keeps_the_parameters_of_what_is_compiled_that_runs_eagerly(
+    pair: Pair, said: list[str], fused: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr("klora.engine.layers.exchange_is_seen", lambda: False)
+    model = Model()
+    running = blocks(model)
+    with session_of(pair, model, said, running) as session:
+        torch.testing.assert_close(sample(session, running), fused)
+    assert len(said) == len(NAMES)
+
+
 def test_without_room_a_whole_model_compiled_too_late_is_an_error_that_says_so(
     pair: Pair, said: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
