@@ -12,10 +12,14 @@ from torch import Tensor, nn
 
 from klora.balance.mixture import Mixture, Prediction
 from klora.engine.dynamic import BatchRows
+from klora.engine.layers import Say
+from klora.engine.session import Session, logger
+from klora.fusion.plan import FusionPlan
 from klora.hosts.sites import third_of, weight_shape
 from klora.hosts.text_tensors import host_tensors, kohya_text_key
 from klora.hosts.webui.host import WebuiHost
 from klora.hosts.webui.text_encoder import TextPart
+from klora.pair import Pair
 
 _PROJECTION = re.compile(r"_[qkv]_proj$")
 
@@ -44,6 +48,23 @@ class A1111Host(WebuiHost):
             elif flat in keys:
                 keys[key] = keys[flat]
         return keys
+
+    def session(self, pair: Pair, plan: FusionPlan, say: Say = logger.warning) -> Session:
+        """A session of a pair that fits, not yet attached; `say` hears what a user should know."""
+        if pair.subject.parameters or pair.style.parameters:
+            self._merge_into_norms()
+        return super().session(pair, plan, say)
+
+    def _merge_into_norms(self) -> None:
+        """Have the host merge its own LoRAs into norms now.
+
+        It would in their forwards, where other values stand in the place of the model's own: what it backs up there,
+        and puts back later, would be these.
+        """
+        networks = importlib.import_module("networks")
+        for module in self.diffusion_model.modules():
+            if isinstance(module, (nn.GroupNorm, nn.LayerNorm)) and hasattr(module, "network_layer_name"):
+                networks.network_apply_weights(module)
 
     def _unload(self, found: Sequence[Any]) -> None:
         """The list of loaded networks is what each layer merges by."""
