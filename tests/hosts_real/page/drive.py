@@ -149,6 +149,7 @@ def header(walk: Walk) -> None:
     walk.fold()
     found.append([walk.title(), walk.ticked(), walk.is_open()])
     walk.page.locator("#txt2img_klora .klora-tick").click()
+    walk.wait_text("#txt2img_klora > .label-wrap", "no pair yet")
     found.append([walk.title(), walk.ticked(), walk.is_open()])
     walk.fold()
     found.append([walk.title(), walk.ticked(), walk.is_open()])
