@@ -164,11 +164,14 @@ def test_a_norm_of_the_unet_is_changed_while_it_samples(host: FakeHost) -> None:
     model.out = nn.Sequential(nn.GroupNorm(4, 32))
     norms = {"lora_unet_conv_norm_out.w_norm": torch.full((32,), 0.5), "lora_unet_out_0.b_norm": torch.ones(32)}
     save_file(load_file(host.folder / "ink.safetensors") | norms, host.folder / "ink.safetensors")
-    host.in_unet = lambda number: seen.append((model.out[0].weight[0].item(), model.out[0].bias[0].item()))
+    within = next(iter(model.layers.values())).register_forward_pre_hook(
+        lambda *_: seen.append((model.out[0].weight[0].item(), model.out[0].bias[0].item()))
+    )
     try:
         picture = host.txt2img("a dog <klora:dog:ink>")
         assert set(seen) == {(1.5, 1.0)}
         assert "found no place" not in picture.comments
         assert torch.equal(model.out[0].weight, torch.ones(32))
     finally:
+        within.remove()
         del model.out
