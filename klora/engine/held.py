@@ -156,6 +156,10 @@ class HeldLayer:
         if self._witness not in self.module._forward_hooks.values():
             self.module.register_forward_hook(self._witness, with_kwargs=True)
 
+    def unwatch(self) -> None:
+        """Wait no longer: torch is to compile the module, and would its hook with it."""
+        drop(self.module, self._witness)
+
     def changed(self) -> None:
         """Let what acts now act from the next call on."""
         self._beside.changed()

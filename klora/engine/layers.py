@@ -50,7 +50,7 @@ class Layers:
         """What is shown in calls of the model, in the place of weights."""
         self._gradients = False
         """Whether gradients were recorded in the last of these calls."""
-        self._attached = self._expecting = False
+        self._attached = False
         self._eagerly = Eagerly()
         self._compiled: list[nn.Module] = []
         """Compiled modules in which all that acts is held."""
@@ -83,8 +83,7 @@ class Layers:
                 layer.attach()
             for held in self._parameters:
                 held.prepare() if self._parameters_in_calls else held.show()
-            if self._expecting:
-                self._wait()
+            self._wait()
             self._listen()
             self._look_for_writing()
             KEPT.at_work.add(self)
@@ -114,7 +113,6 @@ class Layers:
 
     def expect(self, running: nn.Module | None = None) -> None:
         """Wait for calls of all modules, from now on or once attached; `running` is what the model has become."""
-        self._expecting = True
         if running is not None:
             self.model = running
         for layer in self._layers.values():
@@ -179,6 +177,9 @@ class Layers:
                 continue
             if exchange_is_seen() and self._hold(found):
                 self._compiled.append(region)
+                for layer in found:
+                    if isinstance(layer, HeldLayer):
+                        layer.unwatch()
             elif entering and region is self.model and hasattr(region, "_orig_mod"):
                 raise KloraError(
                     f"{type(self.model).__name__} was compiled after the fusion began, and its weights cannot be held"

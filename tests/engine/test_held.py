@@ -129,6 +129,7 @@ def test_a_module_that_is_called_by_itself_before_the_model_is_has_what_acts(tmp
         assert ways(session) == [HeldLayer, HeldLayer]
         wanted = plain + x @ sum(file.modules[LINEAR].matrix() for file in (pair.subject, pair.style)).T
         with session:
+            torch.testing.assert_close(model.linear(x), wanted, rtol=1e-4, atol=1e-4)
             session.start_pass([1.0, 0.5, 0.0])
             session.at_level(1.0)
             for _ in range(2):
