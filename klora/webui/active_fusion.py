@@ -115,7 +115,7 @@ class ActiveFusion:
         else:
             # The model has changed within a pass: a refiner.
             session.follow(sampling)
-        self._session, self._put_on = session, Uncompiled(session)
+        self._session, self._put_on = session, Uncompiled(session, host, partial(comment, self.p))
         self._pass = hires, fusion.tag.settings
         if guidance is not None:
             self._guidance = DenoiserGuidance(host, session, guidance, denoiser)

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Any, Protocol
 
-from klora.engine.compiled import uncompiled
+from klora.engine.compiled import Calls, as_written, is_compiled, uncompiled
+from klora.hosts.webui.host import WebuiHost
+
+RUNS_AS_WRITTEN = "the model that the host compiles runs uncompiled as long as it is fused"
 
 
 class Attachable(Protocol):
@@ -19,21 +23,32 @@ class Attachable(Protocol):
 
 
 class Uncompiled:
-    """A session of a model whose host may compile it for each call, as Forge Neo does: while it is on, none is."""
+    """A session of a model whose host may compile it for each call, as Forge Neo does: while it is on, none is.
 
-    def __init__(self, session: Attachable) -> None:
-        self._session = session
+    `say` hears where that makes a difference, at the first call: before it nothing tells.
+    """
+
+    def __init__(self, session: Attachable, host: WebuiHost, say: Callable[[str], None]) -> None:
+        self._session, self._host, self._say = session, host, say
         self._stance = ExitStack()
+        self._first = Calls(as_written(host.diffusion_model), self._look)
 
     def attach(self) -> None:
         """Put it on."""
         self._stance.enter_context(uncompiled())
         self._session.attach()
+        self._first.attach()
 
     def detach(self) -> None:
         """Take it off."""
+        self._first.remove()
         with self._stance:
             self._session.detach()
+
+    def _look(self, *_: Any) -> None:
+        self._first.remove()
+        if is_compiled(self._host.diffusion_model):
+            self._say(RUNS_AS_WRITTEN)
 
 
 class AttachedSessions:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from klora.webui.attached_sessions import RUNS_AS_WRITTEN
 from klora.webui.register import register
 from tests.support.pairs import ATTENTION, FEED_FORWARD
 from tests.webui.fake_host import FakeHost, Picture
@@ -44,7 +45,9 @@ def test_while_sampling_there_are_hooks(host: FakeHost) -> None:
     seen = []
     host.in_unet = lambda number: seen.append(host.sd_model.hooks())
     host.txt2img(f"a dog {TAG}")
-    assert seen == [len(ATTENTION) + len(FEED_FORWARD)] * 6
+    modules = len(ATTENTION) + len(FEED_FORWARD)
+    # One more looks in the first call whether the host has compiled the model.
+    assert seen == [modules + 1] + [modules] * 5
 
 
 def test_nothing_is_left_on_the_processing_object(host: FakeHost) -> None:
@@ -86,13 +89,26 @@ def test_an_interrupt(host: FakeHost, plain: Picture) -> None:
 
 def test_a_model_that_the_host_compiles_for_each_call(host: FakeHost, plain: Picture) -> None:
     fused, written = host.txt2img(f"a dog {TAG}"), host.sd_model.diffusion
-    # As Neo's accordion does: nothing on the model itself tells. What is compiled knows of no hook, and asks for none.
-    host.sd_model.diffusion = torch.compile(written, backend="eager")
-    assert host.txt2img("a dog").close_to(plain)
-    picture = host.txt2img(f"a dog {TAG}")
-    host.sd_model.diffusion = written
-    assert picture.comments == ""
+    # What is compiled without a fusion knows of no hook, and asks for none.
+    compiled = torch.compile(written, backend="eager")
+
+    def show(model: Any) -> None:
+        host.sd_model.diffusion = model
+        of = host.sd_model if host.family == "a1111" else host.sd_model.forge_objects.unet
+        of.model.diffusion_model = model
+
+    # As Neo's accordion does: before a call nothing tells.
+    host.before_evaluation = lambda p, denoiser: show(written)
+    host.in_unet = lambda number: show(compiled)
+    try:
+        assert host.txt2img("a dog").close_to(plain)
+        show(written)
+        picture = host.txt2img(f"a dog {TAG}")
+    finally:
+        show(written)
+    assert picture.comments == f"K-LoRA: {RUNS_AS_WRITTEN}"
     assert picture.close_to(fused)
+    assert host.sd_model.hooks() == 0
 
 
 @pytest.mark.parametrize("then", ["the next picture", "Reload UI"])
