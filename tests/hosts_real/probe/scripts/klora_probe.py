@@ -116,7 +116,8 @@ class Detector:
 
 
 for missing in ("ultralytics", "mediapipe"):
-    if importlib.util.find_spec(missing) is None:
+    # After a reload of the UI they are there.
+    if missing not in sys.modules and importlib.util.find_spec(missing) is None:
         sys.modules[missing] = types.ModuleType(missing)
         sys.modules[missing].YOLO = Detector
 
