@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -19,18 +21,28 @@ FORCED = "<klora:dog:ink:alpha=0:beta=0>"
 TAG = "<klora:dog:ink>"
 
 
+@cache
+def _lora_files() -> dict[str, bytes]:
+    """Their content by name, which is computed once."""
+    with TemporaryDirectory() as made:
+        folder = Path(made)
+        names = shapes([*ATTENTION, *FEED_FORWARD])
+        trained_on = {"ss_base_model_version": "sd_v1-5"}
+        write_lora(folder / "dog.safetensors", names, rank=4, seed=1, metadata=trained_on)
+        write_lora(folder / "ink.safetensors", names, rank=8, seed=2)
+        write_lora(folder / "ink_peft.safetensors", names, "peft", rank=8, seed=2)
+        for name, seed in (("dog_te", 3), ("ink_te", 4)):
+            path = write_lora(folder / f"{name}.safetensors", {**names, TEXT: (32, 32)}, rank=4, seed=seed, alpha=2.0)
+            tensors = {key.replace("lora_te1_", "lora_te_"): tensor for key, tensor in load_file(path).items()}
+            save_file(tensors, path)
+        return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 @pytest.fixture(params=["a1111", "forge", "reforge"])
 def host(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[FakeHost]:
     """A host with four LoRAs: dog and ink for attention, dog_te and ink_te for the text encoder too."""
-    names = shapes([*ATTENTION, *FEED_FORWARD])
-    trained_on = {"ss_base_model_version": "sd_v1-5"}
-    write_lora(tmp_path / "dog.safetensors", names, rank=4, seed=1, metadata=trained_on)
-    write_lora(tmp_path / "ink.safetensors", names, rank=8, seed=2)
-    write_lora(tmp_path / "ink_peft.safetensors", names, "peft", rank=8, seed=2)
-    for name, seed in (("dog_te", 3), ("ink_te", 4)):
-        path = write_lora(tmp_path / f"{name}.safetensors", {**names, TEXT: (32, 32)}, rank=4, seed=seed, alpha=2.0)
-        tensors = {key.replace("lora_te1_", "lora_te_"): tensor for key, tensor in load_file(path).items()}
-        save_file(tensors, path)
+    for name, content in _lora_files().items():
+        (tmp_path / name).write_bytes(content)
     with installed(request.param, tmp_path) as found:
         found.start(register)
         # Of what the page needs, a fake host has nothing.

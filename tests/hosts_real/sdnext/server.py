@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from tests.hosts_real.sdnext.models import write_loras, write_merged, write_models
-from tests.hosts_real.server import REPOSITORY, ApiError, Picture, _environment, _free_port, ask, end_process
+from tests.hosts_real.server import REPOSITORY, Picture, _environment, _free_port, ask, end_process
 
 FLAGS = "--skip-all --experimental --use-cpu all --server-name 127.0.0.1"
 SETTINGS = {
