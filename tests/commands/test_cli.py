@@ -301,7 +301,7 @@ class TestOutputs:
 def generator_args(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, ...]:
     """Arguments of `klora generate` for a tiny random pipeline and a pair that fits it."""
     folder = tmp_path_factory.mktemp("generator_args")
-    pipe = sd_pipeline(folder / "tokenizer")
+    pipe = sd_pipeline(folder / "tokenizer", levels=1)
     pipe.save_pretrained(folder / "model")
     attention = {name: shape for name, shape in module_shapes(pipe.unet).items() if ".attn" in name}
     subject = write_lora(folder / "dog.safetensors", attention, "kohya", rank=4, seed=1)

@@ -21,7 +21,7 @@ from tests.support.pipelines import scheduler, sd_pipeline
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    return sd_pipeline(tmp_path_factory.mktemp("tokenizer"))
+    return sd_pipeline(tmp_path_factory.mktemp("tokenizer"), levels=1)
 
 
 @pytest.fixture

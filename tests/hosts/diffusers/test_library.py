@@ -23,7 +23,7 @@ FP8 = torch.float8_e4m3fn
 
 @pytest.fixture
 def pipe(tmp_path: Path) -> Any:
-    return sd_pipeline(tmp_path / "tokenizer")
+    return sd_pipeline(tmp_path / "tokenizer", levels=2)
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def test_a_midpoint_below_the_rounded_timestep_after_it_does_not_lead_back() -> 
 
 @pytest.fixture
 def pipe(tmp_path: Path) -> Any:
-    return sd_pipeline(tmp_path / "tokenizer")
+    return sd_pipeline(tmp_path / "tokenizer", levels=2)
 
 
 @pytest.fixture
