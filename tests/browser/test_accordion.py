@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import socket
 import subprocess
 import time
@@ -14,6 +13,8 @@ from typing import Any
 
 import pytest
 
+from tests.support.browser import find_chromium
+
 HERE = Path(__file__).parent
 START_S = 120
 
@@ -22,9 +23,7 @@ START_S = 120
 def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
     """What a browser saw in the app, once for each Gradio."""
     python = os.environ.get(request.param)
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no chromium on this machine")
+    chromium = find_chromium()
     if not python:
         pytest.skip(f"{request.param} names no environment with Gradio and playwright")
     port = free_port()

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.hosts_real.server import Server
+from tests.support.browser import drive
 
 LIMIT_S = 1500
 HARMLESS = "reading 'props'"
@@ -22,28 +20,16 @@ HARMLESS = "reading 'props'"
 @pytest.fixture(scope="module")
 def seen(server: Server, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What a browser saw on one walk through the page; its pictures go where KLORA_PAGE_PICTURES says."""
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if not chromium:
-        pytest.skip("no chromium on this machine")
-    python = os.environ.get("KLORA_BROWSER_PYTHON")
-    if not python:
-        pytest.skip("KLORA_BROWSER_PYTHON names no environment with playwright")
     kept = os.environ.get("KLORA_PAGE_PICTURES")
     folder = Path(kept, server.kind) if kept else tmp_path_factory.mktemp("pictures")
     folder.mkdir(parents=True, exist_ok=True)
     other = server.sdxl_model.path.stem if server.sdxl_model else ""
-    drive = Path(__file__).with_name("drive.py")
     try:
-        run = subprocess.run(
-            [python, str(drive), f"http://127.0.0.1:{server.port}", chromium, str(folder), other],
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_S,
+        found: dict[str, Any] = drive(
+            Path(__file__).with_name("drive.py"), server.port, str(folder), other, limit_s=LIMIT_S
         )
     finally:
         server.options(sd_model_checkpoint=server.model.path.name)
-    assert run.returncode == 0, run.stderr[-3000:]
-    found: dict[str, Any] = json.loads(run.stdout)
     return found
 
 
