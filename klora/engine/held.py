@@ -145,7 +145,7 @@ class HeldLayer:
 
     def detach(self) -> None:
         """Show W0 and take everything off; does nothing where that is done."""
-        drop(self.module, self._witness)
+        self.unwatch()
         self._beside.detach()
         for held in self.held:
             held.drop()

@@ -15,7 +15,7 @@ from torch import nn
 
 from klora.engine.bypass import HookedLayer, Part
 from klora.engine.compiled import Calls, Eagerly, compiled_regions, exchange_is_seen, is_compiled
-from klora.engine.held import FormedLayer, Held, HeldLayer, Samples, weight_of
+from klora.engine.held import Held, HeldLayer, Samples, weight_of
 from klora.engine.ways import BYPASS, Layer, is_plain, layer_of, may_hold, plain_modules
 from klora.engine.weights import KEPT, Room
 from klora.errors import KloraError
@@ -217,7 +217,6 @@ class Layers:
             if self._entry is not None:
                 self._entry.remove()
             self._entry = Calls(self.model, self._enter, self._leave, always=True)
-            self._entry.attach()
             if entering:
                 self._enter()
         self._entry.attach()
@@ -265,7 +264,7 @@ class Layers:
 
     def _hold(self, layers: Sequence[Layer]) -> bool:
         """Hold all of these, or change nothing."""
-        others = [layer for layer in layers if not isinstance(layer, HeldLayer) or isinstance(layer, FormedLayer)]
+        others = [layer for layer in layers if type(layer) is not HeldLayer]
         nbytes = sum(weight_of(layer.module).nbytes for layer in others if id(layer.module) in self._plain)
         if self._engine == BYPASS or any(id(layer.module) not in self._plain for layer in others):
             return False
