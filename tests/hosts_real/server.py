@@ -282,6 +282,8 @@ class Server:
         pictures = [
             np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")) for text in answer["images"]
         ]
+        # NaN ends as black, and one black picture is the same as any other.
+        assert all(one.any() for one in pictures), f"a black picture: {body['prompt']}"
         comments = "".join(self.call("/klora-probe/comments"))
         return Picture(pictures, answer["images"], json.loads(answer["info"]), comments)
 
