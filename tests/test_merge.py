@@ -23,7 +23,7 @@ from klora.pair import Pair
 from klora.settings import Settings
 from tests.support.lora_files import FAMILIES, write_lora
 from tests.support.models import module_shapes
-from tests.support.pipelines import PIPELINES, run
+from tests.support.pipelines import SMALLER, run
 
 STATIC = static_policies()
 ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -186,7 +186,7 @@ def model_shapes(pipe: Any) -> dict[str, tuple[int, ...]]:
 @pytest.fixture(scope="module")
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Path]:
     folder = tmp_path_factory.mktemp(request.param)
-    pipe = PIPELINES[request.param](folder / "tokenizer")
+    pipe = SMALLER[request.param](folder / "tokenizer")
     text = {TEXT.replace("q_proj", f"{leaf}_proj"): (32, 32) for leaf in ("q", "k", "v", "out")}
     shapes = {**model_shapes(pipe), **text}
     flux = request.param == "flux"
@@ -301,7 +301,7 @@ SPELLINGS_OF = {"sd": ("kohya", "diffusers"), "sdxl": ("kohya", "diffusers"), "f
 
 @pytest.mark.parametrize(
     ("loaded", "policy", "spelling"),
-    [(kind, policy, spelling) for kind in PIPELINES for policy in POLICIES_OF[kind] for spelling in SPELLINGS_OF[kind]],
+    [(kind, policy, spelling) for kind in SMALLER for policy in POLICIES_OF[kind] for spelling in SPELLINGS_OF[kind]],
     indirect=["loaded"],
 )
 def test_diffusers_loads_it_and_makes_the_picture_of_the_policy(

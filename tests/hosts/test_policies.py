@@ -17,7 +17,7 @@ from klora.hosts.diffusers import DiffusersHost
 from klora.hosts.webui.a1111 import A1111Host
 from klora.hosts.webui.forge import ForgeHost
 from tests.hosts.diffusers.test_pipeline import SPELLINGS, denoiser, hooks, pair_of_files, same_weights, weights
-from tests.support.pipelines import PIPELINES, run, scheduler
+from tests.support.pipelines import SMALLER, run, scheduler
 
 SD_POLICIES = [policy for policy in POLICIES if policy != "b-lora"]
 
@@ -25,9 +25,9 @@ SD_POLICIES = [policy for policy in POLICIES if policy != "b-lora"]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path, Path]]:
     found = {}
-    for kind in PIPELINES:
+    for kind in SMALLER:
         folder = tmp_path_factory.mktemp(kind)
-        pipe = PIPELINES[kind](folder / "tokenizer")
+        pipe = SMALLER[kind](folder / "tokenizer")
         found[kind] = (pipe, *pair_of_files(pipe, folder, SPELLINGS[kind]))
     return found
 

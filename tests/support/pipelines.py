@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +178,8 @@ def flux_pipeline(folder: Path, kind: str = "FluxPipeline") -> Any:
 
 
 PIPELINES = {"sd": sd_pipeline, "sdxl": sdxl_pipeline, "flux": flux_pipeline}
+SMALLER = {**PIPELINES, "sd": partial(sd_pipeline, levels=2)}
+"""The same, where the depth of SD's UNet tells nothing."""
 
 
 def run(pipe: Any, **options: Any) -> torch.Tensor:

@@ -17,7 +17,7 @@ from klora.hosts.guidance import encode_square, make_guidance, read_images
 from klora.settings import Settings
 from klora.vision import load_clip
 from tests.hosts.diffusers.test_pipeline import SPELLINGS, hooks, pair_of_files
-from tests.support.pipelines import PIPELINES, run, scheduler
+from tests.support.pipelines import SMALLER, run, scheduler
 
 VISION = {"hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2, "num_hidden_layers": 2}
 
@@ -49,7 +49,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Path,
     found = {}
     for kind in ("sd", "flux"):
         folder = tmp_path_factory.mktemp(kind)
-        pipe = PIPELINES[kind](folder / "tokenizer")
+        pipe = SMALLER[kind](folder / "tokenizer")
         found[kind] = (pipe, *pair_of_files(pipe, folder, SPELLINGS[kind]))
     return found
 
