@@ -75,6 +75,12 @@ class Part:
         before, self.bias_strengths = self.bias_strengths, strengths
         return before != strengths and any(bias is not None for bias in self.biases)
 
+    def expect(self) -> None:
+        """Get ready for another picture."""
+        for operand in self.operands:
+            if operand is not None:
+                operand.expect()
+
     @property
     def bias(self) -> Tensor | None:
         """What is added to the bias now, fp32 (out,); None where nothing is."""
@@ -165,6 +171,8 @@ class HookedLayer:
     def expect(self) -> None:
         """Wait for a call of the module."""
         self.called = False
+        for part in self.parts:
+            part.expect()
         self.changed()
 
     def changed(self) -> None:

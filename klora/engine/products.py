@@ -143,6 +143,11 @@ class Product(ABC):
         if not acts:
             self.source.release()
 
+    def expect(self) -> None:
+        """Get ready for another picture: the module's weight may have been written since the last."""
+        if self.delta.needs_base:
+            self.source.release()
+
     def bias_adder(self, bias: Tensor, device: torch.device, dtype: torch.dtype) -> Add:
         """What adds a `bias` (out of this site,) to an output there."""
         change = self._beside_rows(bias.to(device, dtype))

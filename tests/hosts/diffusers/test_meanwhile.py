@@ -67,6 +67,13 @@ def merge(model: nn.Module, *paths: Path) -> nn.Module:
     return model
 
 
+def doras(folder: Path, like: Path) -> tuple[Path, Path]:
+    """Two DoRAs for the modules of a file."""
+    shapes = {name: delta.shape for name, delta in LoraFile.open(like).modules.items()}
+    first, second = (write_lora(folder / f"{i}.safetensors", shapes, family="dora", seed=i) for i in (1, 2))
+    return first, second
+
+
 def storage(model: nn.Module) -> dict[str, tuple[nn.Parameter, int, Tensor]]:
     return {name: (one, one.data_ptr(), one.detach().clone()) for name, one in model.named_parameters()}
 
@@ -158,16 +165,19 @@ def test_a_lora_of_others_may_be_loaded_set_fused_and_unloaded_meanwhile(
 
 
 @ENGINES
+@pytest.mark.parametrize("family", ["lora", "dora"])
 def test_values_written_past_torch_meanwhile_are_the_models_own_at_the_next_picture(
-    made: Callable[[], Any], files: tuple[Path, Path], third: Path, engine: str
+    made: Callable[[], Any], files: tuple[Path, Path], third: Path, tmp_path: Path, engine: str, family: str
 ) -> None:
-    pipe, other, expected = made(), made(), made()
+    pipe, other = made(), made()
     merge(other.unet, third)
-    merge(expected.unet, *files, third)
+    files = files if family == "lora" else doras(tmp_path, files[0])
+    with klora.fuse(other, *files, **BOTH, engine=engine):
+        expected = picture(other)
     with klora.fuse(pipe, *files, **BOTH, engine=engine):
         picture(pipe)
         merge(pipe.unet, third)
-        assert_near(picture(pipe), picture(expected))
+        assert_near(picture(pipe), expected)
     assert all(torch.equal(one, two) for one, two in zip(pipe.unet.parameters(), other.unet.parameters(), strict=True))
 
 
@@ -238,9 +248,7 @@ def test_weights_that_are_moved_cast_or_loaded_meanwhile_are_the_models_own(
 ) -> None:
     pipe = made()
     plain = picture(pipe)
-    if family == "dora":
-        shapes = {name: delta.shape for name, delta in LoraFile.open(files[0]).modules.items()}
-        files = tuple(write_lora(tmp_path / f"{i}.safetensors", shapes, family="dora", seed=i) for i in (1, 2))
+    files = files if family == "lora" else doras(tmp_path, files[0])
     with klora.fuse(pipe, *files, **BOTH, engine=engine):
         fused = picture(pipe)
         act(pipe)
