@@ -16,15 +16,18 @@ def global_gamma(subject: Sequence[float], style: Sequence[float]) -> float | No
 
 
 def trimmed_gamma(subject: Sequence[float], style: Sequence[float]) -> float | None:
-    """γ as in the authors' code: the mean of the modules' L1 ratios without those of 3 × their mean or more."""
+    """γ as in the authors' code: the mean of the modules' L1 ratios without those of 3 × their mean or more.
+
+    None where these are none, or all zero.
+    """
     ratios = [l1_c / l1_s for l1_c, l1_s in zip(subject, style, strict=True) if l1_s]
     if not ratios:
         return None
     mean = math.fsum(ratios) / len(ratios)
     kept = [ratio for ratio in ratios if ratio < 3 * mean]
-    return math.fsum(kept) / len(kept) if kept else None
+    return math.fsum(kept) / len(kept) if any(kept) else None
 
 
-def unit_gamma(subject: Sequence[float], style: Sequence[float]) -> float | None:
-    """γ = 1; None where one side is zero everywhere, as with any other γ."""
-    return None if global_gamma(subject, style) is None else 1.0
+def given_gamma(gamma: float, subject: Sequence[float], style: Sequence[float]) -> float | None:
+    """A `gamma` that is given; None where one side is zero everywhere, as with any other."""
+    return None if global_gamma(subject, style) is None else gamma

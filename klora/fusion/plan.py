@@ -84,9 +84,9 @@ class FusionPlan:
     """What acts where and when.
 
     `settings` are resolved; `steps` is the N of the reports (τ = i/N); `balance` is the b in force, found from the
-    share target if there is one; `gamma` is None where nothing is contested or one side is zero everywhere. `record`
-    holds the selections of modules that were decided while sampling, once they are known. `made`: the steps of the
-    schedule that a pass makes (img2img begins late, an interrupt ends early), None for all; the share is theirs.
+    share target if there is one; `gamma` is None where it is undefined. `record` holds the selections of modules that
+    were decided while sampling, once they are known. `made`: the steps of the schedule that a pass makes (img2img
+    begins late, an interrupt ends early), None for all; the share is theirs.
     """
 
     settings: Settings
@@ -236,8 +236,7 @@ def make_plan(modules: Iterable[FileModule], settings: Settings) -> FusionPlan:
     policy = make_policy(settings)
     modules = list(modules)
     shared = {module.name: found for module in modules if (found := _shared(module, settings))}
-    natural = policy.gamma([m.subject.l1 for m in shared.values()], [m.style.l1 for m in shared.values()])
-    gamma = natural if natural is None or settings.gamma is None else settings.gamma
+    gamma = policy.gamma([m.subject.l1 for m in shared.values()], [m.style.l1 for m in shared.values()])
     planned = tuple(_plan_module(module, shared.get(module.name), policy, gamma, settings) for module in modules)
     subject = [module.name for module in modules if module.subject_name is not None]
     style = [module.name for module in modules if module.style_name is not None]
@@ -296,7 +295,13 @@ def _warnings(shared: Mapping[str, SharedModule], gamma: float | None) -> Iterab
             )
             if not l1
         ]
-        yield f"the {' and the '.join(zero)} LoRA is zero on every contested module, so γ is undefined"
+        if zero:
+            yield f"the {' and the '.join(zero)} LoRA is zero on every contested module, so γ is undefined"
+        else:
+            yield (
+                "the subject LoRA is zero on most contested modules, and the trimmed mean leaves out the others, so γ"
+                " is undefined and the subject acts wherever it is not zero; give γ, or use the paper variant"
+            )
 
 
 def balance_for_share(compared: Sequence[float], scales: Sequence[float], share: float) -> float:

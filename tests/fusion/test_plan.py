@@ -219,6 +219,17 @@ def test_a_side_that_is_zero_everywhere_leaves_gamma_undefined_with_a_warning_th
     assert [side for side in ("subject", "style") if side in warning] == zero
 
 
+@pytest.mark.parametrize("gamma", [None, 2.0])
+def test_where_the_trimmed_mean_is_zero_what_is_not_zero_acts(gamma: float | None) -> None:
+    # Trainers write zeros for blocks that they left alone; what is left is dropped as 3 × the mean or more.
+    plan = plan_of([(0, 1)] * 6 + [(5, 1), (0, 0)], variant="official", scope="all", gamma=gamma, steps=2)
+    assert plan.gamma == gamma
+    assert list(plan.selections.values()) == ["ss"] * 6 + ["cc", "--"]
+    assert [warning for warning in plan.warnings if "the subject LoRA is zero on most" in warning] == (
+        [] if gamma else [*plan.warnings]
+    )
+
+
 def test_a_policy_is_told_which_modules_each_file_has() -> None:
     mine, yours = "up_blocks.0.attentions.0.to_q", "up_blocks.0.attentions.1.to_q"
     for pairs, warnings in (({mine: (1, None), yours: (None, 1)}, 0), ({mine: (None, 1), yours: (1, None)}, 2)):
@@ -338,6 +349,11 @@ def test_gamma_can_be_given() -> None:
     plan = plan_of([(2, 1), (2, 1)], gamma=4.0)
     assert plan.gamma == 4.0
     assert plan.modules[0].rho == 0.5
+
+
+@pytest.mark.parametrize(("policy", "gamma"), [("no-gamma", 1.0), ("top-k", 1.0), ("fixed", 4.0)])
+def test_a_policy_without_gamma_takes_none_that_is_given(policy: str, gamma: float) -> None:
+    assert plan_of([(2, 1), (2, 1)], policy=policy, gamma=4.0).gamma == gamma
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
-from klora.fusion.gamma import global_gamma, trimmed_gamma
+from klora.fusion.gamma import given_gamma, global_gamma, trimmed_gamma
 from klora.fusion.scale import Scale, subject_wins
 from klora.settings import Settings
 
@@ -103,7 +103,9 @@ class Policy(ABC):
         return value
 
     def gamma(self, subject: Sequence[float], style: Sequence[float]) -> float | None:
-        """γ (K-LoRA, Eq. 9), of the contested modules' L1 sums; None where one side is zero everywhere."""
+        """γ (K-LoRA, Eq. 9), given or of the contested modules' L1 sums; None where one side is zero everywhere."""
+        if self.settings.gamma is not None:
+            return given_gamma(self.settings.gamma, subject, style)
         return (trimmed_gamma if self.settings.variant == "official" else global_gamma)(subject, style)
 
     def notices(self, subject: Sequence[str], style: Sequence[str]) -> Iterable[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from klora.fusion.gamma import unit_gamma
+from klora.fusion.gamma import given_gamma
 from klora.fusion.policies.base import ScaledPolicy
 from klora.fusion.scale import Scale
 from klora.settings import Settings
@@ -24,7 +24,7 @@ class NoGamma(ScaledPolicy):
     title = "K-LoRA without γ"
 
     def gamma(self, subject: Sequence[float], style: Sequence[float]) -> float | None:
-        return unit_gamma(subject, style)
+        return given_gamma(1.0, subject, style)
 
 
 class TopKOnly(ScaledPolicy):
@@ -35,7 +35,7 @@ class TopKOnly(ScaledPolicy):
     static = True
 
     def gamma(self, subject: Sequence[float], style: Sequence[float]) -> float | None:
-        return unit_gamma(subject, style)
+        return given_gamma(1.0, subject, style)
 
     def make_scale(self, settings: Settings) -> Scale:
         return Scale("one")

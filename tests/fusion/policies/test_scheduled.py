@@ -123,6 +123,11 @@ def test_est_compares_squared_norms() -> None:
     assert plan.by_name["a"].rho == 2.25
     assert plan_of(file_module("a", 3.0, 2.0), policy="est", gamma_power=2).gamma == 2.25
     assert plan_of(file_module("a", 3.0, 0.0), policy="est", gamma_power=2).gamma is None
+    assert [plan_of(file_module("a", 3.0, 2.0), policy="est", gamma=3, gamma_power=p).gamma for p in (0, 1, 2)] == [
+        1,
+        3,
+        9,
+    ]
 
 
 @given(sizes, st.floats(-1, 1), st.floats(0, 3), st.integers(1, 12))
