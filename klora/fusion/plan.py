@@ -177,10 +177,11 @@ class FusionPlan:
             return module.present.times(Active(float(subject), float(style)))
         moment = Moment(tau, self.steps, self.balance)
         if module.rho is None:
-            return self.policy.decide_other(module.name, module.fixed, moment).times(module.weights)
-        active = self.policy.decide(module.name, module.rho, moment)
+            active = self.policy.decide_other(module.name, module.fixed, moment)
+        else:
+            active = self.policy.decide(module.name, module.rho, moment)
         # What a merge has made of both holds their weights.
-        return active if self.policy.folds_strengths else active.times(module.weights)
+        return active if module.contested and self.policy.folds_strengths else active.times(module.weights)
 
     def selection(self, name: str) -> str:
         """Write one letter per step i at τ = i/N: c subject, s style, b both, - neither."""

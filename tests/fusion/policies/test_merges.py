@@ -14,9 +14,11 @@ from hypothesis import strategies as st
 from klora.errors import MismatchError
 from klora.fusion.cut import cut
 from klora.fusion.entries import Drawn, EntryMerge, Largest, _around, cut_merge, elected_mean, largest
+from klora.fusion.plan import FileModule, make_plan
 from klora.fusion.policies import POLICIES, make_policy, resolve
-from klora.fusion.policies.base import BOTH, Moment
+from klora.fusion.policies.base import BOTH, Active, Moment
 from klora.fusion.policies.knots.basis import shared_basis, tie
+from klora.fusion.scores import ModuleScore
 from klora.lora.deltas.computed import FactorDelta
 from klora.settings import Settings
 from tests.fusion.policies.test_static import (
@@ -111,6 +113,16 @@ def test_dare_and_pruning_that_keep_everything_are_the_direct_merge(r_c: int, r_
         # Cut to the sum of both ranks, which the sum does not exceed: exact.
         assert made.rank <= r_c + r_s
         assert close(made.matrix(), 2 * subject.matrix() - style.matrix())
+
+
+@pytest.mark.parametrize("policy", [*MERGES, "lego"])
+@pytest.mark.parametrize("style", ["zero", "some"])
+def test_a_merge_has_the_multipliers_of_a_block_in_it_once(policy: str, style: str) -> None:
+    score, zero = ModuleScore((12, 16), 1, 1.0, 2.0, 4.0, {1: 2.0}), ModuleScore((12, 16), 1, 1.0, 0.0, 0.0, {1: 0.0})
+    scores = score, score if style == "some" else zero
+    module = FileModule(NAME, None, True, "c", "s", *scores, weights=Active(0.5, 0.5))
+    plan = make_plan([module], resolve(Settings(policy=policy), None))
+    assert set(plan.decide(NAME, 0.0)) <= {0.0, 1.0}
 
 
 @pytest.mark.parametrize("density", [0.3, 0.7])
