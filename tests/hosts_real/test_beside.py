@@ -11,7 +11,14 @@ from tests.hosts_real.server import Picture, Server
 TAG = "<klora:subj:style>"
 PAIR = {"subject": "subj", "style": "style"}
 ONCE = "K-LoRA alone applies it"
-DETAILS = {"ad_model": "stand-in.pt", "ad_inpaint_only_masked": False}
+DETAILS = {
+    "ad_model": "stand-in.pt",
+    "ad_inpaint_only_masked": False,
+    # ADetailer-Neo would make 1024×1024 of the smallest detail.
+    "ad_use_inpaint_width_height": True,
+    "ad_inpaint_width": 64,
+    "ad_inpaint_height": 64,
+}
 """ADetailer with the probe's detector, which finds the middle of every picture."""
 
 
@@ -23,6 +30,8 @@ def needs(server: Server, name: str) -> None:
 
 def test_block_weight_acts_on_a_lora_beside(server: Server) -> None:
     needs(server, "lora block weight")
+    if server.kind == "neo":
+        pytest.skip("LoRA Block Weight takes Neo for Automatic1111, and fails for want of its networks")
     for tag in ("", TAG):
         whole = server.txt2img(f"{tag}<lora:subj_te:1>")
         assert server.txt2img(f"{tag}<lora:subj_te:1:lbw=ALL>").distance(whole) <= 1
