@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import importlib
 import logging
 from collections.abc import Iterable
@@ -37,7 +38,8 @@ class Speaker:
     def _show(self) -> None:
         server: Any = getattr(importlib.import_module("server").PromptServer, "instance", None)
         if self._node is not None and hasattr(server, "send_progress_text"):
-            server.send_progress_text("\n".join(self._lines), self._node)
+            # The page takes it for HTML, and names of files and keys are whatever somebody has written.
+            server.send_progress_text(html.escape("\n".join(self._lines), quote=False), self._node)
 
 
 def scoring_bar() -> OnScored:

@@ -230,6 +230,14 @@ def test_a_norm_and_a_bias_of_a_file_are_changed_while_it_samples(model: Patcher
     assert torch.equal(block.attn1.to_q.bias, bias)
 
 
+def test_what_a_node_says_of_a_hostile_file_is_text_to_the_page(model: Patcher, server: Server, loras: Path) -> None:
+    hostile = '<img src=x onerror="alert(1)">'
+    save_file(load_file(loras / "style.safetensors") | {hostile: torch.ones(4)}, loras / f"{hostile}.safetensors")
+    fuse(model, style=hostile, unique_id="4")
+    assert "<" not in server.shown["4"]
+    assert "&lt;img src=x" in server.shown["4"]
+
+
 def test_a_part_of_a_schedule_that_is_none_of_comfyuis_is_said_to_be_estimated(model: Patcher, server: Server) -> None:
     odd = [3.0, 2.9, 1.0, 0.3, 0.0]
     sampled(fuse(model, unique_id="6")[0], odd)
