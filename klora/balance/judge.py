@@ -77,5 +77,6 @@ def judge(
 
 def _noise(like: Tensor, number: int) -> Tensor:
     # On the CPU whatever the device, so that what is found on one is found on another.
-    noise = torch.randn(like.shape, generator=torch.Generator("cpu").manual_seed(number))
+    generator = torch.Generator("cpu").manual_seed(number)
+    noise = torch.randn(like.shape, generator=generator, dtype=torch.float32, device="cpu")
     return noise.to(like.device)

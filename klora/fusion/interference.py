@@ -105,7 +105,8 @@ def _whole_bases(G: Tensor, H: Tensor) -> tuple[Tensor, Tensor] | None:
         L, failed = torch.linalg.cholesky_ex(M)
         if failed:
             return None
-        inverse = torch.linalg.solve_triangular(L, torch.eye(len(L), dtype=L.dtype), upper=False).t()
+        one = torch.eye(len(L), dtype=L.dtype, device=L.device)
+        inverse = torch.linalg.solve_triangular(L, one, upper=False).t()
         # √(‖M‖·‖M⁻¹‖) is at least the condition of this factor, and their product that of ΔW; ‖L⁻¹‖² is at least
         # ‖M⁻¹‖. NaN is no number below.
         condition *= math.sqrt(math.sqrt(_square(M)) * _square(inverse))

@@ -41,7 +41,7 @@ def file_tensors(
         for name, tensor in zip(names, (up, down), strict=True):
             tensors[f"{key}.{name}.weight"] = tensor.to(dtype).contiguous()
         if prefixes and spelling == "kohya":
-            tensors[f"{key}.alpha"] = torch.tensor(float(len(down)))
+            tensors[f"{key}.alpha"] = torch.tensor(float(len(down)), dtype=torch.float32, device="cpu")
     return tensors
 
 

@@ -35,7 +35,8 @@ class ZeroDelta(FamilyDelta):
 
     def factors(self) -> Factors:
         """Zeros."""
-        return Factors(torch.zeros(self.shape[0], 1), torch.zeros(1, *self.shape[1:]))
+        shapes = ((self.shape[0], 1), (1, *self.shape[1:]))
+        return Factors(*(torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in shapes))
 
     def _fill(self, start: int, stop: int, block: Tensor) -> None:
         block.zero_()
