@@ -14,6 +14,7 @@ from klora.generation.request import GenerationRequest
 from klora.lora.disk import check_readable
 from klora.lora.weighted import split_weight
 from klora.settings import AUTO, Option, Settings, options
+from klora.text import printable
 
 MODEL = "a diffusers folder, or a hub id"
 SIDES = ("subject", "style")
@@ -154,7 +155,7 @@ def read_sides(args: argparse.Namespace) -> None:
 
 def stems(files: Sequence[tuple[str, float]]) -> str:
     """The names of a side's files for people."""
-    return " and ".join(Path(path).stem for path, _ in files)
+    return " and ".join(printable(Path(path).stem) for path, _ in files)
 
 
 def side_paths(args: argparse.Namespace) -> list[str]:

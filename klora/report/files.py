@@ -78,7 +78,8 @@ def png_bytes(image: Image, texts: Mapping[str, str] | None = None) -> bytes:
 
     info = PngInfo()
     for keyword, text in (texts or {}).items():
-        info.add_text(keyword, text)
+        # A file's name may hold bytes that are no text.
+        info.add_text(keyword, text.encode(errors="backslashreplace").decode())
     buffer = io.BytesIO()
     image.save(buffer, "PNG", pnginfo=info)
     return buffer.getvalue()

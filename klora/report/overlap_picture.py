@@ -64,4 +64,4 @@ def _shares(axes: Axes, overlap: Overlap, theme: Theme) -> None:
         axes.plot(places, heights, marker, color=theme.ink, markersize=10, label=label)
     axes.set(ylim=(0, 1))
     axes.set_ylabel("fraction shared", color=theme.ink, **FONT)
-    axes.set_xticks(places, [block_label(block) for block in overlap.blocks], rotation=30, ha="right")
+    axes.set_xticks(places, [literal(block_label(block)) for block in overlap.blocks], rotation=30, ha="right")

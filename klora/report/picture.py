@@ -14,6 +14,7 @@ from klora.fusion.policies.base import ScaledPolicy
 from klora.lora.names import block_label, block_of
 from klora.report.summary import WHO, absent_share, describe_rule
 from klora.report.words import share_in_words
+from klora.text import one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -262,7 +263,7 @@ class _Drawing:
             if (block.stop - block.start) * column < _NARROWEST:
                 continue
             cells.annotate(
-                block_label(block.label),
+                literal(block_label(block.label)),
                 ((block.start + block.stop) / 2, 0),
                 xycoords=cells.get_xaxis_transform(),
                 xytext=(0, -8),
@@ -294,8 +295,8 @@ def dress(axes: Axes, theme: Theme, ticks: str) -> None:
 
 
 def literal(text: str) -> str:
-    """Text in which a "$", as a file name may have, begins no formula."""
-    return text.replace("$", r"\$")
+    """Text of one line that is drawn as it is written: a "$" of a file's name or key begins no formula."""
+    return one_line(text).replace("$", r"\$")
 
 
 def describe_share(plan: FusionPlan) -> str:

@@ -53,6 +53,13 @@ def test_a_picture_carries_its_facts_for_people_and_for_programs(tmp_path: Path)
         assert image.text["parameters"] == parameters(FACTS)
 
 
+def test_a_picture_of_a_file_whose_name_is_no_text_carries_its_facts(tmp_path: Path) -> None:
+    facts = {**FACTS, "subject": {"file": "dog\udcff.safetensors"}}
+    with Image.open(write_picture(Image.new("RGB", (4, 4)), tmp_path / "a.png", facts)) as image:
+        assert json.loads(image.text["klora"]) == facts
+        assert r"K-LoRA subject: dog\udcff, K-LoRA style: ink" in image.text["parameters"]
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(KloraError, match="nowhere"):
         write_picture(Image.new("RGB", (4, 4)), tmp_path / "nowhere" / "a.png", FACTS)

@@ -7,9 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from klora.fusion.interference import Interference
 from klora.fusion.plan import FusionPlan
 from klora.lora.names import block_label
-from klora.report.picture import COLOURS, DARK, LIGHT, blocks, cells_box, selection_cells, selection_map
+from klora.report.overlap import Overlap
+from klora.report.overlap_picture import overlap_picture
+from klora.report.picture import COLOURS, DARK, LIGHT, WIDTH, blocks, cells_box, selection_cells, selection_map
 from tests.support.models import real_shapes
 from tests.support.pairs import ATTENTION, FEED_FORWARD, plan_of
 from tests.support.processes import end_of, start
@@ -57,6 +60,15 @@ def test_the_names_of_the_colours_end_where_the_cells_end(width: int) -> None:
     image = np.asarray(selection_cells(plan, width=width))
     edge = width - p.SIDE - p.RIGHT
     assert (image[: p.LEGEND - 4, edge : edge + 14] == 255).all()
+
+
+@pytest.mark.parametrize("name", ["dog\udcff", "dog\nink", "$dog^", r"$dog\frac$", "\x00dog"])
+def test_a_pair_and_blocks_of_any_name_can_be_drawn(name: str) -> None:
+    plan = plan_of([f"{name}_0_mix", f"{name}_1_mix", f"other_{name}_0_mix"], steps=4)
+    assert cells_box(plan)
+    assert selection_map(plan, name).size == selection_map(plan, "dog").size
+    block = Interference(0.5, 1.0, 1.0, 0.5, 0.5, 0.25, 0.25)
+    assert overlap_picture(Overlap({name: block}, 0), name).width == WIDTH
 
 
 def test_layers_outside_the_scope_are_shown_as_what_acts_there() -> None:
