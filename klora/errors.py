@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from klora.text import printable
+from klora.text import one_line, printable
 
 
 class KloraError(Exception):
@@ -31,7 +31,7 @@ class LoraFileError(KloraError):
     def __init__(self, file: str, reason: str, cure: str, key: str | None = None) -> None:
         file, key = printable(file), key and printable(key)
         where = f"{file}: {key}" if key else file
-        super().__init__(" ".join(f"{where}: {reason}; {cure}".split()))
+        super().__init__(f"{where}: {one_line(f'{reason}; {cure}')}")
         self.file = file
         self.key = key
         self.reason = reason

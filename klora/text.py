@@ -11,8 +11,8 @@ def printable(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    """All of `text` on one line, without control characters."""
-    return _escaped(" ".join(text.split()))
+    """All of `text` on one line, without control characters; what is in a line, such as a path, stays as it is."""
+    return _escaped(" ".join(filter(None, map(str.strip, text.splitlines()))))
 
 
 def count_of(number: float, noun: str) -> str:

@@ -216,6 +216,10 @@ class TestAnalyze:
         assert err.count("\n") == 1
         assert "\x1b" not in err
 
+    def test_a_path_is_told_with_all_its_spaces(self, run: Run, files: Files, tmp_path: Path) -> None:
+        missing = tmp_path / "two  spaces" / " my  dog.safetensors"
+        assert run("analyze", missing, files[1])[2] == f"klora: error: {missing}: does not exist; check the path\n"
+
 
 class TestOutputs:
     def unwritten(self, run: Run, files: Files, *argv: object) -> str:

@@ -438,5 +438,6 @@ def test_the_shortest_key_shows_what_a_file_that_is_no_lora_has(path: Path) -> N
 
 
 def test_an_odd_key_or_path_stays_on_one_line(tmp_path: Path) -> None:
+    refused(raw(tmp_path / "two  spaces.safetensors", header(**{"a  b": {"dtype": "X"}})))
     table = header(**{"a\nb\u2028\ud800\x1b[31m" * 99: {"dtype": "X"}})
     refused(raw(tmp_path / "new\nline\x1b[31m.safetensors", table)) if os.name == "posix" else None
