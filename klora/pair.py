@@ -155,7 +155,7 @@ class Pair:
             ),
             settings,
         )
-        if self.subject.identity == self.style.identity:
+        if self.subject.acting and self.subject.identity == self.style.identity:
             return dataclasses.replace(plan, warnings=(SAME_FILE, *plan.warnings))
         return plan
 

@@ -101,15 +101,18 @@ class BlockWeights:
         return cls((*((block, 0.0) for block in _all_blocks(models)), *given), models)
 
     def check(self, modules: Iterable[str], architecture: str | None, setting: str) -> None:
-        """Raise SettingsError for a vector of another model, and for a name that none of the `modules` goes by."""
+        """Raise SettingsError for a vector of another model, and for a name that none of the `modules` goes by.
+
+        Where there are none, as on a side of weight 0, any name will do.
+        """
         if self.models:
             if architecture not in self.models:
                 ours, theirs = " and ".join(self.models), architecture or "an unknown architecture"
                 raise SettingsError(setting, f"the vector is for {ours}, the LoRAs are for {theirs}")
             return
-        if not self.weights:
-            return
         modules = list(modules)
+        if not self.weights or not modules:
+            return
         known = {name for module in modules for name in names_of(module)} | {TEXT}
         for name, _ in self.weights:
             if name not in known:

@@ -20,7 +20,7 @@ from klora.lora.deltas import Delta
 from klora.lora.deltas.computed import SumDelta, low_rank
 from klora.lora.file import LoraFile
 from klora.lora.side import Side, WeightedLora, read_side
-from klora.pair import Pair, Pairs
+from klora.pair import SAME_FILE, Pair, Pairs
 from klora.settings import Settings
 from tests.support.lora_files import FAMILIES, write_lora
 from tests.support.scoring import score_all
@@ -113,6 +113,13 @@ def test_a_part_of_weight_0_is_as_if_it_were_not_there(files: list[LoraFile]) ->
     dog, coat = files[:2]
     assert side_of((dog, 1.0), (coat, 0.0)).modules is dog.modules
     assert not side_of((dog, 0.0)).modules
+
+
+def test_sides_of_weight_0_are_not_one_file_and_have_no_block_that_could_be_missing(files: list[LoraFile]) -> None:
+    dog, coat, _ = (file.path for file in files)
+    assert SAME_FILE not in Pair.open((dog, 0.0), (coat, 0.0)).plan(Settings()).warnings
+    plan = Pair.open((dog, 0.0), coat).plan(Settings(subject_blocks="down 0: 0.5"))
+    assert set("".join(plan.selections.values())) == {"s"}
 
 
 def test_a_sum_is_scored_once_and_kept(files: list[LoraFile], cache: ScoreCache) -> None:
