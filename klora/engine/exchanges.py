@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from torch import nn
 
 from klora.engine.bypass import Part
+from klora.engine.compiled import compiled_regions
 from klora.engine.site import Site
 from klora.errors import KloraError
 
@@ -20,9 +21,13 @@ class Exchanges:
         self._modules = _ids(model)
 
     def look(self, model: nn.Module | None, parts: Mapping[str, Part]) -> None:
-        """Look at the sites of `parts` where the model consists of other modules than when this was called last."""
+        """Look at the sites of `parts` where the model consists of other modules than when this was called last.
+
+        In what is compiled nobody sees which of its modules are called: there it is always looked.
+        """
         modules = _ids(model)
-        if modules != self._modules:
+        compiled = model is not None and next(compiled_regions(model), None) is not None
+        if compiled or modules != self._modules:
             self._modules = modules
             self.check(parts)
 

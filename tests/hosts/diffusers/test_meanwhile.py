@@ -112,16 +112,30 @@ def test_projections_fused_meanwhile_are_an_error_and_are_made_of_the_models_own
     assert_bare(pipe.unet)
 
 
+def compiled(unet: Any) -> None:
+    unet.compile(backend="eager")
+
+
+def compiled_blocks(unet: Any) -> None:
+    for block in (*unet.down_blocks, unet.mid_block, *unet.up_blocks):
+        block.compile(backend="eager")
+
+
 @ENGINES
+@pytest.mark.parametrize("prepare", [lambda unet: None, compiled, compiled_blocks], ids=["eager", "whole", "blocks"])
+@pytest.mark.parametrize("when", ["at once", "after a picture"])
 def test_projections_parted_meanwhile_are_an_error(
-    made: Callable[[], Any], files: tuple[Path, Path], engine: str
+    made: Callable[[], Any], files: tuple[Path, Path], prepare: Callable[[Any], None], engine: str, when: str
 ) -> None:
     pipe = made()
     plain = picture(pipe)
     pipe.unet.fuse_qkv_projections()
+    prepare(pipe.unet)
 
     def parted() -> None:
         with klora.fuse(pipe, *files, **BOTH, engine=engine):
+            if when == "after a picture":
+                picture(pipe)
             pipe.unet.unfuse_qkv_projections()
             picture(pipe)
 
