@@ -142,7 +142,8 @@
 
     function markStale(tab) {
         root().querySelectorAll(`#${tab}_klora .klora-wanted`).forEach((old) => old.remove());
-        root().querySelectorAll(`#${tab}_klora_result .klora-result, #${tab}_klora_result .klora-error`)
+        const stale = ["result .klora-result", "result .klora-error", "rule .klora-rule"];
+        root().querySelectorAll(stale.map((found) => `#${tab}_klora_${found}`).join())
             .forEach((found) => found.classList.add("klora-stale"));
     }
 

@@ -34,6 +34,7 @@ def use(page: Page) -> dict[str, Any]:
     page.wait_for_selector(".klora-stale-note", state="visible", timeout=WAIT)
     page.click("#txt2img_klora_advanced > .label-wrap")
     seen["rule"] = page.inner_text("#txt2img_klora_rule")
+    seen["stale rule"] = page.locator("#txt2img_klora_rule .klora-stale").count()
     page.fill("#txt2img_klora_beta textarea, #txt2img_klora_beta input", "0.6")
     seen.update(set_the_share(page))
     fill_number(page, "balance", "-0.5")

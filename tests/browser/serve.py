@@ -18,6 +18,7 @@ from klora.webui.args import ARG_ORDER, FusionRequest
 from klora.webui.ui import build
 
 NAMES = ["dog", "ink"]
+RULE = '<p class="klora-rule">S(τ) = 1.5·τ + 0.5</p>'
 
 
 class FakeLibrary:
@@ -45,7 +46,7 @@ def analyse(request: FusionRequest, view: View, hear: Callable[[int, int], None]
     note = f'<p class="klora-stale-note">{STALE}</p>'
     figure = f'<figure class="klora-map" data-klora="{told}"><img src="{pixel}" style="height: 200px">'
     caption = f'<figcaption data-idle="{POINT}">{POINT}</figcaption></figure>'
-    return f'<div class="klora-result">{found}{note}{figure}{caption}</div>', "<p>S(τ) = 1.5·τ + 0.5</p>"
+    return f'<div class="klora-result">{found}{note}{figure}{caption}</div>', RULE
 
 
 def misfit(subject: str, style: str, checkpoint: str) -> str:

@@ -178,9 +178,9 @@ def pair(walk: Walk) -> None:
 
 
 def picture(walk: Walk) -> None:
-    """Make a picture, with a balance."""
+    """Make a picture, with a balance, before which the analysis and its rule are told to be of another."""
     walk.set_number("#txt2img_klora_balance", 0.5)
-    walk.seen["stale"] = walk.page.locator("#txt2img_klora .klora-stale").count()
+    walk.seen["stale"] = [walk.page.locator(f"#txt2img_klora_{one} .klora-stale").count() for one in ("result", "rule")]
     walk.seen["picture"] = walk.generate()
 
 

@@ -57,7 +57,7 @@ def test_a_chosen_pair_is_named_analysed_and_its_map_pointed_at(seen: dict[str, 
 
 
 def test_a_picture_is_made_with_what_is_set(seen: dict[str, Any]) -> None:
-    assert seen["stale"] == 1
+    assert seen["stale"] == [1, 1]
     assert "<klora:subj:style:balance=0.5>" in seen["picture"]
     assert of_klora(seen["picture"])["balance"] == "0.5"
 
