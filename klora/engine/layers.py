@@ -130,6 +130,13 @@ class Layers:
                 self._hook(key)
         self._sort()
 
+    def leave_out(self, parameters: Iterable[Held]) -> None:
+        """Have these parameters, of others too, be the model's own from now on."""
+        for held in parameters:
+            if held in self._parameters:
+                self._parameters.remove(held)
+                held.drop()
+
     def _wait(self) -> None:
         self._forget_witnesses()
         # A hook of a module inside would be compiled with it, or not be seen.

@@ -108,7 +108,8 @@ class Session(SessionState):
                 self._apart = self._bind(made, self._own_deltas)
             self._join()
             text = self._bind_text(text_sites or {})
-            held = held_parameters(models, self._other_changes(models)) if models else {}
+            self._held = held = held_parameters(models, self._other_changes(models)) if models else {}
+        self._models = models
         apart = {f"{name}{ALONE_MARK}": part for name, part in self._apart.items()}
         in_text = {path for path in held if path.partition(".")[0] in models}
         own = [one for path, one in held.items() if path not in in_text]
@@ -195,6 +196,7 @@ class Session(SessionState):
         self.sampling = sampling
         self.plan = self.plan.with_steps(sampling.progress.steps)
         self.tau = None
+        self._let_go_of_moved()
         self._layers.expect(running)
         self._exchanges.look(self._layers.model, self._parts)
         if self.plan.of_one_step:
@@ -348,6 +350,17 @@ class Session(SessionState):
             if terms:
                 sums[path] = terms
         return sums
+
+    def _let_go_of_moved(self) -> None:
+        """Leave parameters to the model that others have begun to move or to pack: a W′ would stay as it is."""
+        moved = {path: self._held.pop(path) for path in sorted(unheld(self._models, self._held))}
+        for layers in (self._layers, *self._text_layers):
+            layers.leave_out(moved.values())
+        if moved:
+            self._say(
+                f"{len(moved)} changes of other parameters, such as {next(iter(moved))}, are left out from now on: the"
+                " model stores these quantised, or offloads them"
+            )
 
     def _bind_text(self, sites: Mapping[str, Site]) -> dict[str, Part]:
         subject, style = self.pair.subject.text_encoder, self.pair.style.text_encoder

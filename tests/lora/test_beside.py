@@ -350,6 +350,26 @@ def test_a_norm_that_shows_no_values_is_named_and_left_out(tmp_path: Path, store
     assert "quantised" in again.left_out[0]
 
 
+@pytest.mark.parametrize("store", [packed, offloaded, moved])
+def test_a_norm_that_others_begin_to_move_meanwhile_is_the_models_own_from_the_next_picture_on(
+    tmp_path: Path, store: Callable[[nn.Module], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    model, fused = session(norms(w_norm=torch.ones(8), b_norm=torch.ones(8)), lora(), tmp_path)
+    norm = model.blocks[0]["norm"]
+    with fused:
+        # As hosts do: a pass is begun in the first call of its model.
+        model.register_forward_pre_hook(lambda *_: fused.start_pass([1.0, 0.5]))
+        assert torch.equal(model.in_a_call()["blocks.0.norm.weight"], torch.full((8,), 2.0))
+        store(norm)
+        own = norm.weight
+        for _ in range(2):
+            assert model.in_a_call()["blocks.0.norm.weight"] is own
+    assert norm.weight is own
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("1 changes" if store is not moved else "2 changes")
+    assert "quantised" in said
+
+
 def test_peft_scales_its_bias_as_the_factors(tmp_path: Path) -> None:
     tensors = {f"{X}.lora_A.weight": draw(2, 8), f"{X}.lora_B.weight": draw(8, 2), f"{X}.lora_B.bias": torch.ones(8)}
     bias = only({**tensors, f"{X}.alpha": torch.tensor(1.0)}).modules["blocks_0_x"].bias
