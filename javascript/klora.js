@@ -87,9 +87,10 @@
     // Tooltips of our own, before the host gives them some of its for words that happen to be the same.
     function nameControls(tab) {
         root().querySelectorAll(`#${tab}_klora .block`).forEach((block) => {
-            const name = block.querySelector("[data-testid=block-info], .label-wrap > span, label > span");
+            const name = block.querySelector("[data-testid=block-info], label > span");
             const text = name && name.textContent.trim();
-            if (text) {
+            // A fold is no control: its name is not that of what is in it.
+            if (text && !block.querySelector(".block")) {
                 block.querySelectorAll("span:not([title]), button:not([title]), li:not([title])").forEach((found) => {
                     found.title = text;
                 });

@@ -157,9 +157,10 @@ def test_nothing_stands_out_of_the_accordion_and_rows_are_even_on_a_wide_page_an
         assert layout["switch"] < 50
 
 
-def test_tooltips_are_our_own(seen: dict[str, Any]) -> None:
+def test_tooltips_are_our_own_and_each_control_has_its_name(seen: dict[str, Any]) -> None:
     for layout in seen["layouts"]:
-        assert {"Balance", "Set the share instead", "Subject strength"} <= set(layout["titles"])
+        assert {"Balance", "Set the share instead", "Subject strength", "Policy", "β"} <= set(layout["titles"])
+        assert not {"Advanced", "Several LoRAs a side"} & set(layout["titles"])
 
 
 def test_the_seed_shows_only_with_the_random_policy(seen: dict[str, Any]) -> None:
