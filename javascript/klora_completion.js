@@ -7,9 +7,13 @@
     const OPEN_TAG = /<klora:(?:([^<>:]*):)?([^<>:]*)$/i;
     const FILE_ENDING = /\.(safetensors|ckpt|pt)$/i;
 
+    // Where the tag is typed: a click on the list takes the focus away from there.
+    let area = null;
+
     function beforeCursor() {
-        const area = document.activeElement;
-        return area && typeof area.value === "string" ? area.value.slice(0, area.selectionStart) : "";
+        const active = document.activeElement;
+        area = active && typeof active.value === "string" ? active : area;
+        return area ? area.value.slice(0, area.selectionStart) : "";
     }
 
     function loraNames() {
