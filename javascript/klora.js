@@ -1,6 +1,6 @@
 // What the accordion does in the page by itself: it shows its checkbox and the pair in its header, asks about the pair when
-// the checkpoint changes, tells what lies under the pointer on the selection map, marks an analysis that no longer holds, and takes a balance from a grid of balances.
-// Without this file everything still works.
+// the checkpoint changes, tells what lies under the pointer on the selection map, marks an analysis that no longer holds,
+// and takes a balance from a grid of balances. Without this file everything still works.
 (function () {
     "use strict";
 
@@ -261,10 +261,19 @@
         setTimeout(() => block.classList.remove("klora-picked"), 1200);
     }
 
+    let named = null;
+
     function nameCell(event) {
         const cell = balanceAt(event);
+        const image = cell && cell.image;
+        if (named && named !== image) {
+            // The gallery shows its next picture in the same element.
+            named.removeAttribute("title");
+        }
+        named = image;
         if (cell) {
-            cell.image.title = `${say(cell.isShare ? "Subject share" : "Balance")} ${cell.value} — ${say("click: use it, Shift-click: enlarge")}`;
+            const what = say(cell.isShare ? "Subject share" : "Balance");
+            image.title = `${what} ${cell.value} — ${say("click: use it, Shift-click: enlarge")}`;
         }
     }
 
@@ -280,7 +289,7 @@
         document.addEventListener("click", pickBalance, true);
         setInterval(askAboutCheckpoint, 1000);
         document.addEventListener("input", (event) => {
-            TABS.filter((tab) => event.target.closest(`#${tab}_steps`)).forEach(markStale);
+            TABS.filter((tab) => event.target.closest && event.target.closest(`#${tab}_steps`)).forEach(markStale);
         }, true);
     }
 

@@ -11,6 +11,9 @@
 
     function show(row) {
         const handles = handlesOf(row);
+        if (handles.length < 2) {
+            return;
+        }
         const [from, to] = handles.map((found) => (found.value - found.min) / (found.max - found.min));
         row.style.setProperty("--klora-from", from);
         row.style.setProperty("--klora-to", to);

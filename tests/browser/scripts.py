@@ -13,6 +13,16 @@ ROOT = Path(__file__).resolve().parents[2]
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]
 SITE = "http://klora.test/"
 
+# The text of a grid of shares, and then of another picture in the same gallery.
+GALLERY = """
+<div id="txt2img_gallery"><img style="width: 400px; height: 100px" src="data:image/svg+xml,
+    <svg xmlns='http://www.w3.org/2000/svg' width='400' height='100'></svg>"></div>
+<div id="generation_info_txt2img"><textarea></textarea></div>
+<div id="txt2img_klora_share_slider"><input type="number" value="0.5"></div>
+<div id="beside">beside</div>
+"""
+GRID = 'dogs, Script: X/Y/Z plot, X Type: [K-LoRA] Judged share, X Values: "0.4, 0.5, 0.6, 0.7"'
+
 # What a1111-sd-webui-tagcomplete gives to scripts of others, and how it uses what they give: it asks parsers for what
 # is at the cursor, and puts the first answer of QUEUE_SANITIZE in the place of the word there.
 TAGCOMPLETE = """
@@ -68,6 +78,33 @@ def open_page(browser: Browser, body: str, *scripts: str) -> tuple[Page, list[st
     return page, errors
 
 
+def on_an_empty_page(browser: Browser) -> list[str]:
+    """Load everything where nothing of the accordion is, and touch the page."""
+    body = '<p>Nothing</p><div class="klora-window"></div>'
+    page, errors = open_page(browser, body, *(path.stem for path in (ROOT / "javascript").iterdir()))
+    page.click("p")
+    for event in ("input", "change", "click", "mousemove"):
+        page.evaluate(f"document.dispatchEvent(new Event('{event}'))")
+    page.wait_for_timeout(500)
+    return errors
+
+
+def at_a_gallery(browser: Browser) -> dict[str, Any]:
+    """Point at a cell of a grid and click it, and then at another picture."""
+    page, errors = open_page(browser, GALLERY, "klora")
+    image, found = page.locator("#txt2img_gallery img"), {}
+    show = "(text) => { document.querySelector('textarea').value = JSON.stringify({ infotexts: [text] }); }"
+    page.evaluate(show, GRID)
+    image.hover(position={"x": 350, "y": 50})
+    found["at a cell"] = image.get_attribute("title")
+    image.click(position={"x": 350, "y": 50})
+    found["clicked"] = page.input_value("#txt2img_klora_share_slider input")
+    page.evaluate(show, "a dog")
+    image.hover(position={"x": 300, "y": 50})
+    found["at a picture"] = image.get_attribute("title")
+    return {**found, "errors": errors}
+
+
 def complete(browser: Browser) -> dict[str, Any]:
     """Type the beginning of a tag and take what is offered, by click alone."""
     page, errors = open_page(browser, TAGCOMPLETE, "klora_completion")
@@ -85,6 +122,8 @@ def main() -> None:
     with sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=sys.argv[1], args=FLAGS)
         seen = {
+            "empty": on_an_empty_page(browser),
+            "gallery": at_a_gallery(browser),
             "completion": complete(browser),
         }
         browser.close()

@@ -25,6 +25,18 @@ def seen() -> Any:
     return json.loads(run.stdout)
 
 
+def test_no_script_throws_where_the_accordion_is_missing(seen: Any) -> None:
+    assert seen["empty"] == []
+
+
+def test_a_cell_of_a_grid_is_named_and_taken_and_another_picture_is_not(seen: Any) -> None:
+    gallery = seen["gallery"]
+    assert gallery["at a cell"] == "Subject share 0.7 — click: use it, Shift-click: enlarge"
+    assert gallery["clicked"] == "0.7"
+    assert gallery["at a picture"] is None
+    assert gallery["errors"] == []
+
+
 def test_a_tag_is_completed_by_clicks_alone(seen: Any) -> None:
     completion = seen["completion"]
     assert completion["offered"] == ["<klora:"]
