@@ -19,7 +19,7 @@
             const texts = document.createTreeWalker(part, NodeFilter.SHOW_TEXT);
             while (texts.nextNode()) {
                 const found = words[texts.currentNode.nodeValue.trim()];
-                if (found) {
+                if (found && !texts.currentNode.parentElement.closest(".klora-data")) {
                     texts.currentNode.nodeValue = found;
                 }
             }

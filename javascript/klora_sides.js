@@ -14,8 +14,8 @@
     function textOf(rows) {
         const parts = rows.map((row) => [row, Number(row.querySelector("input").value)]);
         if (parts.length === 1 && parts[0][1] === 1) {
-            // A name alone stays as it is, signs and all.
-            return rows[0].querySelector("span").textContent;
+            // A name alone stays as it is, signs and all. What the row shows of it a host may have translated.
+            return decodeURIComponent(rows[0].dataset.name);
         }
         return parts.map(([row, weight]) => row.dataset.name + (weight === 1 ? "" : `*${weight}`)).join(" + ") || NONE;
     }

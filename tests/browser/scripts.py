@@ -57,6 +57,11 @@ area.addEventListener("input", offer);
 </script>
 """
 
+ROWS = """
+<div id="txt2img_klora"><span>Subject</span> <span class="klora-data">Subject</span></div>
+<script>window.opts = { ui_locale: "ja: Japanese" };</script>
+"""
+
 
 def open_page(browser: Browser, body: str, *scripts: str) -> tuple[Page, list[str]]:
     """Open a page with a body and then some of our scripts; what it throws comes into the list."""
@@ -117,6 +122,13 @@ def complete(browser: Browser) -> dict[str, Any]:
     return {**found, "completed": page.input_value("textarea"), "errors": errors}
 
 
+def translate(browser: Browser) -> dict[str, Any]:
+    """Load a page in Japanese."""
+    page, errors = open_page(browser, ROWS, "klora_locale")
+    page.wait_for_function("() => document.querySelector('span').textContent !== 'Subject'")
+    return {"texts": page.locator("span").all_inner_texts(), "errors": errors}
+
+
 def main() -> None:
     """Look at everything."""
     with sync_playwright() as driver:
@@ -125,6 +137,7 @@ def main() -> None:
             "empty": on_an_empty_page(browser),
             "gallery": at_a_gallery(browser),
             "completion": complete(browser),
+            "locale": translate(browser),
         }
         browser.close()
     print(json.dumps(seen))

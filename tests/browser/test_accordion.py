@@ -142,7 +142,7 @@ def test_a_share_is_none_where_the_policy_takes_none(seen: dict[str, Any]) -> No
     assert seen["after"]["share"] == "auto"
 
 
-def test_each_lora_of_a_side_of_several_has_a_row_with_its_weight(seen: dict[str, Any]) -> None:
+def test_each_lora_of_a_side_of_several_has_a_row_with_its_weight_in_any_language(seen: dict[str, Any]) -> None:
     assert seen["several"] == [0, "dog + ink", "dog + ink*0.5", "ink*0.5", ["ink", "None"]]
 
 

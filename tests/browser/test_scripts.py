@@ -42,3 +42,7 @@ def test_a_tag_is_completed_by_clicks_alone(seen: Any) -> None:
     assert completion["offered"] == ["<klora:"]
     assert completion["completed"] == "a dog <klora:dog:ink%2B>"
     assert completion["errors"] == []
+
+
+def test_names_are_not_translated(seen: Any) -> None:
+    assert seen["locale"] == {"texts": ["被写体", "Subject"], "errors": []}
