@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from PIL import Image, ImageChops
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +43,7 @@ def use(page: Page) -> dict[str, Any]:
     fill_number(page, "style_strength", "0.83")
     seen["seed at first"] = page.locator("#txt2img_klora_seed").is_visible()
     seen["windows"] = move_the_windows(page)
+    seen["focused handles"] = focus_the_handles(page)
     page.check("#txt2img_klora_share_switch input")
     choose(page, "policy", "random")
     page.wait_for_selector("#txt2img_klora_seed", state="visible", timeout=WAIT)
@@ -72,6 +75,32 @@ def move_the_windows(page: Page) -> list[Any]:
         found.append([values["style_from"], values["style_to"]])
     row = "document.querySelector('#txt2img_klora_style_from').closest('.klora-window').style"
     found.append([page.evaluate(f"{row}.getPropertyValue('--klora-{end}')") for end in ("from", "to")])
+    return found
+
+
+def focus_the_handles(page: Page) -> list[list[bool]]:
+    """Go to each handle of a window by the keyboard: which of the two look otherwise than before."""
+    names = [f"#txt2img_klora_subject_{end} input" for end in ("from", "to")]
+    page.locator(names[0] + "[type=range]").scroll_into_view_if_needed()
+    box = page.locator(names[0] + "[type=range]").bounding_box()
+    assert box is not None
+    ends = [{**box, "x": box["x"] + at - 4, "width": 24} for at in (0, box["width"] - 16)]
+
+    def pictures() -> list[Image.Image]:
+        shots = [page.screenshot(clip=end, animations="disabled") for end in ends]
+        return [Image.open(BytesIO(shot)).convert("L") for shot in shots]
+
+    def differ(now: Image.Image, old: Image.Image) -> bool:
+        # A few pixels of an edge may.
+        return sum(ImageChops.difference(now, old).histogram()[64:]) > 20
+
+    page.mouse.move(0, 0)
+    page.locator("#txt2img_klora_beta").locator("input, textarea").focus()
+    before, found = pictures(), []
+    for name in names:
+        page.focus(f"{name}[type=number]")
+        page.keyboard.press("Tab")
+        found.append([differ(*pair) for pair in zip(pictures(), before, strict=True)])
     return found
 
 

@@ -138,6 +138,10 @@ def test_a_window_is_one_track_with_two_handles_that_do_not_pass_each_other(seen
     assert [float(end) for end in drawn] == second
 
 
+def test_the_handle_that_the_keyboard_moves_is_marked_and_the_other_is_not(seen: dict[str, Any]) -> None:
+    assert seen["focused handles"] == [[True, False], [False, True]]
+
+
 def test_a_share_is_none_where_the_policy_takes_none(seen: dict[str, Any]) -> None:
     assert seen["after"]["share"] == "auto"
 

@@ -7,6 +7,7 @@ import json
 import re
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,6 +22,8 @@ from klora.webui.balance_grid import BalanceGrid, _plot
 from klora.webui.controls import hint_of, slider_reach
 from klora.webui.ui import Accordion, build
 from tests.webui.recorded_gradio import Component, RecordedGradio
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class NoLoras:
@@ -157,3 +160,10 @@ def test_the_grid_is_that_of_the_judged_shares_alone() -> None:
     assert plot["script_img2img_xyz_plot_x_type"] == "[K-LoRA] Judged share"
     assert plot["script_img2img_xyz_plot_y_type"] == plot["script_img2img_xyz_plot_z_type"] == "Nothing"
     assert [float(value) for value in plot["script_img2img_xyz_plot_x_values"].split(",")] == list(SHARES)
+
+
+def test_the_style_sheet_touches_nothing_but_what_is_ours() -> None:
+    sheet = re.sub(r"/\*.*?\*/", "", (ROOT / "style.css").read_text(encoding="utf-8"), flags=re.DOTALL)
+    selectors = [one.strip() for found in re.findall(r"([^{}]+)\{", sheet) for one in found.split(",")]
+    assert len(selectors) > 50
+    assert [one for one in selectors if "klora" not in one] == []
