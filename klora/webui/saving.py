@@ -6,9 +6,10 @@ import importlib
 from pathlib import Path
 
 from klora.errors import KloraError, named_by
-from klora.webui.args import FusionRequest
+from klora.webui.args import NONE, FusionRequest
 
 _LONGEST = 120
+"""Bytes of a name: file systems count these, and a letter may be several."""
 _ENDINGS = (".safetensors", ".ckpt", ".pt")
 
 
@@ -44,11 +45,15 @@ def save(request: FusionRequest, name: str) -> str:
 def _free_path(name: str) -> Path:
     name = name.strip()
     for ending in _ENDINGS:
-        name = name.removesuffix(ending)
-    if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|') or not name.isprintable():
-        raise KloraError(f"{name!r} cannot be a file's name; type one without / \\ : * ? \" < > |")
-    if len(name) > _LONGEST:
-        raise KloraError(f"the name has {len(name)} letters; take at most {_LONGEST}")
+        name = name.removesuffix(ending).strip()
+    if not name:
+        raise KloraError("the LoRA needs a name; type one")
+    if name.startswith(".") or set(name) & set('/\\:*?"<>|') or not name.isprintable():
+        raise KloraError(f"{name!r} cannot be a file's name; type one without / \\ : * ? \" < > | or a dot before it")
+    if name == NONE:
+        raise KloraError(f"{name} stands for no LoRA in the menus; type another name")
+    if (size := len(name.encode())) > _LONGEST:
+        raise KloraError(f"the name takes {size} bytes, and at most {_LONGEST} are safe; type a shorter one")
     folder = Path(importlib.import_module("modules.shared").cmd_opts.lora_dir)
     for ending in _ENDINGS:
         if (folder / f"{name}{ending}").exists():

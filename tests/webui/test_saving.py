@@ -50,12 +50,18 @@ def test_a_fusion_of_files_that_change_norms_is_not_saved_in_part(folder: Path, 
     assert not (folder / "both.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["", "  ", "../out", "a/b", "a\\b", ".hidden", "a:b", "a\nb", "x" * 200])
+@pytest.mark.parametrize("name", ["", "  ", "../out", "a/b", "a\\b", ".hidden", "a:b", "a\nb", "x" * 200, "名" * 90])
 def test_a_name_that_is_no_file_s_is_refused(folder: Path, host: FakeHost, name: str) -> None:
     known = set(folder.iterdir())
     with pytest.raises(KloraError):
         save(read_values(DIRECT), name)
     assert set(folder.iterdir()) == known
+
+
+def test_a_lora_is_not_called_what_the_menus_call_none(folder: Path, host: FakeHost) -> None:
+    with pytest.raises(KloraError, match="stands for no LoRA"):
+        save(read_values(DIRECT), "None.safetensors")
+    assert not (folder / "None.safetensors").exists()
 
 
 def test_a_policy_that_depends_on_the_step_says_so(folder: Path, host: FakeHost) -> None:
