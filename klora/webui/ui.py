@@ -5,7 +5,6 @@ What it needs of the host comes in as arguments, so that it can be mounted in a 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -108,8 +107,7 @@ def _add_pair(gr: Any, tab: str, found: Accordion, library: Libraries) -> None:
     menus = [*sides, *add_more(gr, tab, found.args, library)]
 
     def refresh() -> list[Any]:
-        with _shown(gr):
-            library().refresh()
+        library().refresh()
         return [gr.update(choices=menu(library))] * len(menus)
 
     button.click(refresh, inputs=[], outputs=menus, show_progress=False)
@@ -294,12 +292,3 @@ def answer(
     finally:
         one.cancel()
         running.remove(one)
-
-
-@contextlib.contextmanager
-def _shown(gr: Any) -> Iterator[None]:
-    """Say in the page what went wrong, where Gradio can."""
-    try:
-        yield
-    except KloraError as error:
-        getattr(gr, "Warning", print)(str(error))
