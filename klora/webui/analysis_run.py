@@ -9,6 +9,7 @@ from typing import Protocol
 
 from klora.errors import KloraError
 from klora.webui.analysis_page import failure
+from klora.webui.messages import reason_of
 
 Result = tuple[str, str]
 """What an analysis shows, and the rule with its numbers, as HTML."""
@@ -53,13 +54,8 @@ class AnalysisRun:
     def _run(self) -> None:
         try:
             self._result = self._make(self._hear)
-        except CancelledError:
-            self._result = failure(CANCELLED), ""
-        except KloraError as error:
-            self._result = failure(str(error)), ""
         except Exception as error:
-            self._result = failure(f"an unexpected {type(error).__name__}: {error}"), ""
-            raise
+            self._result = failure(reason_of(error)), ""
         finally:
             self._done.set()
 

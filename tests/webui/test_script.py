@@ -288,6 +288,16 @@ def test_analysing_answers_with_a_page_or_one_line() -> None:
     assert "Choose a style LoRA" in list(ui.answer(analyse, {"subject": "b", "style": "None"}, View()))[-1][0]
 
 
+def test_an_analysis_tells_of_a_fault_without_folders(caplog: pytest.LogCaptureFixture) -> None:
+    def analyse(request: FusionRequest, view: View, hear: Any) -> tuple[str, str]:
+        raise PermissionError(13, "Permission denied", "/home/me/loras/dog.safetensors")
+
+    *_, (said, _) = ui.answer(analyse, {"subject": "a", "style": "b"}, View())
+    assert "an unexpected PermissionError: Permission denied" in said
+    assert "/home" not in said
+    assert "/home/me/loras" in caplog.text
+
+
 def test_an_analysis_tells_how_far_it_is_and_can_be_cancelled() -> None:
     def analyse(request: FusionRequest, view: View, hear: Any) -> tuple[str, str]:
         for done in itertools.count():
