@@ -145,7 +145,7 @@ class KLoraSettings:
 
     def collect(self, **values: Any) -> tuple[dict[str, Any]]:
         """The settings by name; SettingsError for a bad one."""
-        read_settings({**values, "share": None})
+        read_settings(values)
         return (values,)
 
 

@@ -77,9 +77,10 @@ def test_the_settings_node_gives_what_the_main_node_takes(model: Patcher) -> Non
     assert plan.share == pytest.approx(0.25, abs=0.05)
 
 
-def test_a_bad_setting_is_named_on_the_node_that_has_it() -> None:
-    with pytest.raises(SettingsError, match="alpha"):
-        NODE_CLASS_MAPPINGS["KLoraSettings"]().collect(**{**defaults_of("KLoraSettings"), "alpha": "much"})
+@pytest.mark.parametrize("name", ["alpha", "share"])
+def test_a_bad_setting_is_named_on_the_node_that_has_it(name: str) -> None:
+    with pytest.raises(SettingsError, match=name):
+        NODE_CLASS_MAPPINGS["KLoraSettings"]().collect(**{**defaults_of("KLoraSettings"), name: "much"})
 
 
 def test_a_lora_that_is_not_listed_any_more_is_named(model: Patcher) -> None:
