@@ -1,4 +1,4 @@
-"""Active of Forge's layers as plain tensors, however they are stored."""
+"""Weights of Forge's layers as plain tensors, however they are stored."""
 
 from __future__ import annotations
 
