@@ -120,10 +120,14 @@
         }
     }
 
+    // Whether the prompt holds a tag, which counts more than the accordion.
+    window.kloraIsTyped = function (tab) {
+        return ((find(`#${tab}_prompt textarea`) || {}).value || "").includes("<klora:");
+    };
+
     // Whether there is something to compare balances of; says so where there is not.
     window.kloraHasPair = function (tab) {
-        const typed = (find(`#${tab}_prompt textarea`) || {}).value || "";
-        const found = typed.includes("<klora:") || !namesOf(tab).includes("None");
+        const found = window.kloraIsTyped(tab) || !namesOf(tab).includes("None");
         // A place of our own: what Gradio shows is left to it.
         root().querySelectorAll(`#${tab}_klora .klora-wanted`).forEach((old) => old.remove());
         if (!found) {

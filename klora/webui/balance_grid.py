@@ -1,4 +1,7 @@
-"""One picture at five shares: the button fills in the host's X/Y/Z plot, starts it, and puts back what was there."""
+"""One picture at five shares: the button fills in the host's X/Y/Z plot, starts it, and puts back what was there.
+
+It enables the accordion too, which stays so, unless a typed tag counts.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +51,7 @@ class BalanceGrid:
                 return before.slice({len(controls)}, {2 * len(controls) + 1});
             }}
             setTimeout(() => document.querySelector('#{self._tab}_klora_compare_start').click(), {_FILL_MS});
-            return {json.dumps([*self._values.values(), True])};
+            return [...{json.dumps([*self._values.values()])}, before.at(-1) || !window.kloraIsTyped?.('{self._tab}')];
         }}"""
         in_page(button.click, fill, controls, [*controls, enabled])
         run = f"""async () => {{

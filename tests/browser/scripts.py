@@ -1,4 +1,7 @@
-"""Use the page's scripts without Gradio, on pages of a few elements, and print what was seen: `scripts.py CHROMIUM`."""
+"""Use the page's scripts without Gradio and print what was seen: `scripts.py CHROMIUM FILL`.
+
+FILL is what the page answers the button of the grid of balances with, for the tab txt2img.
+"""
 
 from __future__ import annotations
 
@@ -57,6 +60,11 @@ area.addEventListener("input", offer);
 </script>
 """
 
+PROMPT = """
+<div id="txt2img_prompt"><textarea></textarea></div>
+<div id="txt2img_klora_subject"><input value="dog"></div><div id="txt2img_klora_style"><input value="ink"></div>
+"""
+
 ROWS = """
 <div id="txt2img_klora"><span>Subject</span> <span class="klora-data">Subject</span></div>
 <script>window.opts = { ui_locale: "ja: Japanese" };</script>
@@ -110,6 +118,17 @@ def at_a_gallery(browser: Browser) -> dict[str, Any]:
     return {**found, "errors": errors}
 
 
+def compare(browser: Browser, fill: str) -> dict[str, Any]:
+    """Press the button of the grid of balances, where K-LoRA is enabled or not: whether it is then."""
+    page, errors = open_page(browser, PROMPT, "klora")
+    found: dict[str, Any] = {}
+    for name, prompt in (("from the accordion", "a dog"), ("by a tag", "a dog <klora:dog:ink>")):
+        page.fill("textarea", prompt)
+        code = f"(enabled) => ({fill})(...Array(16).fill('before'), enabled)"
+        found[name] = [page.evaluate(code, enabled)[-1] for enabled in (False, True)]
+    return {**found, "errors": errors}
+
+
 def complete(browser: Browser) -> dict[str, Any]:
     """Type the beginning of a tag and take what is offered, by click alone."""
     page, errors = open_page(browser, TAGCOMPLETE, "klora_completion")
@@ -136,6 +155,7 @@ def main() -> None:
         seen = {
             "empty": on_an_empty_page(browser),
             "gallery": at_a_gallery(browser),
+            "compared": compare(browser, sys.argv[2]),
             "completion": complete(browser),
             "locale": translate(browser),
         }
