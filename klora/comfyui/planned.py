@@ -97,5 +97,5 @@ def clip_of(fusion: PlannedFusion, clip: Any) -> tuple[Any, list[str]]:
                 clip, without = clip_with(clip, deltas, share)
             missing += without
         if missing:
-            said.append(f"{count_of(len(missing), 'module')} of {file.name}, such as {missing[0]}, are not in the clip")
+            said.append(f"not in the clip: {count_of(len(missing), 'module')} of {file.name}, such as {missing[0]}")
     return clip, said

@@ -64,4 +64,4 @@ def report(p: Any, session: Session) -> None:
     for text in (*session.plan.warnings, *without_effect(session.pair, session.left_out)):
         comment(p, text)
     if unknown := coverage.unmatched:
-        comment(p, f"{len(unknown)} of the LoRAs' keys are unknown, such as {unknown[0]}; they do nothing")
+        comment(p, f"keys of the LoRAs that are not understood and do nothing: {len(unknown)}, such as {unknown[0]}")

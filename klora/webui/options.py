@@ -57,7 +57,13 @@ def register_options() -> None:
     add(SHOW_MAP, False, "Always add the selection map to the gallery", "also for tags typed into the prompt")
     where = "empty: cache/klora in the WebUI's data folder"
     add(CACHE_FOLDER, "", "Folder that keeps the scores of LoRA files", where)
-    add(CACHE_MEGABYTES, _MEGABYTES, "Size of that folder, in MB", "what was not used longest goes", gr.Number)
+    add(
+        CACHE_MEGABYTES,
+        _MEGABYTES,
+        "Size of that folder, in MB",
+        "the least recently used are deleted when it is full",
+        gr.Number,
+    )
     heading("references", "Reference pictures")
     add(REFERENCES, "", "Folder of reference pictures", "empty: klora-references in the WebUI's data folder")
     for name, key in MODELS.items():

@@ -20,6 +20,6 @@ def check_not_compiled(patcher: Any) -> None:
     if later or any(region for part in parts for region in compiled_regions(part)):
         raise KloraError(
             "this model is compiled (TorchCompileModel, or a node like it), and a compiled model does not heed which"
-            " LoRA acts when; take that node out, or put K-LoRA's fusion into a file with a static policy and *Save"
-            " fused LoRA*, and load that"
+            " LoRA acts when; take that node out, or choose a static policy, write the fusion into a file with the node"
+            " Save fused LoRA, and load that"
         )
