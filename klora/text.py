@@ -16,8 +16,8 @@ def one_line(text: str) -> str:
 
 
 def count_of(number: float, noun: str) -> str:
-    """A number with its noun, as in: 2 forwards."""
-    return f"{number:.3g} {noun}{'' if number == 1 else 's'}"
+    """A number with its noun, as in: 1 key, 2160 keys, 1.67 forwards."""
+    return f"{number if isinstance(number, int) else f'{number:.3g}'} {noun}{'' if number == 1 else 's'}"
 
 
 def first_line(error: BaseException) -> str:

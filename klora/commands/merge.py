@@ -8,10 +8,11 @@ import sys
 from klora.commands.console import warn
 from klora.commands.options import add_pair, add_settings, check_loras, read_pair, read_settings, side_paths, whole
 from klora.errors import KloraError, SettingsError
+from klora.lora.spelling import SPELLINGS, spelling_of
 from klora.report.files import OutputFile
+from klora.text import count_of
 
 USAGE = "SUBJECT STYLE --policy NAME -o FILE [options]"
-SPELLINGS = ("kohya", "diffusers")
 
 
 def add_options(command: argparse.ArgumentParser) -> None:
@@ -43,7 +44,6 @@ def run(args: argparse.Namespace) -> None:
 
     import torch
 
-    from klora.lora.spelling import spelling_of
     from klora.merge import check_static, fused_file, merge
     from klora.pair import Pair
     from klora.report.summary import notices
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
     made, plan = merge(pair, settings, args.rank)
     target.write(fused_file(pair, settings, made, getattr(torch, args.dtype), spelling))
     sys.stdout.write(
-        f"{args.output}: {len(made.deltas)} modules, rank {made.rank}, by {plan.policy.title};"
+        f"{args.output}: {count_of(len(made.deltas), 'module')}, rank {made.rank}, by {plan.policy.title};"
         f" {made.lost_share:.2%} of the energy lost\n"
     )
     for notice in notices(pair, plan):

@@ -8,6 +8,7 @@ from klora.engine.parameters import Models, unheld
 from klora.engine.site import Site
 from klora.lora.file import LoraFile
 from klora.pair import Pair
+from klora.text import count_of
 
 
 def left_out(pair: Pair, sites: Mapping[str, Site], text_sites: Mapping[str, Site], models: Models) -> list[str]:
@@ -29,8 +30,13 @@ def _packed(lora: LoraFile, parameters: Mapping[str, object], models: Models) ->
     """What of a file's other parameters the model has in a form that shows no values."""
     paths = unheld(models, parameters.keys() & lora.parameters.keys()) if models else ()
     keys = [delta.key for path, delta in lora.parameters.items() if path in paths]
-    told = f"{lora.label}: {len(keys)} changes of other parameters (such as {keys[0]}) are left out" if keys else ""
-    return told and f"{told}: the model stores these quantised, or offloads them"
+    return f"{lora.label}: {packed(keys[0], len(keys))}" if keys else ""
+
+
+def packed(example: str, count: int) -> str:
+    """That so many changes of parameters are left out, since the model has these in a form that shows no values."""
+    of = f"{count_of(count, 'change')} of other parameters (such as {example})"
+    return f"{of} left out: the model stores these quantised, or offloads them"
 
 
 def _of_file(
@@ -43,6 +49,6 @@ def _of_file(
     count = len(lora.modules) + len(lora.text_encoder)
     absent = [*modules, *text]
     told = [f"{len(absent)} of its {count} modules (such as {absent[0]})"] if absent else []
-    told += [f"{len(others)} changes of other parameters (such as {others[0]})"] if others else []
-    told += [f"{len(biases)} biases (such as that of {biases[0]})"] if biases else []
+    told += [f"{count_of(len(others), 'change')} of other parameters (such as {others[0]})"] if others else []
+    told += [f"{count_of(len(biases), 'change')} of biases (such as that of {biases[0]})"] if biases else []
     return f"{lora.label}: {', '.join(told)} found no place in the model and do nothing" if told else ""

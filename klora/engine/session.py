@@ -17,7 +17,7 @@ from klora.engine.exchanges import Exchanges
 from klora.engine.held import Held
 from klora.engine.joined import SharedInput, shared_inputs
 from klora.engine.layers import Layers, Say
-from klora.engine.left_out import left_out
+from klora.engine.left_out import left_out, packed
 from klora.engine.parameters import Models, Sum, held_parameters, unheld
 from klora.engine.products import LinearProduct, Product, product_of
 from klora.engine.progress import SamplingPass
@@ -357,10 +357,7 @@ class Session(SessionState):
         for layers in (self._layers, *self._text_layers):
             layers.leave_out(moved.values())
         if moved:
-            self._say(
-                f"{len(moved)} changes of other parameters, such as {next(iter(moved))}, are left out from now on: the"
-                " model stores these quantised, or offloads them"
-            )
+            self._say(f"from now on {packed(next(iter(moved)), len(moved))}")
 
     def _bind_text(self, sites: Mapping[str, Site]) -> dict[str, Part]:
         subject, style = self.pair.subject.text_encoder, self.pair.style.text_encoder

@@ -11,6 +11,7 @@ from klora.fusion.plan import FusionPlan
 from klora.fusion.scores import OnScored
 from klora.lora.names import block_label, block_of
 from klora.pair import Pair
+from klora.text import count_of
 
 FIGHT, SHARED = 0.1, 0.25
 """From this |cosine| on two LoRAs work with or against each other; from this inside energy on, in the same place."""
@@ -83,7 +84,7 @@ def in_numbers(overlap: Overlap) -> str:
     if whole is None:
         return ""
     subject, style = whole.inside
-    left = f"; {overlap.left_out} modules without factors left out" if overlap.left_out else ""
+    left = f"; {count_of(overlap.left_out, 'module')} without factors left out" if overlap.left_out else ""
     return f"cosine {whole.cosine:+.2f}, {subject:.0%} of the subject inside the style, {style:.0%} the other way{left}"
 
 
@@ -94,7 +95,7 @@ def _kind(part: Interference) -> str:
 
 
 def _listed(blocks: Sequence[str]) -> str:
-    more = f" and {len(blocks) - NAMED} more blocks" if len(blocks) > NAMED else ""
+    more = f" and {count_of(len(blocks) - NAMED, 'more block')}" if len(blocks) > NAMED else ""
     return ", ".join(blocks[:NAMED]) + more
 
 

@@ -14,7 +14,7 @@ from klora.fusion.policies.base import ScaledPolicy
 from klora.lora.names import block_label, block_of
 from klora.report.summary import WHO, absent_share, describe_rule
 from klora.report.words import share_in_words
-from klora.text import one_line
+from klora.text import count_of, one_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -301,7 +301,7 @@ def literal(text: str) -> str:
 
 def describe_share(plan: FusionPlan) -> str:
     """Say on one line what came of it: the subject's share, when it has it, and of how many steps."""
-    steps = f"{plan.steps} steps"
+    steps = count_of(plan.steps, "step")
     if plan.made and len(plan.made) < plan.steps:
         steps = f"steps {plan.made.start + 1} to {plan.made.stop} of {plan.steps}"
     if plan.share is None:

@@ -17,7 +17,7 @@ from klora.lora.side import WeightedLora
 from klora.lora.weighted import weighted_name
 from klora.pair import Pair
 from klora.report.overlap import Overlap, in_words
-from klora.text import one_line
+from klora.text import count_of, one_line
 
 WHO = {"c": "subject", "s": "style", "b": "both", "-": "neither"}
 _BARS = "▁▂▃▄▅▆▇█"
@@ -45,11 +45,11 @@ def notices(pair: Pair, plan: FusionPlan) -> list[str]:
     """What a user should be warned of, one line each."""
     found = list(plan.notices)
     if unmatched := pair.coverage.unmatched:
-        found.append(f"{len(unmatched)} keys were not understood and do nothing, such as {unmatched[0]}")
+        found.append(f"{count_of(len(unmatched), 'key')} not understood and without effect, such as {unmatched[0]}")
     found.extend(idle(pair.loras))
     if pair.model is None and (twins := alike(pair.subject.modules, pair.style.modules)):
         found.append(
-            f"{len(twins)} modules of the subject may be modules of the style in another spelling, such as"
+            f"{count_of(len(twins), 'module')} of the subject may be in the style too, in another spelling, such as"
             f" {twins[0][0]} and {twins[0][1]}; without the model they are not compared"
         )
     return found
@@ -82,7 +82,9 @@ def _describe_part(part: WeightedLora) -> str:
     families = sorted({delta.family for delta in file.modules.values()})
     kind = f"{rank if found else ''} ({', '.join(families) or 'none'})"
     alpha = "" if file.alpha_is_told else f"; alpha from {file.alpha_from}"
-    return f"{one_line(weighted_name(file.file_name, part.weight))}: {len(file.modules)} modules{kind}{alpha}"
+    return (
+        f"{one_line(weighted_name(file.file_name, part.weight))}: {count_of(len(file.modules), 'module')}{kind}{alpha}"
+    )
 
 
 def _describe_coverage(pair: Pair) -> str:
@@ -95,7 +97,7 @@ def _describe_coverage(pair: Pair) -> str:
         "keys not understood": len(coverage.unmatched),
     }
     rest = ", ".join(f"{label} {count}" for label, count in counts.items())
-    return f"contested {len(coverage.contested)} of {total} modules; {rest}"
+    return f"contested {len(coverage.contested)} of {count_of(total, 'module')}; {rest}"
 
 
 def absent_share(plan: FusionPlan) -> str:
@@ -107,12 +109,13 @@ def _describe_share(plan: FusionPlan) -> str:
     if not plan.contested:
         return "nothing is contested"
     if plan.undecided:
-        return f"of {len(plan.contested)} modules: decided while sampling"
+        return f"of {count_of(len(plan.contested), 'module')}: decided while sampling"
     letters = _letters(plan)
     shares = [f"{who} {letters.count(x) / len(letters):.1%}" for x, who in WHO.items() if x in letters or x in "cs"]
     beyond = len([m for m in plan.modules if m.subject_name and m.style_name]) - len(plan.contested)
-    aside = f"; {beyond} modules of both files lie outside the scope" if beyond else ""
-    return f"{', '.join(shares)} of {len(plan.contested)} modules × {plan.steps} steps{aside}"
+    aside = f"; {count_of(beyond, 'module')} of both files outside the scope" if beyond else ""
+    cells = f"{count_of(len(plan.contested), 'module')} × {count_of(plan.steps, 'step')}"
+    return f"{', '.join(shares)} of {cells}{aside}"
 
 
 def _letters(plan: FusionPlan) -> str:
@@ -163,4 +166,4 @@ def _switches(plan: FusionPlan, modules: Iterable[PlanModule]) -> str:
     if not found:
         return "never"
     switching = sum(len(set(letters)) > 1 for letters in selections)
-    return f"{min(found)}–{max(found)} ({switching} of {len(selections)} modules)"
+    return f"{min(found)}–{max(found)} ({switching} of {count_of(len(selections), 'module')})"

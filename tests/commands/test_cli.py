@@ -181,7 +181,7 @@ class TestAnalyze:
         code, out, err = run("analyze", *files, "--json", "-")
         assert code == 0
         assert json.loads(out)["coverage"]["unmatched"] == ["something.else"]
-        assert err.startswith("klora: warning: 1 keys")
+        assert err.startswith("klora: warning: 1 key not understood")
         assert err.count("\n") == 1
 
     def test_a_second_run_gives_the_same_bytes(self, run: Run, files: Files) -> None:

@@ -346,7 +346,7 @@ def test_a_norm_that_shows_no_values_is_named_and_left_out(tmp_path: Path, store
     again = Session(fused.pair, fused.plan, {"blocks.0.x": Site(model.blocks[0]["x"])}, denoiser=model)
     with again:
         assert model.blocks[0]["norm"].weight is before
-    assert "1 changes of other parameters (such as diffusion_model.blocks.0.norm.w_norm)" in again.left_out[0]
+    assert "1 change of other parameters (such as diffusion_model.blocks.0.norm.w_norm)" in again.left_out[0]
     assert "quantised" in again.left_out[0]
 
 
@@ -366,7 +366,7 @@ def test_a_norm_that_others_begin_to_move_meanwhile_is_the_models_own_from_the_n
             assert model.in_a_call()["blocks.0.norm.weight"] is own
     assert norm.weight is own
     (said,) = (record.getMessage() for record in caplog.records)
-    assert said.startswith("1 changes" if store is not moved else "2 changes")
+    assert said.startswith(f"from now on {2 if store is moved else 1} change")
     assert "quantised" in said
 
 
@@ -393,7 +393,7 @@ def test_other_parameters_are_changed_and_put_back(tmp_path: Path) -> None:
     assert torch.equal(found["table"], torch.full((1, 6, 8), 2.0))
     assert torch.equal(model.blocks[0]["norm"].weight, torch.ones(8))
     assert not model.table.any()
-    assert "1 changes of other parameters (such as diffusion_model.gone.diff)" in fused.left_out[0]
+    assert "1 change of other parameters (such as diffusion_model.gone.diff)" in fused.left_out[0]
 
 
 def test_a_whole_parameter_stands_in_the_place_of_the_models(tmp_path: Path) -> None:
@@ -408,7 +408,7 @@ def test_a_layer_without_a_bias_leaves_a_files_out_and_says_so(tmp_path: Path) -
     model, fused = session(lora(diff_b=torch.ones(8)), lora(), tmp_path)
     model.blocks[0]["x"].bias = None
     again = Session(fused.pair, fused.plan, {"blocks.0.x": Site(model.blocks[0]["x"])}, denoiser=model)
-    assert "1 biases (such as that of blocks.0.x)" in again.left_out[0]
+    assert "1 change of biases (such as that of blocks.0.x)" in again.left_out[0]
 
 
 def test_bfls_norms_stand_in_the_place_of_the_models(tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def test_modules_outside_the_scope_are_counted(tmp_path: Path) -> None:
         for seed, name in enumerate("ab")
     ]
     pair = Pair.open(*files, ScoreCache(tmp_path / "cache"))
-    assert "3 modules of both files lie outside the scope" in summary_of(pair, pair.plan(Settings(scope="attention")))
+    assert "3 modules of both files outside the scope" in summary_of(pair, pair.plan(Settings(scope="attention")))
 
 
 def test_nothing_contested_is_said_and_warned_of(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from klora.report.picture import describe_share
 from klora.report.words import PLACE_WORDS, WHEN, _thirds, _when, module_in_words, share_in_words
+from klora.text import count_of
 from tests.support.models import real_shapes
 from tests.support.pairs import ATTENTION, plan_of
 
@@ -82,3 +83,11 @@ def test_a_plan_without_a_share_has_none_in_words_and_says_why() -> None:
     with pytest.raises(ValueError, match="no share"):
         share_in_words(plan)
     assert describe_share(plan) == "nothing is contested · 30 steps"
+
+
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [(0, "0 keys"), (1, "1 key"), (2160, "2160 keys"), (1.0, "1 key"), (5 / 3, "1.67 keys")],
+)
+def test_what_is_counted_is_told_with_all_its_digits(number: float, told: str) -> None:
+    assert count_of(number, "key") == told

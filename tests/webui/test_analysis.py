@@ -148,9 +148,9 @@ def test_what_of_a_file_does_nothing_is_said_under_the_picture_and_in_the_analys
     }
     save_file(tensors, host.folder / "ink.safetensors")
     places = (
-        "1 of its 28 modules (such as empty), 1 changes of other parameters (such as lora_unet_conv_norm_out.w_norm)"
+        "1 of its 28 modules (such as empty), 1 change of other parameters (such as lora_unet_conv_norm_out.w_norm)"
     )
-    biases = f"1 biases (such as that of {ATTENTION[0]})"
+    biases = f"1 change of biases (such as that of {ATTENTION[0]})"
     told = [
         "ink.safetensors changes nothing in its modules of rank 0 (1), such as lora_unet_empty",
         f"ink.safetensors: {places}, {biases} found no place in the model and do nothing",
