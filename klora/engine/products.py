@@ -17,6 +17,7 @@ from torch import Tensor
 from klora.engine.joined import SharedInput, joins_on
 from klora.engine.site import Site, is_conv
 from klora.engine.weights import Chain, Room, Weights, as_dtype, preparing
+from klora.errors import MismatchError
 from klora.lora.deltas import Delta
 
 Add = Callable[[Tensor, Tensor], Tensor]
@@ -68,10 +69,9 @@ class Dense:
 
     def __init__(self, weights: Weights, site: Site, room: Room) -> None:
         """Take a delta without factors; MismatchError where it depends on a weight that cannot be read."""
-        if weights.delta.needs_base:
-            # Raises now what would else end a forward of the model.
-            site.base_weight()
         self.weights, self._site, self._room = weights, site, room
+        # Raises now what would else end a forward of the model.
+        self._base()
         self._reserved = 0
         self._chains: dict[tuple[torch.device, torch.dtype], Chain] = {}
 
@@ -92,9 +92,21 @@ class Dense:
     def formed(self, device: torch.device, dtype: torch.dtype) -> Chain:
         """ΔW."""
         with preparing():
-            delta = self.weights.delta
-            base = self._site.base_weight() if delta.needs_base else None
-            return Chain((delta.matrix(base).to(device, dtype),), 1.0)
+            return Chain((self.weights.delta.matrix(self._base()).to(device, dtype),), 1.0)
+
+    def _base(self) -> Tensor | None:
+        """The weight that ΔW depends on; None where it depends on none."""
+        delta = self.weights.delta
+        if not delta.needs_base:
+            return None
+        base = self._site.base_weight()
+        if base is None:
+            raise MismatchError(
+                f"{delta.file}: {delta.key}: a DoRA needs the weights it changes, and"
+                f" {type(self._site.module).__name__} does not show them (quantised or offloaded); use an unquantised"
+                " model or a LoRA without DoRA"
+            )
+        return base
 
     def release(self) -> None:
         """Drop it."""

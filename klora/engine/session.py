@@ -30,6 +30,7 @@ from klora.fusion.plan import ROLES, FusionPlan
 from klora.fusion.policies.base import BOTH, NEITHER, Active, Moment
 from klora.lora.checks import check_model
 from klora.lora.deltas import Delta
+from klora.lora.deltas.base import size
 from klora.lora.file import LoraFile
 from klora.pair import Pair
 
@@ -405,6 +406,6 @@ def _check_text_encoder(file: LoraFile, sites: Mapping[str, Site]) -> None:
     for name, delta in file.text_encoder.items():
         if name in sites and sites[name].shape != delta.shape:
             raise MismatchError(
-                f"{file.where}: {delta.key}: its shape {delta.shape} does not fit the text encoder's"
-                f" {sites[name].shape}; use a LoRA made for this model"
+                f"{file.label}: {delta.key}: its {size(delta.shape)} does not fit the text encoder's"
+                f" {size(sites[name].shape)}; use a LoRA made for this model"
             )

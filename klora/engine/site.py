@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from klora.errors import MismatchError
-
 
 @dataclass(frozen=True)
 class Site:
@@ -40,15 +38,12 @@ class Site:
         """Whether the module adds a bias."""
         return getattr(self.module, "bias", None) is not None
 
-    def base_weight(self) -> Tensor:
-        """The weight of this site's rows, (out, in[, *kernel]); MismatchError where it is not a plain tensor."""
+    def base_weight(self) -> Tensor | None:
+        """The weight of this site's rows, (out, in[, *kernel]); None where it is not a plain tensor."""
         weight = self.weight() if self.weight else getattr(self.module, "weight", None)
         plain = isinstance(weight, Tensor) and type(weight.data) is Tensor
         if weight is None or not plain or not weight.is_floating_point() or weight.is_meta:
-            raise MismatchError(
-                f"a DoRA needs the weights it changes, and {type(self.module).__name__} does not show them"
-                " (quantised or offloaded); use an unquantised model or a LoRA without DoRA"
-            )
+            return None
         weight = weight.detach()
         return weight[self.rows[0] : self.rows[1]] if self.rows else weight
 
