@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from klora.cache import ScoreCache
-from klora.engine.bypass import HookedLayer
+from klora.engine.bypass import HookedLayer, Part
 from klora.engine.held import FormedLayer, HeldLayer
+from klora.engine.products import product_of
 from klora.engine.session import Session
 from klora.engine.site import Site
+from klora.engine.ways import layer_of
 from klora.engine.weights import KEPT, Room
 from klora.errors import KloraError
+from klora.lora.deltas.computed import FactorDelta
 from klora.pair import Pair
 from klora.settings import Settings
 from tests.support.lora_files import write_lora
@@ -204,6 +207,16 @@ def test_each_module_goes_the_way_that_costs_less(tmp_path: Path) -> None:
     # Several forwards a step, each with other LoRAs, would form them again and again.
     assert set(ways(session_of(pair_of(tmp_path, "loha"), model, engine="auto", policy="composite"))) == {HookedLayer}
     assert set(ways(session_of(pair_of(tmp_path, "loha"), model, engine="held", policy="dynamic"))) == {HookedLayer}
+
+
+@pytest.mark.parametrize(("width", "rank"), [(320, 64), (640, 64), (1280, 80), (3072, 192)])
+def test_a_low_rank_is_held_from_64_and_a_sixteenth_of_the_layers_width_on(width: int, rank: int) -> None:
+    layer = nn.Linear(width, width, bias=False, device="meta")
+    for number, way in ((rank, HeldLayer), (rank - 1, HookedLayer)):
+        factors = torch.zeros(width, number), torch.zeros(number, width)
+        delta = FactorDelta("f.safetensors", "k", number, number, 1.0, (width, width), *factors)
+        part = Part((product_of(delta, Site(layer)), None))
+        assert type(layer_of(layer, [part], "auto", plain=True, room=Room())) is way
 
 
 @pytest.mark.parametrize("family", ["loha", "dora", "full"])
