@@ -115,6 +115,18 @@ def test_the_hosts_translate_every_text(texts: set[str]) -> None:
     assert not [text for text in texts if re.search("[\u2194-\u21aa\u2600-\u27bf\U0001f000-\U0001faff]", text)]
 
 
+@pytest.mark.parametrize(
+    ("language", "meant"),
+    [
+        ("zh_CN", {"Cancel": "取消", "Progress": "进度", "Refresh": "刷新", "Scale": "缩放", "value": "值"}),
+        ("ja_JP", {"Cancel": "中止", "Progress": "進行度", "Refresh": "更新", "Scale": "スケール", "value": "値"}),
+    ],
+)
+def test_words_that_the_hosts_have_too_mean_the_same_there(language: str, meant: dict[str, str]) -> None:
+    # The hosts translate a text wherever on their page it stands.
+    assert {word: translations(language)[word] for word in meant} == meant
+
+
 def test_the_accordions_choose_messages_are_these(texts: set[str]) -> None:
     for side in ("subject", "style"):
         with pytest.raises(args.SettingsError) as caught:
