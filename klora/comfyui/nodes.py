@@ -36,8 +36,8 @@ class KLora:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "Fuses a subject LoRA and a style LoRA without training (K-LoRA): in every module, at every step, the one acts"
-        " that matters more there. In the place of two LoRA loaders."
+        "Fuses a subject LoRA and a style LoRA without training (K-LoRA): in every module, at every step, the one that"
+        " matters more there acts. It takes the place of two LoRA loaders."
     )
     SEARCH_ALIASES = ("klora", "k lora", "fuse loras", "subject and style", "merge loras", "lora loader")
     FUNCTION = "fuse"
@@ -60,7 +60,7 @@ class KLora:
             },
             "optional": {
                 "clip": ("CLIP", {"tooltip": "the text encoders, for LoRAs that change these too"}),
-                "settings": (SETTINGS, {"tooltip": "from K-LoRA settings; as the paper has it without"}),
+                "settings": (SETTINGS, {"tooltip": "from K-LoRA settings; without it, all is as in the paper"}),
                 **more_inputs(SIDE),
             },
             "hidden": {"unique_id": "UNIQUE_ID"},
@@ -175,8 +175,8 @@ class KLoraAnalyse:
 
     CATEGORY = CATEGORY
     DESCRIPTION = (
-        "What a pair of LoRAs would do, in words and pictures, without sampling. With a model, its names count; without"
-        " one, those of the files."
+        "What a pair of LoRAs would do, in words and pictures, without sampling. With a model, modules go by its names;"
+        " without one, by those of the files."
     )
     SEARCH_ALIASES = ("klora analyse", "klora analyze", "compare loras", "lora overlap")
     FUNCTION = "analyse"
@@ -250,9 +250,9 @@ class KLoraSave:
                 "filename_prefix": ("STRING", {"default": "loras/fused", "tooltip": "in the output folder"}),
                 "rank": (
                     "INT",
-                    {"default": 0, "min": 0, "max": 4096, "tooltip": "what every module is cut to by SVD; 0: kept"},
+                    {"default": 0, "min": 0, "max": 4096, "tooltip": "rank that modules are cut to by SVD; 0: not cut"},
                 ),
-                "dtype": (["float16", "bfloat16", "float32"], {"tooltip": "of the tensors"}),
+                "dtype": (["float16", "bfloat16", "float32"], {"tooltip": "type of the numbers in the file"}),
             }
         }
 

@@ -87,7 +87,7 @@ class Judgement:
         """Write under a cell's picture what is in it, and after the last one, mark the best and say which it is."""
         cell, judged = getattr(p, CELL, None), getattr(p, JUDGED, None)
         if cell is not None and not hasattr(p, JUDGED):
-            comment(p, "not judged: that is done in A1111 and the Forge family, for pictures without a hires pass")
+            comment(p, "not judged: A1111 and the Forge family alone do that, for pictures without a hires pass")
         if cell is None or judged is None or not processed.images:
             return
         if cell.shares != self._shares or cell.share == cell.shares[0]:

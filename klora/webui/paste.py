@@ -12,6 +12,7 @@ from klora.hosts.webui.lora_library import lora_code
 from klora.webui.infotext import PASTERS, rename_by_hash
 
 SECONDS = 20.0
+"""How long a paste may wait for files to be hashed; the one that is being read then is read to its end."""
 
 
 def _update(paste: Callable[[Mapping[str, Any]], Any], params: Mapping[str, Any]) -> Any:
@@ -49,7 +50,7 @@ def name_here(name: str, shorthash: str) -> str | None:
 
 
 def _search(networks: Any, shorthash: str) -> Any:
-    """Hash files that the host has not hashed yet, the latest renamed first, for a few seconds."""
+    """The LoRA of a hash among those not hashed yet, the latest renamed first; None where SECONDS do not tell."""
     unknown = [entry for entry in networks.available_networks.values() if not entry.hash]
     until = time.monotonic() + SECONDS
     for entry in sorted(unknown, key=_changed, reverse=True):
