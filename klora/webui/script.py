@@ -44,7 +44,9 @@ def make_script() -> type:
             from klora.webui.saving import save
 
             tab = "img2img" if is_img2img else "txt2img"
-            found = build(tab, Library, analyse, defaults(), misfit, save)
+            command_line = importlib.import_module("modules.shared").cmd_opts
+            queued = not getattr(command_line, "no_gradio_queue", False)
+            found = build(tab, Library, analyse, defaults(), misfit, save, queued)
             self.grid = BalanceGrid(tab, found)
             self.infotext_fields = [(found.args[name], paste) for name, paste in FIELDS.items()]
             self.paste_field_names = list(FIELDS.values())

@@ -63,11 +63,13 @@ def build(
     defaults: Mapping[str, Any] | None = None,
     misfit: Misfit | None = None,
     save: Save | None = None,
+    queued: bool = True,
 ) -> Accordion:
     """Mount the accordion in the Gradio block at hand; `tab` begins all its elements' ids.
 
     `defaults` are values of settings other than their own defaults. The page's script shows the first control, which
-    enables K-LoRA, in the header, where it is apart from the fold.
+    enables K-LoRA, in the header, where it is apart from the fold. Where Gradio's events are not `queued`, an analysis
+    shows no more than what came of it.
     """
     import gradio as gr
 
@@ -87,7 +89,7 @@ def build(
             rule = gr.HTML("", elem_id=f"{tab}_klora_rule", elem_classes=["klora-said"])
             button = _add_saving(gr, tab, found, save) if save is not None else None
         _follow_policy(gr, found, switch, button)
-        _connect_analysis(gr, tab, found, analyse, buttons, [result, rule])
+        _connect_analysis(gr, tab, found, analyse, buttons, [result, rule], queued)
     return found
 
 
@@ -236,7 +238,13 @@ def _add_saving(gr: Any, tab: str, found: Accordion, save: Save) -> Any:
 
 
 def _connect_analysis(
-    gr: Any, tab: str, found: Accordion, analyse: Analyse, buttons: Sequence[Any], outputs: Sequence[Any]
+    gr: Any,
+    tab: str,
+    found: Accordion,
+    analyse: Analyse,
+    buttons: Sequence[Any],
+    outputs: Sequence[Any],
+    queued: bool,
 ) -> None:
     """Analyse for the steps of the tab, in the page's colours and width; mark as stale what has changed since."""
     button, cancel = buttons
@@ -252,6 +260,10 @@ def _connect_analysis(
             else:
                 yield [*shown, gr.update(visible=False)]
 
+    def run_to_the_end(*values: Any) -> list[Any]:
+        *_, shown = run(*values)
+        return shown
+
     def stop() -> None:
         for one in running:
             one.cancel()
@@ -266,7 +278,8 @@ def _connect_analysis(
         return [...values.slice(0, {len(controls)}), Number(steps?.value) || {View().steps}, Number(dark),
             accordion.clientWidth || {View().width}];
     }}"""
-    in_page(button.click, code, inputs, [*outputs, cancel], then=run)
+    # Without a queue Gradio 3 takes no function that yields.
+    in_page(button.click, code, inputs, [*outputs, cancel], then=run if queued else run_to_the_end)
     cancel.click(stop, inputs=[], outputs=[], queue=False)
     for control in controls.values():
         in_page(control.change, f"() => {{ window.kloraChanged?.('{tab}'); return []; }}", [], [])

@@ -138,6 +138,18 @@ def test_the_cancel_button_shows_while_an_analysis_is_made_and_ends_it(
     assert button == {"visible": False}
 
 
+def test_without_gradios_queue_an_analysis_shows_what_came_of_it(
+    gradio: RecordedGradio, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradio, "update", dict, raising=False)
+    found = built(queued=False)
+    (begin,) = gradio.by_id("txt2img_klora_analyse").events["click"]
+    names = [name for name in ARG_ORDER if found.args[name] in begin["inputs"]]
+    values = {"subject": "dog", "style": "ink"}
+    shown = begin["fn"](*(values.get(name, found.args[name].kwargs["value"]) for name in names), 20, 0, 1200)
+    assert shown == ["", "", {"visible": False}]
+
+
 def test_the_button_of_the_grid_shows_once_the_hosts_plot_is_there(gradio: RecordedGradio) -> None:
     found = built()
     grid = BalanceGrid("txt2img", found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import re
 import sys
@@ -117,6 +118,15 @@ def test_the_script_is_always_on_and_named_for_the_api(host: Any) -> None:
     script = make_script()()
     assert script.title().lower() == "k-lora"
     assert script.show(False) is script.show(True) is host.scripts.AlwaysVisible
+
+
+@pytest.mark.parametrize("no_queue", [False, True])
+def test_an_analysis_tells_how_far_it_is_only_where_the_host_has_gradios_queue(host: Any, no_queue: bool) -> None:
+    host.shared.cmd_opts.no_gradio_queue = no_queue
+    make_script()().ui(False)
+    (begun,) = sys.modules["gradio"].by_id("txt2img_klora_analyse").events["click"]
+    # Gradio 3 asks this too, and refuses without its queue.
+    assert inspect.isgeneratorfunction(begun["fn"]) is not no_queue
 
 
 def test_good_arguments_become_a_tag_and_disabled_ones_change_nothing(host: Any) -> None:
