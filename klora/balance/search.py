@@ -45,8 +45,12 @@ def best_of(candidates: Sequence[Candidate]) -> Candidate:
 
 
 def check_findable(settings: Settings) -> None:
-    """Raise KloraError for a policy that has no share to be found, and for settings that decide it already."""
+    """Raise KloraError for a policy that has no share to be found, settings that decide it already, and one step."""
     if not is_heeded("share", settings.policy):
         raise KloraError(f"policy: {settings.policy} has no share that could be found; use another, such as k-lora")
     if settings.share is not None or settings.balance:
         raise KloraError("share: is what is to be found; leave out the balance, and any other share")
+    if settings.steps == 1:
+        raise KloraError(
+            "steps: with a single one there is no place at which a picture could be judged; take 2 or more"
+        )

@@ -37,7 +37,11 @@ def test_a_lora_with_no_part_anywhere_is_an_error_that_names_its_side(side: str,
         best_of(candidates(*[parts] * 5))
 
 
-@pytest.mark.parametrize("settings", [{"policy": "direct"}, {"share": 0.5}, {"balance": -1}])
-def test_what_has_no_share_or_has_it_already_cannot_be_asked_for_one(settings: dict[str, object]) -> None:
-    with pytest.raises(KloraError):
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"policy": "direct"}, "policy"), ({"share": 0.5}, "share"), ({"balance": -1}, "share"), ({"steps": 1}, "steps")],
+)
+def test_what_has_no_share_or_has_it_already_cannot_be_asked_for_one(settings: dict[str, object], named: str) -> None:
+    with pytest.raises(KloraError, match=f"^{named}: "):
         check_findable(Settings.parse(settings))
+    check_findable(Settings(steps=2))

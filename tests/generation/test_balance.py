@@ -46,6 +46,10 @@ def few(monkeypatch: pytest.MonkeyPatch) -> tuple[float, ...]:
     return look_at_fewer(monkeypatch)
 
 
+def test_two_steps_are_enough(pipe: Any, pair: catalogue.DemoPair, few: tuple[float, ...]) -> None:
+    assert find(pipe, pair, steps=2).share in few
+
+
 def test_the_pipeline_is_as_before_and_all_work_is_told(
     pipe: Any, pair: catalogue.DemoPair, few: tuple[float, ...]
 ) -> None:
