@@ -55,7 +55,9 @@ def check_static(settings: Settings) -> None:
     """Raise SettingsError where what is active depends on the step, which no file can hold."""
     if not Windows.of(settings).always:
         setting = next(name for name in WINDOWS if name in settings.changed())
-        raise SettingsError(setting, "a window is a part of the steps of sampling, which one file cannot hold")
+        raise SettingsError(
+            setting, "a window is a part of the steps of sampling, which one file cannot hold; leave it out"
+        )
     policy = POLICIES.get(settings.policy)
     if policy is not None and not policy.static:
         raise SettingsError(

@@ -286,7 +286,7 @@ def _uncontested(module: FileModule, settings: Settings) -> Active:
 
 def _warnings(shared: Mapping[str, SharedModule], gamma: float | None) -> Iterable[str]:
     if not shared:
-        yield "no module of the scope is in both files, so nothing is selected: each file acts where it alone is"
+        yield "no module of the scope is in both files, so nothing is selected: each acts in modules that it alone has"
     elif gamma is None:
         zero = [
             side

@@ -18,6 +18,7 @@ from klora.lora.names import sort_key
 from klora.lora.parameters import ParameterDelta
 from klora.lora.source import TensorSource
 from klora.lora.weighted import check_weight, weighted_name
+from klora.text import printable
 
 WeightedSource = tuple[LoraSource, float]
 SideSource = LoraSource | WeightedSource | Sequence[LoraSource | WeightedSource]
@@ -178,11 +179,11 @@ def read_side(source: SideSource, side: str) -> list[tuple[LoraSource, float]]:
     if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], (int, float)):
         return [_weighted(source, side)]
     if not isinstance(source, Sequence) or isinstance(source, (bytes, bytearray)) or not source:
-        raise SettingsError(side, f"{source!r} is not a LoRA, nor a list of LoRAs or of (LoRA, weight)")
+        raise SettingsError(side, f"{printable(repr(source))} is not a LoRA, nor a list of LoRAs or of (LoRA, weight)")
     return [_weighted(one if isinstance(one, tuple) else (one, 1.0), side) for one in source]
 
 
 def _weighted(pair: tuple[object, ...], side: str) -> tuple[LoraSource, float]:
     if len(pair) != 2 or not isinstance(pair[0], (str, PathLike, Mapping)):
-        raise SettingsError(side, f"{pair!r} is not (LoRA, weight)")
+        raise SettingsError(side, f"{printable(repr(pair))} is not (LoRA, weight)")
     return pair[0], check_weight(pair[1], side)

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from klora.errors import SettingsError
+from klora.text import printable
 
 MAX_WEIGHT = 10.0
 
@@ -25,7 +26,8 @@ def check_weight(value: object, side: str) -> float:
             number = math.nan
     if not abs(number) <= MAX_WEIGHT:
         raise SettingsError(
-            side, f"{value!r} is not a weight: it must be a number from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}"
+            side,
+            f"{printable(repr(value))} is not a weight: it must be a number from -{MAX_WEIGHT:g} to {MAX_WEIGHT:g}",
         )
     return number
 

@@ -226,11 +226,17 @@ def test_pairs_know_sides_again(files: list[LoraFile], cache: ScoreCache) -> Non
         [("a", 1, 2)],
         ("dog.safetensors", math.nan),
         ("a", 11),
+        torch.zeros(99, 99),
+        [torch.zeros(99, 99)],
+        [("a", torch.zeros(99, 99))],
     ],
+    ids=lambda source: repr(source).partition("(")[0],
 )
 def test_what_is_no_side_is_refused_in_words(source: object) -> None:
-    with pytest.raises(SettingsError, match=r"^subject: "):
+    with pytest.raises(SettingsError, match=r"^subject: ") as caught:
         read_side(source, "subject")  # type: ignore[arg-type]
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 500
     with pytest.raises(LoraFileError, match="nowhere"):
         Pair.open(["nowhere.safetensors"], "ink.safetensors")
 

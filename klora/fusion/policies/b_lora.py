@@ -39,4 +39,7 @@ class BLora(Policy):
 
     def check_model(self, modules: Iterable[str]) -> None:
         if not any(owner(module) != NEITHER for module in modules):
-            raise SettingsError("policy", "b-lora is for SDXL files and models, these have none of its two blocks")
+            raise SettingsError(
+                "policy",
+                "b-lora is for SDXL; these files, or this model, have none of its two blocks; use another policy",
+            )

@@ -96,7 +96,10 @@ def mixture(scheduler: Any, step: int) -> Mixture:
         sigma = float(sigmas[timesteps.index(timestep)])
         return Mixture(1 - sigma, sigma, "flow")
     if kind not in PREDICTED:
-        raise KloraError(f"{type(scheduler).__name__}: what a model of {kind!r} predicts is not known here")
+        raise KloraError(
+            f"{type(scheduler).__name__}: what a model of {kind!r} predicts is not known here, so that pictures cannot"
+            " be judged; choose the balance by eye, with klora compare"
+        )
     if sigmas is not None:
         return Mixture.at_level(float(sigmas[timesteps.index(timestep)]), kind)
     alpha = float(scheduler.alphas_cumprod[round(timestep)])
