@@ -71,13 +71,13 @@ def rule_line(plan: FusionPlan) -> str:
 
 
 def failure(text: str) -> str:
-    """Write what went wrong, on one line."""
-    return f'<p class="klora-error">{_say(" ".join(text.split()))}</p>'
+    """Write what went wrong, on one line; who listens to the page is told at once."""
+    return f'<p class="klora-error" role="alert">{_say(" ".join(text.split()))}</p>'
 
 
 def told(text: str) -> str:
     """Write what went well, on one line."""
-    return f'<p class="klora-told">{_say(" ".join(text.split()))}</p>'
+    return f'<p class="klora-told" role="status">{_say(" ".join(text.split()))}</p>'
 
 
 def _headline(title: str, plan: FusionPlan) -> str:

@@ -93,7 +93,7 @@ def _row(part: tuple[str, float]) -> str:
     return (
         f'<div class="klora-part" data-name="{html.escape(quoted(part[0]))}"><span class="klora-data">{name}</span>'
         f'<input type="number" min="-{limit}" max="{limit}" step="0.05" value="{weight}" aria-label="{name}">'
-        f'<button type="button" title="{REMOVE}" aria-label="{REMOVE}">✕</button></div>'
+        f'<button type="button" title="{REMOVE}" aria-label="{REMOVE} {name}">✕</button></div>'
     )
 
 

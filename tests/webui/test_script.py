@@ -294,6 +294,7 @@ def test_analysing_answers_with_a_page_or_one_line() -> None:
     assert list(ui.answer(analyse, {"subject": "a", "style": "b"}, View(7)))[-1] == ("page for 7", "rule")
     *_, (said, rule) = ui.answer(analyse, {"subject": "a", "style": "bad"}, View())
     assert "two lines of &lt;b&gt;" in said
+    assert 'role="alert"' in said
     assert rule == ""
     assert "Choose a style LoRA" in list(ui.answer(analyse, {"subject": "b", "style": "None"}, View()))[-1][0]
 

@@ -138,4 +138,5 @@ def test_a_side_of_several_has_a_row_for_each_with_its_weight() -> None:
         r'data-name="([^"]*)".*?>([^<]*)</span>.*?value="([^"]*)"', rows_of(("dog*0.8 + a%2Bb", "x"), Names)
     )
     assert rows == [("dog", "dog", "0.8"), ("a%2Bb", "a+b", "1")]
+    assert re.findall('aria-label="([^"]*)"', rows_of(("dog*2", "x"), Names)) == ["dog", "Remove dog"]
     assert "<x>" not in rows_of(("<x>*2", "dog"), Names)
