@@ -19,6 +19,8 @@ __all__ = ["host", "nothing_left", "plain"]
 
 UNET = "model.diffusion_model."
 ATTENTION = f"{UNET}input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
+SHAPES = ("5", "{}", "[]", "[[]]", '"x"')
+BROKEN = ["[" * 100_000, "{}", '{"a": 1}', *(f'{{"{ATTENTION}": {{"shape": {shape}}}}}' for shape in SHAPES)]
 CHECKPOINTS = {
     "one": ({ATTENTION: (4, 768)}, "SD1"),
     "two": ({ATTENTION: (4, 1024)}, "SD2"),
@@ -47,6 +49,13 @@ def test_a_checkpoint_s_header_tells_what_it_is(listed: FakeHost) -> None:
         assert architecture_of(name) == architecture
     assert architecture_of("old") is None
     assert architecture_of("not listed") is None
+
+
+@pytest.mark.parametrize("header", BROKEN, ids=range(len(BROKEN)))
+def test_a_checkpoint_with_a_broken_header_tells_nothing(listed: FakeHost, tmp_path: Path, header: str) -> None:
+    path = tmp_path / "checkpoints" / "old.ckpt"
+    path.write_bytes(len(header).to_bytes(8, "little") + header.encode())
+    assert misfit("dog", "ink", "old") == ""
 
 
 def test_a_pair_for_another_model_than_the_chosen_one_is_told_of_in_words(listed: FakeHost) -> None:

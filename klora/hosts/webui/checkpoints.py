@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 import json
 from pathlib import Path
-from typing import Any
 
 from klora.pair import Pair
 
@@ -44,7 +43,7 @@ def two_models(pair: str, checkpoint: str) -> str:
     )
 
 
-def _architecture(shapes: dict[str, Any]) -> str | None:
+def _architecture(shapes: dict[str, list[int]]) -> str | None:
     if any("double_blocks.0.img_attn." in key for key in shapes):
         return "FLUX"
     if f"{_UNET}label_emb.0.0.weight" in shapes:
@@ -53,12 +52,12 @@ def _architecture(shapes: dict[str, Any]) -> str | None:
     return _TEXT_WIDTHS.get(context[-1]) if context else None
 
 
-def _shapes(path: Path) -> dict[str, Any]:
+def _shapes(path: Path) -> dict[str, list[int]]:
     """The tensors' shapes by name; none where the file is no safetensors file."""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length)) if length <= _LARGEST_HEADER else {}
-        return {key: entry["shape"] for key, entry in header.items() if key != "__metadata__"}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {key: [*map(int, entry["shape"])] for key, entry in header.items() if key != "__metadata__"}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}
