@@ -311,20 +311,22 @@ def balance_for_share(compared: Sequence[float], scales: Sequence[float], share:
     The subject wins where ρ_l / scale(i/N) ≥ 2^b, so 2^b is a quantile of these ratios; a value between two
     neighbouring ratios is taken, which ≥ and > tell apart alike.
     """
-    ratios = sorted((_ratio(rho, scale) for rho in compared for scale in scales), reverse=True)
-    finite = sorted({math.log2(ratio) for ratio in ratios if 0 < ratio < math.inf}, reverse=True)
+    ascending = sorted(_log_ratio(rho, scale) for rho in compared for scale in scales)
+    finite = [log for log, _ in itertools.groupby(reversed(ascending)) if math.isfinite(log)]
     if not finite:
         return 0.0
     # To choose from: above the largest ratio, between neighbours, below the smallest.
     edges = [finite[0] + 1, *((a + b) / 2 for a, b in itertools.pairwise(finite)), finite[-1] - 1]
-    logs = [math.log2(ratio) if 0 < ratio < math.inf else math.copysign(math.inf, ratio - 1) for ratio in ratios]
-    ascending = logs[::-1]
 
     def reached(b: float) -> float:
         return (len(ascending) - bisect.bisect_left(ascending, b)) / len(ascending)
 
-    return min(edges, key=lambda b: (abs(reached(b) - share), abs(b)))
+    # With each edge more is reached than with the one before.
+    enough = bisect.bisect_left(edges, share, key=reached)
+    return min(edges[max(0, enough - 1) : enough + 1], key=lambda b: (abs(reached(b) - share), abs(b)))
 
 
-def _ratio(rho: float, scale: float) -> float:
-    return rho / scale if scale else math.inf
+def _log_ratio(rho: float, scale: float) -> float:
+    """log₂ of ρ / scale, −∞ for a ratio of 0."""
+    ratio = rho / scale if scale else math.inf
+    return math.log2(ratio) if 0 < ratio < math.inf else math.copysign(math.inf, ratio - 1)
