@@ -6,6 +6,7 @@ a minute passes before they say so. Where it does not answer, they get what is k
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +37,7 @@ def find_model(model: str, config: str = "config.json") -> ModelSource:
 
     Raises KloraError for what is neither, and for a hub id where the hub does not answer and nothing is kept of it.
     """
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if folder.is_dir():
         return ModelSource(str(folder), local_files_only=True)
     if folder.is_file():

@@ -90,7 +90,7 @@ def test_a_folder_is_loaded_from_its_files_alone(tmp_path: Path) -> None:
     assert find_model(str(tmp_path)) == ModelSource(str(tmp_path), local_files_only=True)
 
 
-@pytest.mark.parametrize("name", ["nowhere", "/no/where", "a/b/c", "https://a/b"])
+@pytest.mark.parametrize("name", ["nowhere", "/no/where", "a/b/c", "https://a/b", "~nobody-here/model"])
 def test_what_is_no_hub_id_is_refused_without_asking(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "hub_answers", lambda: pytest.fail("asked"))
     with pytest.raises(KloraError, match=r"not a hub id either\); give a folder"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import klora
@@ -18,7 +19,7 @@ def identity_of(model: str) -> str:
     Of every file its place, its size and 16 blocks of 64 KiB spread over it count, so that a model of many gigabytes
     is told apart from its finetunes in an instant.
     """
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     if not folder.is_dir():
         return model
     digest = hashlib.sha256()

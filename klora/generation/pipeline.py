@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ def quiet_libraries() -> Iterator[None]:
 def _pipeline_class(model: str) -> str:
     """The pipeline's class where its folder tells, else the model's name."""
     try:
-        index = json.loads((Path(model).expanduser() / _INDEX).read_text(encoding="utf-8"))
+        index = json.loads((Path(os.path.expanduser(model)) / _INDEX).read_text(encoding="utf-8"))
         return str(index["_class_name"])
     except (OSError, ValueError, KeyError, TypeError):
         return model
@@ -130,5 +131,5 @@ def memory_errors() -> Iterator[None]:
 
 def model_name(model: str) -> str:
     """A hub id, or a folder's name without what leads there."""
-    local = Path(model).expanduser()
+    local = Path(os.path.expanduser(model))
     return local.resolve().name if local.exists() else model

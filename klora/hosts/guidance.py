@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import partial
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def reference_files(setting: str, given: str) -> list[Path]:
     """The pictures that a setting names; SettingsError for a folder without any."""
     paths: list[Path] = []
     for part in filter(None, (part.strip() for part in given.split(";"))):
-        path = Path(part).expanduser()
+        path = Path(os.path.expanduser(part))
         found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES) if path.is_dir() else [path]
         if not found:
             raise SettingsError(setting, f"{path} holds no picture ({', '.join(IMAGE_SUFFIXES)})")

@@ -63,6 +63,7 @@ def test_weights_are_fp32_on_a_cpu_and_fp16_elsewhere_but_for_flux(tmp_path: Pat
     assert choose_dtype("auto", "cuda", "m") is torch.float16
     assert choose_dtype("auto", "cuda", "owner/FLUX.1-dev") is torch.bfloat16
     assert choose_dtype("auto", "cuda", str(tmp_path)) is torch.bfloat16
+    assert choose_dtype("auto", "cuda", "~nobody-here/flux") is torch.bfloat16
     assert choose_dtype("float16", "cpu", "m") is torch.float16
 
 
@@ -90,3 +91,4 @@ def test_a_model_is_named_without_the_way_to_it(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path / "toy")
     assert model_name(str(tmp_path / "toy")) == model_name(".") == "toy"
     assert model_name("owner/name") == "owner/name"
+    assert model_name("~nobody-here/toy") == "~nobody-here/toy"

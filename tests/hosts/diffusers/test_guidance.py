@@ -216,6 +216,8 @@ def test_what_is_missing_is_named_before_anything_is_touched(
 def test_several_references_may_be_given(references: dict[str, str]) -> None:
     assert len(read_images("style_refs", references["style_refs"])) == 2
     assert len(read_images("style_refs", ";".join(references.values()))) == 3
+    with pytest.raises(SettingsError, match=r"^style_refs: ~nobody-here/a.png cannot be read as a picture"):
+        read_images("style_refs", "~nobody-here/a.png")
 
 
 def test_an_encoder_takes_any_size(models: dict[str, str]) -> None:
