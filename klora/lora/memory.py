@@ -29,7 +29,7 @@ class TensorsInMemory(TensorSource):
     path = None
 
     def __init__(self, tensors: Mapping[str, Tensor], name: str) -> None:
-        """Copy `tensors`; LoraFileError, naming the key, for a value that is no tensor. `name` is for messages."""
+        """Copy `tensors`; LoraFileError, naming the key, for what is no plain tensor. `name` is for messages."""
         self.file = self.name = name
         self.metadata = {}
         self.entries: dict[str, Entry] = {}
@@ -37,9 +37,8 @@ class TensorsInMemory(TensorSource):
         self._bytes: list[Tensor] = []
         end = 0
         for key, value in tensors.items():
-            if not isinstance(key, str) or not isinstance(value, torch.Tensor) or str(value.dtype) not in _NAMES:
-                what = str(value.dtype) if isinstance(value, torch.Tensor) else type(value).__name__
-                raise LoraFileError(name, f"is a {what}, not a tensor of numbers", "give a LoRA's state dict", str(key))
+            if what := _odd(key, value):
+                raise LoraFileError(name, f"is {what}", "give a LoRA's state dict", str(key))
             own = value.detach().to("cpu", copy=True).contiguous()
             start, end = end, end + own.nbytes
             self.entries[key] = Entry(_NAMES[str(own.dtype)], tuple(own.shape), start, end)
@@ -71,3 +70,14 @@ class TensorsInMemory(TensorSource):
         for data in self._bytes:
             digest.update(data.numpy().data)
         return digest.hexdigest()
+
+
+def _odd(key: object, value: object) -> str | None:
+    """What makes an item one of no LoRA's state dict, if something does."""
+    if not isinstance(key, str):
+        return f"a key of type {type(key).__name__}, not text"
+    if not isinstance(value, torch.Tensor):
+        return f"a {type(value).__name__}, not a tensor"
+    if str(value.dtype) not in _NAMES or value.layout is not torch.strided:
+        return f"a tensor of {value.dtype} in {value.layout}, not of plain numbers"
+    return "a tensor on the device meta, which has no values" if value.is_meta else None

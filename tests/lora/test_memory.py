@@ -71,6 +71,14 @@ def test_errors_name_the_side_and_the_key(tmp_path: Path) -> None:
     key = next(iter(tensors))
     with pytest.raises(LoraFileError, match=r"^style \(in memory\): .*is a list"):
         Pair.open(tensors, {**tensors, key: [1.0]}, ScoreCache(tmp_path))  # type: ignore[dict-item]
+    for odd, what in (
+        ({3: torch.zeros(1)}, "3: is a key of type int"),
+        ({key: torch.zeros(2, dtype=torch.complex128)}, "complex128"),
+        ({key: torch.zeros(2, 2).to_sparse()}, "sparse"),
+        ({key: torch.zeros(2, 2, device="meta")}, "the device meta"),
+    ):
+        with pytest.raises(LoraFileError, match=rf"^subject \(in memory\): .*{what}"):
+            Pair.open({**tensors, **odd}, tensors, ScoreCache(tmp_path))  # type: ignore[dict-item]
     with pytest.raises(LoraFileError, match=r"^subject \(in memory\): zero modules"):
         Pair.open({"a.weight": torch.zeros(1)}, tensors, ScoreCache(tmp_path))
     tensors[key] = tensors[key] * torch.nan
