@@ -17,6 +17,7 @@ class SettingsError(KloraError):
     """A setting has an impossible value."""
 
     def __init__(self, field: str, reason: str) -> None:
+        reason = one_line(reason)
         super().__init__(f"{field}: {reason}")
         self.field = field
         self.reason = reason

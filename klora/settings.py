@@ -12,6 +12,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any
 
@@ -65,7 +66,7 @@ class Option:
         wanted = "a whole number" if self.kind is int else "a number"
         if self.optional:
             wanted += f" or {AUTO}"
-        if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        if isinstance(value, bool) or not isinstance(value, (Real, str)):
             raise SettingsError(name, f"{value!r} is not {wanted}")
         try:
             number = float(value)
@@ -76,7 +77,7 @@ class Option:
         if self.kind is int:
             if number != int(number):
                 raise SettingsError(name, f"{value!r} is not {wanted}")
-            return int(value) if isinstance(value, int) else int(number)
+            return int(value) if isinstance(value, Integral) else int(number)
         return number
 
     def _in_range(self, name: str, number: float | int) -> float | int:

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+from fractions import Fraction
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -32,6 +34,8 @@ from klora.settings import Settings, options
         ("steps", 0),
         ("subject_strength", "strong"),
         ("subject_strength", [1.0]),
+        ("subject_strength", np.zeros((9, 9))),
+        ("subject_strength", np.bool_(True)),
     ],
 )
 def test_an_impossible_value_is_refused_by_field(name: str, value: object) -> None:
@@ -40,6 +44,14 @@ def test_an_impossible_value_is_refused_by_field(name: str, value: object) -> No
     assert caught.value.field == name
     assert str(caught.value).startswith(f"{name}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_numbers_of_other_libraries_are_numbers() -> None:
+    found = Settings.parse(
+        {"balance": np.float32(0.5), "share": Fraction(1, 4), "steps": np.int64(12), "k": np.uint8(3)}
+    )
+    assert (found.balance, found.share, found.steps, found.k) == (0.5, 0.25, 12, 3)
+    assert json.loads(json.dumps(found.to_dict()))["steps"] == 12
 
 
 def test_an_unknown_name_is_refused_with_the_nearest_known_one() -> None:

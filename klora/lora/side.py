@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from numbers import Real
 from os import PathLike
 from typing import NamedTuple
 from weakref import WeakValueDictionary
@@ -176,7 +177,7 @@ def read_side(source: SideSource, side: str) -> list[tuple[LoraSource, float]]:
     """The LoRAs of a side, each with its weight; SettingsError, naming the `side`, for what is none."""
     if isinstance(source, (str, PathLike, Mapping)):
         return [(source, 1.0)]
-    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], (int, float)):
+    if isinstance(source, tuple) and len(source) == 2 and isinstance(source[1], Real):
         return [_weighted(source, side)]
     if not isinstance(source, Sequence) or isinstance(source, (bytes, bytearray)) or not source:
         raise SettingsError(side, f"{printable(repr(source))} is not a LoRA, nor a list of LoRAs or of (LoRA, weight)")

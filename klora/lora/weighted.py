@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from numbers import Real
 from pathlib import Path
 
 from klora.errors import SettingsError
@@ -19,7 +20,7 @@ def weighted_name(name: str, weight: float) -> str:
 def check_weight(value: object, side: str) -> float:
     """A weight of a LoRA in a side; SettingsError, naming the `side`, for what cannot be one."""
     number = math.nan
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
+    if isinstance(value, (Real, str)) and not isinstance(value, bool):
         try:
             number = float(value)
         except (ValueError, OverflowError):

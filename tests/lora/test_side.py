@@ -6,6 +6,7 @@ import itertools
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -246,6 +247,9 @@ def test_a_side_is_read_from_what_people_write() -> None:
     assert read_side(("a", 0.5), "subject") == [("a", 0.5)]
     assert read_side(["a", Path("b"), ("c", 2)], "subject") == [("a", 1.0), (Path("b"), 1.0), ("c", 2.0)]
     assert read_side(("a", "b"), "subject") == [("a", 1.0), ("b", 1.0)]
+    assert (
+        read_side(("a", np.float32(0.5)), "subject") == read_side([("a", np.float32(0.5))], "subject") == [("a", 0.5)]
+    )
     assert read_side({"x": torch.zeros(1)}, "subject")[0][1] == 1.0
 
 
