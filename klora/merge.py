@@ -186,8 +186,15 @@ def fused_file(
     for key, tensor in tensors.items():
         if not torch.isfinite(tensor).all():
             raise KloraError(f"{key}: leaves the range of {str(dtype).removeprefix('torch.')}; use float32")
-    data: bytes = save(tensors, _metadata(pair, settings, made))
-    return data
+    return _in_order(save(tensors, _metadata(pair, settings, made)))
+
+
+def _in_order(data: bytes) -> bytes:
+    """The same file with its header in order, for safetensors writes metadata in another order each time."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return b"".join((len(header).to_bytes(8, "little"), header, memoryview(data)[end:]))
 
 
 def _metadata(pair: Pair, settings: Settings, made: MergedLora) -> dict[str, str]:

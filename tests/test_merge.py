@@ -63,6 +63,16 @@ class TestTheFile:
             assert close(delta.matrix(), 0.5 * subject.modules[name].matrix() - 2 * style.modules[name].matrix())
         assert close(made.text_encoder[TEXT].matrix(), 0.5 * subject.text_encoder[TEXT].matrix())
 
+    def test_a_file_that_is_made_again_has_the_same_bytes(self, pair: tuple[Path, Path], tmp_path: Path) -> None:
+        opened, settings = Pair.open(*pair), Settings(policy="ties", style_strength=0.5)
+        made = [fused_file(opened, settings, merge(opened, settings)[0], torch.float16) for _ in range(5)]
+        assert len(set(made)) == 1
+        assert int.from_bytes(made[0][:8], "little") % 8 == 0
+        (tmp_path / "made.safetensors").write_bytes(made[0])
+        with safe_open(str(tmp_path / "made.safetensors"), "pt") as file:
+            assert json.loads(file.metadata()["klora"])["settings"] == {"policy": "ties", "style_strength": 0.5}
+        assert {tensor.dtype for tensor in load(made[0]).values()} == {torch.float16}
+
     @pytest.mark.parametrize("spelling", ["kohya", "diffusers"])
     def test_a_1x1_convolution_stays_one(self, tmp_path: Path, spelling: str) -> None:
         point = "down_blocks.0.attentions.0.proj_in"
