@@ -7,7 +7,6 @@ are small: there is always room for them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -47,12 +46,15 @@ def _is_out_of_reach(models: Models, path: str) -> bool:
 
 
 def _on_the_way(models: Models, path: str) -> list[Any]:
-    """The modules that a parameter is in, from its model on, and last itself."""
+    """The modules that a parameter is in, from its model on, and last itself; None for what is no longer there."""
     component, *rest = path.split(".")
     found, names = (models[component], rest) if component in models else (models[""], path.split("."))
     if names[0] == "text_model" and not hasattr(found, "text_model"):
         names = names[1:]
-    return list(accumulate(names, getattr, initial=found))
+    way: list[Any] = [found]
+    for name in names:
+        way.append(getattr(way[-1], name, None))
+    return way
 
 
 def _form(terms: Sum) -> Form:

@@ -370,6 +370,15 @@ def test_a_norm_that_others_begin_to_move_meanwhile_is_the_models_own_from_the_n
     assert "quantised" in said
 
 
+def test_a_norm_that_somebody_takes_away_meanwhile_is_no_error(tmp_path: Path) -> None:
+    model, fused = session(norms(w_norm=torch.ones(8)), lora(), tmp_path)
+    with fused:
+        model.register_forward_pre_hook(lambda *_: fused.start_pass([1.0, 0.5]))
+        model.in_a_call()
+        model.blocks[0]["norm"] = nn.Identity()
+        assert "blocks.0.norm.weight" not in model.in_a_call()
+
+
 def test_peft_scales_its_bias_as_the_factors(tmp_path: Path) -> None:
     tensors = {f"{X}.lora_A.weight": draw(2, 8), f"{X}.lora_B.weight": draw(8, 2), f"{X}.lora_B.bias": torch.ones(8)}
     bias = only({**tensors, f"{X}.alpha": torch.tensor(1.0)}).modules["blocks_0_x"].bias
