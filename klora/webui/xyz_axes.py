@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
@@ -70,12 +71,43 @@ def _axes(module: Any) -> Iterable[Any]:
     yield module.AxisOption(JUDGED, float, _apply_judged, confirm=share, cost=0.0, choices=None)
 
 
+def _refusing(function: Callable[..., None]) -> Callable[..., None]:
+    """Have the host's API answer with HTTP 422 and the text of a KloraError of `function`.
+
+    Of an error that is not HTTP's, newer releases of what serves the API leave no text.
+    """
+
+    @functools.wraps(function)
+    def refusing(*args: Any) -> None:
+        try:
+            function(*args)
+        except KloraError as error:
+            raise _bad_grid()(str(error)) from None
+
+    return refusing
+
+
+@functools.cache
+def _bad_grid() -> type[KloraError]:
+    from fastapi import HTTPException
+
+    class BadGridError(KloraError, HTTPException):  # type: ignore[misc]
+        def __init__(self, message: str) -> None:
+            HTTPException.__init__(self, status_code=422, detail=message)
+
+        def __str__(self) -> str:
+            return str(self.detail)
+
+    return BadGridError
+
+
 def _apply_judged(p: Any, value: float, values: list[float]) -> None:
     _apply("share")(p, value, values)
     setattr(p, CELL, Cell(value, tuple(values)))
 
 
 def _apply(name: str) -> Callable[[Any, Any, Any], None]:
+    @_refusing
     def apply(p: Any, value: Any, _values: Any) -> None:
         _refuse_bad_cells(p)
         # A cell's `p` is a shallow copy: what is on it is shared with the other cells.
@@ -130,6 +162,7 @@ def _keep(p: Any, name: str, values: list[Any]) -> None:
 
 
 def _confirm(name: str, option: Option) -> Callable[[Any, list[Any]], None]:
+    @_refusing
     def confirm(p: Any, values: list[Any]) -> None:
         _keep(p, name, values)
         for value in values:
@@ -146,6 +179,7 @@ def _names() -> list[str]:
 
 
 def _confirm_names(side: str) -> Callable[[Any, list[Any]], None]:
+    @_refusing
     def confirm(p: Any, values: list[Any]) -> None:
         from klora.webui.sides import find_side
 

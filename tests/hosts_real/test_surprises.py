@@ -112,8 +112,9 @@ def test_no_pair_is_off(server: Server, plain: Picture) -> None:
 def test_a_bad_grid_is_refused_before_its_first_picture(
     server: Server, axes: list[tuple[str, str]], tag: str, says: str
 ) -> None:
-    with pytest.raises(ApiError, match=says):
+    with pytest.raises(ApiError, match=says) as refused:
         server.plot(axes, tag)
+    assert refused.value.status == 422
 
 
 @pytest.mark.parametrize(

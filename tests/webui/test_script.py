@@ -47,6 +47,11 @@ class AxisOption:
         self.cost, self.choices = cost, choices
 
 
+class HttpError(Exception):
+    def __init__(self, status_code: int, detail: str) -> None:
+        self.status_code, self.detail = status_code, detail
+
+
 class OnDisk:
     def __init__(self, name: str, hash: str | None, folder: Path) -> None:
         self.name, self.file_hash, self.hash = name, hash, hash
@@ -92,7 +97,9 @@ def host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     vars(modules["modules.paths"]).update(data_path=str(tmp_path))
     categories: dict[str, str] = {}
     vars(modules["modules.options"]).update(categories=types.SimpleNamespace(register_category=categories.setdefault))
-    for name, module in {**modules, "networks": networks, "gradio": RecordedGradio()}.items():
+    fastapi = types.ModuleType("fastapi")
+    vars(fastapi).update(HTTPException=HttpError)
+    for name, module in {**modules, "networks": networks, "gradio": RecordedGradio(), "fastapi": fastapi}.items():
         monkeypatch.setitem(sys.modules, name, module)
     return types.SimpleNamespace(
         scripts=modules["modules.scripts"],
@@ -198,8 +205,10 @@ def test_an_axis_keeps_its_value_on_one_cell_and_refuses_bad_ones_before_the_plo
     assert p.klora_overrides == {"beta": 0.6}  # type: ignore[attr-defined]
     assert cell.klora_overrides == {"beta": 0.6, "balance": 1.0}  # type: ignore[attr-defined]
     for label, bad in (("β", -1.0), ("Policy", "nonsense"), ("Scale", "t"), ("Subject", "unknown")):
-        with pytest.raises(KloraError):
+        with pytest.raises(KloraError) as refused:
             axes[label].confirm(p, [bad])
+        assert refused.value.status_code == 422  # type: ignore[attr-defined]
+        assert refused.value.detail == str(refused.value)  # type: ignore[attr-defined]
     axes["Subject"].confirm(p, ["puppy"])
 
 
