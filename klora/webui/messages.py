@@ -30,7 +30,10 @@ def comment(p: Any, text: str) -> None:
 
 
 def hand_on_comments(p: Any, processed: Any) -> None:
-    """Have what was said shown under the image: SD.Next does not hand on a processing object's comments by itself."""
+    """Have what was said shown under the image.
+
+    SD.Next hands on no comments of a processing object by itself, and the others none that come after sampling.
+    """
     shown = str(getattr(processed, "comments", None) or "")
     unsaid = [text for text in getattr(p, "comments", ()) if text.startswith(_PREFIX) and text not in shown]
     if unsaid:
