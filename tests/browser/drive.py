@@ -81,14 +81,13 @@ def move_the_windows(page: Page) -> list[Any]:
 def focus_the_handles(page: Page) -> list[list[bool]]:
     """Go to each handle of a window by the keyboard: which of the two look otherwise than before."""
     names = [f"#txt2img_klora_subject_{end} input" for end in ("from", "to")]
-    page.locator(names[0] + "[type=range]").scroll_into_view_if_needed()
-    box = page.locator(names[0] + "[type=range]").bounding_box()
-    assert box is not None
-    ends = [{**box, "x": box["x"] + at - 4, "width": 24} for at in (0, box["width"] - 16)]
+    track = page.locator(f"{names[0]}[type=range]")
+    track.scroll_into_view_if_needed()
 
     def pictures() -> list[Image.Image]:
-        shots = [page.screenshot(clip=end, animations="disabled") for end in ends]
-        return [Image.open(BytesIO(shot)).convert("L") for shot in shots]
+        page.wait_for_timeout(300)
+        shot = Image.open(BytesIO(track.screenshot(animations="disabled"))).convert("L")
+        return [shot.crop((left, 0, left + 16, 16)) for left in (0, shot.width - 16)]
 
     def differ(now: Image.Image, old: Image.Image) -> bool:
         # A few pixels of an edge may.
