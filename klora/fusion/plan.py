@@ -297,7 +297,8 @@ def _warnings(shared: Mapping[str, SharedModule], gamma: float | None) -> Iterab
             if not l1
         ]
         if zero:
-            yield f"the {' and the '.join(zero)} LoRA is zero on every contested module, so γ is undefined"
+            which = "both LoRAs are" if len(zero) > 1 else f"the {zero[0]} LoRA is"
+            yield f"{which} zero on every contested module, so γ is undefined"
         else:
             yield (
                 "the subject LoRA is zero on most contested modules, and the trimmed mean leaves out the others, so γ"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -52,7 +51,8 @@ def notices(pair: Pair, plan: FusionPlan) -> list[str]:
             f"{count_of(len(twins), 'module')} of the subject may be in the style too, in another spelling, such as"
             f" {twins[0][0]} and {twins[0][1]}; without the model they are not compared"
         )
-    return found
+    # One file may be on both sides.
+    return list(dict.fromkeys(found))
 
 
 def describe_rule(plan: FusionPlan) -> str:
@@ -147,8 +147,8 @@ def _block_table(plan: FusionPlan) -> list[str]:
         letters = "".join(plan.selections[module.name] for module in modules)
         share = letters.count("c") / len(letters)
         ratios = [module.rho for module in modules if module.rho is not None]
-        figures = (min(ratios), statistics.median(ratios), max(ratios)) if ratios else (math.nan,) * 3
-        numbers = " ".join(f"{value:>7.3g}" for value in figures)
+        figures = [f"{find(ratios):.3g}" if ratios else "–" for find in (min, statistics.median, max)]
+        numbers = " ".join(f"{figure:>7}" for figure in figures)
         lines.append(f"{block:<{label}}  {len(modules):>9}  {share:>6.1%}    {numbers}   {_switches(plan, modules)}")
     return lines
 
@@ -166,4 +166,5 @@ def _switches(plan: FusionPlan, modules: Iterable[PlanModule]) -> str:
     if not found:
         return "never"
     switching = sum(len(set(letters)) > 1 for letters in selections)
-    return f"{min(found)}–{max(found)} ({switching} of {count_of(len(selections), 'module')})"
+    steps = "–".join(map(str, sorted({min(found), max(found)})))
+    return f"{steps} ({switching} of {count_of(len(selections), 'module')})"

@@ -204,7 +204,7 @@ def test_a_module_where_only_one_side_is_zero_goes_to_the_other() -> None:
     [
         ([(1, 0), (2, 0)], "c", ["style"]),
         ([(0, 1), (0, 2)], "s", ["subject"]),
-        ([(0, 0)], "-", ["subject", "style"]),
+        ([(0, 0)], "-", ["both LoRAs"]),
     ],
 )
 @pytest.mark.parametrize("policy", ["k-lora", "no-gamma", "top-k", "fixed"])
@@ -216,7 +216,7 @@ def test_a_side_that_is_zero_everywhere_leaves_gamma_undefined_with_a_warning_th
     assert plan.gamma is None
     assert set("".join(plan.selections.values())) == {letter}
     (warning,) = plan.warnings
-    assert [side for side in ("subject", "style") if side in warning] == zero
+    assert [side for side in ("subject", "style", "both LoRAs") if side in warning] == zero
 
 
 @pytest.mark.parametrize("gamma", [None, 2.0])

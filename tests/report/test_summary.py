@@ -114,6 +114,28 @@ def test_nothing_contested_is_said_and_warned_of(tmp_path: Path) -> None:
     assert len(notices(pair, plan)) == 1
 
 
+def test_what_has_no_number_shows_none(tmp_path: Path) -> None:
+    block = shapes(ATTENTION[:1])
+    dog, ink, coat = (write_lora(tmp_path / f"{i}.safetensors", block, alpha=float(i)) for i in range(3))
+    pair = Pair.open(dog, ink, ScoreCache(tmp_path / "cache"))
+    *_, row = summary_of(pair, pair.plan(Settings(steps=2))).splitlines()
+    assert row.split() == ["down_blocks.0", "1", "0.0%", "–", "–", "–", "never"]
+    pair = Pair.open(ink, coat, ScoreCache(tmp_path / "cache"))
+    *_, row = summary_of(pair, pair.plan(Settings(steps=2))).splitlines()
+    assert row.split() == ["down_blocks.0", "1", "50.0%", "1", "1", "1", "1", "(1", "of", "1", "module)"]
+
+
+def test_a_file_on_both_sides_is_warned_of_once(tmp_path: Path) -> None:
+    key = f"lora_unet_{ATTENTION[0].replace('.', '_')}"
+    path = tmp_path / "idle.safetensors"
+    save_file({f"{key}.lora_down.weight": torch.zeros(0, 32), f"{key}.lora_up.weight": torch.zeros(32, 0)}, path)
+    pair = Pair.open(path, path, ScoreCache(tmp_path / "cache"))
+    same, zero, idle = notices(pair, pair.plan(Settings()))
+    assert "same file" in same
+    assert zero == "both LoRAs are zero on every contested module, so γ is undefined"
+    assert "rank 0" in idle
+
+
 def test_a_sparkline_has_one_bar_per_step_up_to_its_width() -> None:
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
     assert len(sparkline([0.5] * 1000, width=60)) == 60
