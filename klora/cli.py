@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from klora import __version__
 from klora.commands.console import BAD, INTERRUPTED, fail, never_fail_on_a_character, settle, warn
-from klora.errors import KloraError, LeftOutWarning
+from klora.errors import KloraError, LeftOutWarning, SettingsError
 
 COMMANDS = {
     "analyze": "say which LoRA would act in which module at which step",
@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         settle(sys.stdout)
         where = f"{error.filename}: " if error.filename else ""
         return fail(f"{where}{error.strerror or error}", BAD)
+    except SettingsError as error:
+        return fail(f"--{error.field.replace('_', '-')}: {error.reason}", BAD)
     except KloraError as error:
         return fail(str(error), BAD)
     return code

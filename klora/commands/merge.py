@@ -7,7 +7,7 @@ import sys
 
 from klora.commands.console import warn
 from klora.commands.options import add_pair, add_settings, check_loras, read_pair, read_settings, side_paths, whole
-from klora.errors import KloraError, SettingsError
+from klora.errors import KloraError
 from klora.lora.spelling import SPELLINGS, spelling_of
 from klora.report.files import OutputFile
 from klora.text import count_of
@@ -48,10 +48,7 @@ def run(args: argparse.Namespace) -> None:
     from klora.pair import Pair
     from klora.report.summary import notices
 
-    try:
-        check_static(settings)
-    except SettingsError as error:
-        raise KloraError(f"--{error.field.replace('_', '-')}: {error.reason}") from None
+    check_static(settings)
     pair = Pair.open(args.subject, args.style)
     spelling = spelling_of(pair.loras, args.spelling)
     made, plan = merge(pair, settings, args.rank)

@@ -216,6 +216,19 @@ class TestAnalyze:
         assert err.count("\n") == 1
         assert "\x1b" not in err
 
+    @pytest.mark.parametrize(
+        ("words", "named"),
+        [(("--subject-blocks", "nope: 1"), "--subject-blocks"), (("--policy", "b-lora"), "--policy")],
+    )
+    def test_a_setting_that_does_not_suit_the_files_is_named_as_its_option(
+        self, run: Run, files: Files, tmp_path: Path, words: tuple[str, ...], named: str
+    ) -> None:
+        command = "merge" if named == "--policy" else "analyze"
+        target = ("-o", tmp_path / "a.safetensors") if command == "merge" else ()
+        code, out, err = run(command, *files, *words, *target)
+        assert (code, out) == (2, "")
+        assert err.startswith(f"klora: error: {named}: ")
+
     def test_a_path_is_told_with_all_its_spaces(self, run: Run, files: Files, tmp_path: Path) -> None:
         missing = tmp_path / "two  spaces" / " my  dog.safetensors"
         assert run("analyze", missing, files[1])[2] == f"klora: error: {missing}: does not exist; check the path\n"
