@@ -63,8 +63,8 @@ def add_settings(
         policies = policies_with(name)
         # A percent sign would be argparse's.
         text = explained.get(name, option.help)
-        if f"{AUTO}:" not in text:
-            text = f"{text} ({_default(name)})"
+        if f"{AUTO}:" not in text and (default := _default(name)):
+            text = f"{text} ({default})"
         text = text.replace("%", "%%")
         (own if policies else common).add_argument(
             "--" + renamed.get(name, name).replace("_", "-"),

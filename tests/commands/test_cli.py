@@ -71,6 +71,8 @@ class TestEveryCommand:
             assert "|".join(option.choices) in out
         assert all(policy in out for policy in POLICIES)
         assert "--engine" not in out
+        # What is empty by default says nothing of it.
+        assert "()" not in out
 
     @pytest.mark.parametrize("command", [[], *([name] for name in cli.COMMANDS)])
     def test_help_fits_80_columns(self, run: Run, command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
