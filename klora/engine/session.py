@@ -25,13 +25,11 @@ from klora.engine.site import Site
 from klora.engine.state import SessionState
 from klora.engine.ways import AUTO, BYPASS
 from klora.engine.weights import KEPT, Room, preparing
-from klora.errors import KloraError, MismatchError
+from klora.errors import KloraError
 from klora.fusion.plan import ROLES, FusionPlan
 from klora.fusion.policies.base import BOTH, NEITHER, Active, Moment
-from klora.lora.checks import check_model
+from klora.lora.checks import check_model, check_text_encoder
 from klora.lora.deltas import Delta
-from klora.lora.deltas.base import size
-from klora.lora.file import LoraFile
 from klora.pair import Pair
 
 logger = logging.getLogger("klora")
@@ -364,7 +362,7 @@ class Session(SessionState):
         subject, style = self.pair.subject.text_encoder, self.pair.style.text_encoder
         active = self.pair.text_encoder_active(self.plan.settings)
         for lora in self.pair.loras:
-            _check_text_encoder(lora, sites)
+            check_text_encoder(lora, {name: site.shape for name, site in sites.items()})
         used = {name: site for name, site in sites.items() if any(active.get(name, ()))}
 
         def deltas(name: str) -> tuple[Delta | None, Delta | None]:
@@ -400,12 +398,3 @@ def _device_of(model: nn.Module | None) -> torch.device:
     """Where a model's weights lie."""
     weights = iter(()) if model is None else model.parameters()
     return next((weight.device for weight in weights), torch.device("cpu"))
-
-
-def _check_text_encoder(file: LoraFile, sites: Mapping[str, Site]) -> None:
-    for name, delta in file.text_encoder.items():
-        if name in sites and sites[name].shape != delta.shape:
-            raise MismatchError(
-                f"{file.label}: {delta.key}: its {size(delta.shape)} does not fit the text encoder's"
-                f" {size(sites[name].shape)}; use a LoRA made for this model"
-            )

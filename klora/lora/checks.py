@@ -51,3 +51,13 @@ def check_model(file: LoraFile, shapes: Mapping[str, tuple[int, ...]], model: st
             f"{file.label} is for {file.made_for}: zero modules matched in {model}, which has no {printable(example)};"
             " choose a LoRA made for this model"
         )
+
+
+def check_text_encoder(file: LoraFile, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise MismatchError where modules of a file's text encoders have other shapes than in a model, by name."""
+    for name, delta in file.text_encoder.items():
+        if name in shapes and shapes[name] != delta.shape:
+            raise MismatchError(
+                f"{file.label}: {delta.key}: its {size(delta.shape)} does not fit the text encoder's"
+                f" {size(shapes[name])}; use a LoRA made for this model"
+            )
