@@ -36,7 +36,7 @@ def use(page: Page) -> dict[str, Any]:
     page.wait_for_selector(".klora-stale-note", state="visible", timeout=WAIT)
     page.click("#txt2img_klora_advanced > .label-wrap")
     seen["rule"] = page.inner_text("#txt2img_klora_rule")
-    seen["stale rule"] = page.locator("#txt2img_klora_rule .klora-stale").count()
+    seen["opacity of the stale"] = [opacity(page, text) for text in (".klora-result > p", ".klora-rule > span")]
     page.fill("#txt2img_klora_beta textarea, #txt2img_klora_beta input", "0.6")
     seen.update(set_the_share(page))
     fill_number(page, "balance", "-0.5")
@@ -184,6 +184,16 @@ def look_at_the_map(page: Page) -> dict[str, Any]:
     page.wait_for_timeout(200)
     found["stale at first"] = page.locator(".klora-stale").count()
     return found
+
+
+def opacity(page: Page, selector: str) -> float:
+    """How opaque an element is in the end, with all that it stands in."""
+    code = """(found) => {
+        let product = 1;
+        for (let one = found; one; one = one.parentElement) product *= Number(getComputedStyle(one).opacity);
+        return product;
+    }"""
+    return float(page.locator(selector).first.evaluate(code))
 
 
 def fold_with_the_tick(page: Page) -> list[Any]:

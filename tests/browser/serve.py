@@ -18,7 +18,7 @@ from klora.webui.args import ARG_ORDER, FusionRequest
 from klora.webui.ui import build
 
 NAMES = ["dog", "ink"]
-RULE = '<p class="klora-rule">S(τ) = 1.5·τ + 0.5</p>'
+RULE = '<p class="klora-rule"><span>S(τ) = 1.5·τ + 0.5</span></p>'
 
 
 class FakeLibrary:

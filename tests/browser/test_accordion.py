@@ -98,7 +98,7 @@ def test_analysing_shows_an_error_as_text_and_no_map(seen: dict[str, Any]) -> No
 def test_what_is_pointed_at_is_told_and_an_analysis_holds_until_something_changes(seen: dict[str, Any]) -> None:
     assert seen["pointed at"] == "up block 0 · key — step 9/24: style"
     assert seen["stale at first"] == 0
-    assert seen["stale rule"] == 1
+    assert seen["opacity of the stale"] == [0.4, 0.4]
 
 
 def test_a_pair_for_another_checkpoint_is_told_of_when_that_is_chosen(seen: dict[str, Any]) -> None:
