@@ -93,8 +93,10 @@ class Session(SessionState):
         models = {} if denoiser is None else {"": denoiser, **(text_encoders or {})}
         self.left_out = left_out(pair, sites, text_sites or {}, models)
         shapes = {name: site.shape for name, site in sites.items()}
+        text_shapes = {name: site.shape for name, site in (text_sites or {}).items()}
         for lora in pair.loras:
             check_model(lora, shapes, model)
+            check_text_encoder(lora, text_shapes)
         for side in (pair.subject, pair.style):
             side.check_finite()
         self._weights = KEPT.of(pair)
@@ -361,8 +363,6 @@ class Session(SessionState):
     def _bind_text(self, sites: Mapping[str, Site]) -> dict[str, Part]:
         subject, style = self.pair.subject.text_encoder, self.pair.style.text_encoder
         active = self.pair.text_encoder_active(self.plan.settings)
-        for lora in self.pair.loras:
-            check_text_encoder(lora, {name: site.shape for name, site in sites.items()})
         used = {name: site for name, site in sites.items() if any(active.get(name, ()))}
 
         def deltas(name: str) -> tuple[Delta | None, Delta | None]:
